@@ -1,5 +1,5 @@
-"""The configuration of a run: settings that one schema defines, that are read from several layers such as a preset and
-the command line, and that are validated together. No module of this package imports jax.
+"""The configuration of a run. All settings are defined in one schema. Their values are read from several layers, such
+as a preset and the command line, and are then validated together. No module of this package imports jax.
 
 schema: defines the settings as dataclasses, whose fields have a help text and a valid range
 leaves: reads YAML, arguments such as `a.b=c`, and dicts into leaves (key, value, and where the value was set)

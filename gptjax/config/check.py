@@ -1,7 +1,7 @@
 """Validation of a config: the range of each setting, combinations of settings, and settings without effect.
 
-A complaint is a pair (keys of the settings concerned, error text); with the keys, `complaints` finds the places where
-the settings were set, and adds them to the text.
+A complaint is a pair (keys of the settings concerned, error text). `complaints` uses the keys to look up where the
+settings were set, such as a line of a file, and adds these places to the error text.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from gptjax.errors import Problems
 Complaint = tuple[tuple[str, ...], str]
 Keys = tuple[str, ...] | Callable[[Any], tuple[str, ...]]
 Text = str | Callable[[Any], str]
-# A rule: the keys of the settings concerned, a function that tells whether a config violates the rule, and the error
+# A rule: the keys of the settings concerned, a function that returns True if a config violates the rule, and the error
 # text.
 Rule = tuple[Keys, Callable[[Any], object], Text]
 
@@ -70,7 +70,8 @@ def _ranges(values: dict[str, object]) -> Iterator[Complaint]:
             if isinstance(number, bool) or not isinstance(number, int | float):
                 continue
             limits = setting["range"]
-            if isinstance(number, int):  # larger integers do not fit in a uint32 array, very large ones not in a float
+            # a larger integer would overflow a uint32 array, and a very large one cannot be converted to a float
+            if isinstance(number, int):
                 limits = dataclasses.replace(limits, high=min(limits.high, 2**32 - 1))
             if number not in limits or number == math.inf:
                 yield (key,), f"{key} ({shown(number)}) must be {limits}"
@@ -133,7 +134,7 @@ def _is_complete(distributed: DistributedConfig) -> bool:
 
 
 def _axes(cfg: Config, size: int) -> tuple[str, ...]:
-    """Returns the keys of the mesh axes whose size is `size`."""
+    """Returns the keys of the mesh axes that are set to `size`, for example to -1."""
     return tuple(key for key, value in flat(cfg.mesh, "mesh.").items() if value == size)
 
 
@@ -259,9 +260,10 @@ RULES: tuple[Rule, ...] = (
     ),
 )  # fmt: skip
 
-# Each entry has the keys of some settings A, or prefixes of their keys; the key of another setting B; and a function
-# that takes the value of B and returns True if the settings A have no effect with this value. A command line that sets
-# one of them is then refused.
+# Each entry is about some settings that have no effect with certain values of another setting. The entry has the keys
+# of these settings (or prefixes of their keys), the key of the other setting, and a function that takes the value of
+# the other setting and returns True if the settings have no effect with this value. In this case, a config is refused
+# if one of the settings was set on the command line or in the overrides of `load_config`.
 WITHOUT_EFFECT: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] = (
     (("optim.momentum",), "optim.name", lambda value: value != "muon"),
     (("optim.decay_fraction",), "optim.schedule", lambda value: value != "wsd"),

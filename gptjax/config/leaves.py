@@ -89,9 +89,8 @@ def from_yaml(text: str, name: str) -> list[Leaf]:
 
 
 def _fits_depth(text: str, levels: int) -> bool:
-    """Returns True if the mappings and lists of a YAML text are nested at most `levels` deep. The depth is counted
-    without recursion, so that a text that is nested too deeply for recursive functions can be refused before they read
-    it."""
+    """Returns True if the mappings and lists of a YAML text are nested at most `levels` deep. This function is not
+    recursive, so it also works for a text that is nested too deeply for the recursive functions of the YAML parser."""
     import yaml
 
     depth = 0
@@ -106,7 +105,8 @@ def _refuse_large(root: yaml.Node, name: str) -> None:
     """Raises UserError if the aliases of a YAML document expand to too many values, or an alias contains itself."""
     import yaml
 
-    # maps the id of each YAML node to the number of its values with aliases expanded, or to 0 while they are counted
+    # maps the id of each YAML node to the number of its values with aliases expanded. The number is 0 while the values
+    # of the node are being counted; a node that is reached again while its number is 0 contains itself.
     sizes: dict[int, int] = {}
 
     def size(node: yaml.Node) -> int:
@@ -146,7 +146,7 @@ def _walk(
 
 
 def _plain(node: yaml.Node, location: str, problems: Problems) -> str | list[str] | None:
-    """Returns the value of a YAML node: the text of a scalar, the list of the texts of a sequence, or None for null.
+    """Returns the value of a YAML node: a string for a scalar, a list of strings for a sequence, or None for null.
     `load.build` later converts the texts to the types of the settings, because YAML itself would read 1e-3 as a string
     and `on` as a bool."""
     import yaml

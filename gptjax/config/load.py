@@ -65,12 +65,12 @@ def resolve(
 
 
 def file_layers(source: Optional[str | os.PathLike[str]]) -> list[Leaf]:
-    """Returns the settings of a preset, YAML file or run directory as leaves, after the leaves of the file that its
-    `base:` names; [] if `source` is None."""
+    """Returns the settings of a preset, YAML file or run directory as leaves; [] if `source` is None. If the file has
+    the key `base:`, the leaves of the file that `base:` names come first."""
     if source is None:
         return []
     layers = _file_leaves(source)
-    if (Path(source) / "config.yaml").is_file():  # run_dir in the file is out of date if the run was moved
+    if (Path(source) / "config.yaml").is_file():  # overrides run_dir in the file, which is wrong if the run was moved
         layers.append(Leaf("run_dir", str(source), "the run's own folder"))
     return layers
 
@@ -90,7 +90,8 @@ def to_yaml(cfg: Config, provenance: Optional[Provenance] = None, keys: Optional
     that a later change of the defaults does not change a stored config.
 
     Args:
-        provenance: where each setting was set, which is written as a comment after its value, or None for no comments.
+        provenance: the place where each setting was set, to be written as a comment after the value of the setting;
+            None for a text without comments.
         keys: the keys of the settings to write, or None for all settings.
     """
     lines, group = [], ""
@@ -142,8 +143,13 @@ def config_file(source: str | os.PathLike[str], near: Path = Path()) -> Path:
 
 
 def _file_leaves(source: str | os.PathLike[str], near: Path = Path(), parents: tuple[Path, ...] = ()) -> list[Leaf]:
-    """Returns the settings of a config file as leaves, after the leaves of the file that its `base:` names. `parents`
-    are the files whose `base:` led to this file; they are needed to detect a cycle."""
+    """Returns the settings of a config file as leaves. If the file has the key `base:`, the leaves of the file that
+    `base:` names come first.
+
+    Args:
+        parents: the files that were read before this file; each of them names the next one in its `base:`. UserError is
+            raised if this file is one of them, because `base:` then forms a cycle.
+    """
     path = config_file(source, near)
     if path.resolve() in parents:
         raise UserError(f"{path}: its `base:` leads back to itself")
@@ -248,11 +254,11 @@ def _drop_overruled(leaves: list[Leaf], values: dict[str, Any], set_at: Provenan
 
 def _drop_base_settings(layers: list[str], values: dict[str, Any], set_at: Provenance) -> Iterator[str]:
     """Drops or refuses model and tokenizer settings if pretrain.base is set, because the base model has a model config
-    and a tokenizer of its own.
+    and a tokenizer of its own. The settings in `Computation`, such as model.dtype, are kept.
 
-    Model and tokenizer settings are dropped if their layer comes before the layer that sets pretrain.base; otherwise an
-    error text is yielded. No error text is yielded for settings in the same file as pretrain.base if the file holds
-    most settings of the schema: such a file was written by `to_yaml`.
+    The settings are dropped if their layer comes before the layer that sets pretrain.base; otherwise an error text is
+    yielded. An exception is a file that sets pretrain.base and more than half of all settings: the model and tokenizer
+    settings in this file are kept without an error, because such a file was written by `to_yaml`.
     """
     if values.get("pretrain.base") is None:
         return
@@ -331,7 +337,7 @@ def _scalar(kind: Any, value: Any) -> Any:
         return str(value).lower() in _BOOLEANS[::2]
     if kind is str and isinstance(value, str | int | float):
         return str(value)
-    if kind is int and type(value) in (str, int):  # `type`, because isinstance accepts a bool as an int
+    if kind is int and type(value) in (str, int):  # not isinstance, which accepts a bool as an int
         return int(value)
     if kind is float and type(value) in (str, int, float):
         return float(value)
