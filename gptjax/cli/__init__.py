@@ -15,7 +15,7 @@ class Verb(NamedTuple):
     module: str  # name of the module with the entry point, imported only when the command is called
     group: str  # heading under which `gptjax --help` lists the command
     summary: str  # description of the command in `gptjax --help`
-    actions: tuple[str, ...] = ()  # subcommands, such as prepare of gptjax data, each with its own help
+    actions: tuple[str, ...] = ()  # subcommands, such as `prepare` in `gptjax data prepare`, each with its own help
 
 
 TRAIN, USE, STUDY, FILES = "Train", "Use a trained model", "Plan and examine", "Prepare and convert files"
@@ -61,7 +61,7 @@ VERBS: dict[str, Verb] = {
     ),
     "doctor": Verb("gptjax.cli.doctor", INSTALLATION, "Check package versions, devices, cached files and folders."),
 }
-ABOUT_VERBS: dict[str, Verb] = {  # commands about the command line itself: its help and its completion
+ABOUT_VERBS: dict[str, Verb] = {  # commands for the command line itself: the help pages and the shell completion
     "help": Verb("gptjax.cli.help", INSTALLATION, "Explain a command or a topic."),
     "completion": Verb(
         "gptjax.cli.completion", INSTALLATION, "Print a script for completion with TAB.", ("bash", "zsh", "fish")

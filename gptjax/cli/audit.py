@@ -59,8 +59,8 @@ def run(args: list[str]) -> int:
 
 
 def _pages(source: str, out: str | None) -> dict[str, Path]:
-    """Returns a dict from "html" and "json" to the paths of the two report files: audit.html and audit.json in the run
-    directory or, if the argument `out` is given, OUT.html and OUT.json.
+    """Returns the paths of the two report files, in a dict with the keys "html" and "json". The files are OUT.html and
+    OUT.json if the argument `out` is given, otherwise audit.html and audit.json in the run directory.
 
     Raises:
         UserError: one of the report files exists already, or `source` is not a folder and `out` is None.

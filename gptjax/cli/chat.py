@@ -173,7 +173,8 @@ def _answer(chat: Chat, text: str) -> None:
         return
     wait_s, decode_s, n_decoded = first - started, time.monotonic() - first, chat.count - EVERY
     tokens = f"{chat.count} token{'' if chat.count == 1 else 's'}"
-    # the number of tokens per second is computed from the tokens after the first screen update only
+    # The tokens of the first screen update are left out of the tokens per second, because the time before this update
+    # includes the compilation and the processing of the prompt.
     if n_decoded <= 0 or decode_s <= 0:
         options.note(f"[{tokens} after {wait_s + decode_s:.1f} s]")
     else:

@@ -28,7 +28,7 @@ MAX_PROBLEMS = 20
 class Row(NamedTuple):
     location: str
     text: str
-    columns: dict[str, Any]  # {column name: value} for all columns of the row, as read from the file
+    columns: dict[str, Any]  # dict from column name to value, for all columns of the row in the file
 
 
 class Request(NamedTuple):
@@ -121,7 +121,7 @@ def read(kind: str, name: str, fields: tuple[str | None, str | None]) -> Iterato
     """Yields the rows of one source, which is a text, a file or a pipe.
 
     Args:
-        fields: the name of the text column given on the command line, and of the text column used in training; each may
+        fields: two names of the text column, the one given on the command line and the one used in training; either may
             be None.
 
     Raises:
@@ -164,8 +164,8 @@ def _field(row: dict[str, Any], fields: tuple[str | None, str | None], name: str
 
     requested, trained = fields
     if requested:
-        # the rows of a JSON file may have different columns, so a column that is missing in one row is no error for the
-        # file
+        # the rows of a JSON file may have different columns, so for these files it is not an error if the first row
+        # lacks the column
         if requested not in row and not name.lower().endswith((".json", ".jsonl")):
             hint = did_you_mean(requested, map(str, row))
             raise UserError(f"{name}: no column {requested!r}; there are {', '.join(map(repr, row))}{hint}")
@@ -206,8 +206,8 @@ def _check(sources: Sequence[tuple[str, str]], fields: tuple[str | None, str | N
 
 
 def chunks(rows: Iterator[Row], size: int) -> Iterator[list[Row]]:
-    """Yields the rows in lists of up to `size` rows. If reading a row raises UserError, the rows read before it are
-    yielded before the error is raised."""
+    """Yields the rows in lists of up to `size` rows. If reading a row raises UserError, the rows already read are still
+    yielded, and then the error is raised."""
     chunk: list[Row] = []
     try:
         for row in rows:
@@ -227,7 +227,7 @@ def show(rows: Sequence[Row], predictions: Sequence[dict[str, float]]) -> None:
     """Prints one line per row: the most likely class, the probabilities and the text.
 
     Args:
-        predictions: one dict {class: probability} for each row.
+        predictions: for each row, a dict from each class to its probability.
     """
     for (_, text, _), probabilities in zip(rows, predictions, strict=True):
         best = max(probabilities, key=probabilities.__getitem__)

@@ -117,8 +117,8 @@ def run(args: list[str]) -> int:
 
 
 def script(shell: str) -> str:
-    # the JSON text needs no escaping in the scripts, which enclose it in single quotes, because it contains no single
-    # quote
+    # The scripts enclose the JSON text in single quotes. The JSON text contains no single quote, so it needs no
+    # escaping.
     text = json.dumps(names(), separators=(",", ":"))
     return SCRIPTS[shell].replace("VARIABLE", VARIABLE).replace("NAMES", text)
 
@@ -211,8 +211,10 @@ def _words_of_page(page: Page, before: Sequence[str], current: str, names: Names
 
 
 def _settings(keys: Sequence[str], section: str, current: str, names: Names) -> Iterator[str]:
-    """Yields the completions of the unfinished setting `current`: first the sections, such as `optim.`, after a section
-    the settings in it, such as `optim.lr=`, and after `=` the allowed values, such as `optim.name=muon`."""
+    """Yields the possible completions of the unfinished setting `current`. If `current` does not name a section yet,
+    these are the sections, such as `optim.`, and the settings outside of sections, such as `seed=`. If `current` begins
+    with a section, they are the settings in this section, such as `optim.lr=`. If `current` contains `=`, they are the
+    allowed values, such as `optim.name=muon`."""
     typed, is_set, _ = current.partition("=")
     for key in keys:
         short = key.removeprefix(f"{section}.") if section else key

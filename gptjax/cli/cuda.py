@@ -20,8 +20,8 @@ AMPERE = 8.0  # lowest compute capability with bfloat16 and TF32 tensor cores an
 
 class Card(NamedTuple):
     name: str
-    capability: float  # compute capability, such as 9.0; 0: unknown
-    driver: str  # driver version; empty: unknown
+    capability: float  # compute capability, such as 9.0; 0 if it is unknown
+    driver: str  # driver version; "" if it is unknown
 
 
 def cards() -> list[Card]:
@@ -49,7 +49,8 @@ def gpu_here() -> bool:
 
 
 def lines(cards: list[Card]) -> list[str]:
-    """Returns one line of text for each model of GPU in the machine, with the number of GPUs of this model."""
+    """Returns one line of text for each group of identical GPUs in the machine: their number, name, compute capability
+    and driver version."""
     kinds = {card: cards.count(card) for card in cards}
     return [
         f"{f'{n} x ' if n > 1 else ''}{card.name}, compute capability {card.capability or 'unknown'}, "
@@ -62,8 +63,8 @@ def plugin_problems(versions: dict[str, str], cards: list[Card]) -> list[str]:
     """Returns the reasons why jax cannot use the GPU, as texts that also suggest a solution; [] if there are none.
 
     Args:
-        versions: dict from the names of the packages jax, jaxlib and those in `PACKAGES` to their versions; "" for a
-            package that is not installed.
+        versions: dict from the name of a package to its version, or to "" if the package is not installed. The packages
+            are jax, jaxlib and those in `PACKAGES`.
     """
     plugins = [cuda for cuda in NEEDS if versions.get(f"jax-cuda{cuda}-plugin")]
     jaxlib = versions.get("jaxlib", "")
@@ -118,7 +119,8 @@ def backend_problem(backend: str, here: bool, versions: dict[str, str], cards: l
 
 
 def bfloat16_line(capability: float) -> str:
-    """Returns a warning if the GPU has no tensor cores for bfloat16; "" for Ampere and later GPUs."""
+    """Returns a warning if the GPU has no tensor cores for bfloat16; "" for Ampere and later GPUs, or if the compute
+    capability is unknown."""
     if not 0 < capability < AMPERE:
         return ""
     return f"no bfloat16 tensor cores at compute capability {capability}: model.dtype=float32 is as fast or faster"

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 ACTIONS = ("prepare", "inspect", "check")
 CHECK = "gptjax data check FILE [FILE ...] [field=NAME] [threshold=0.8] [near=false] [model=MODEL] [out=REPORT.json]"
-SHOWN = 5  # maximum number of findings printed per kind of finding, such as near duplicates
+# maximum number of findings that are printed for each kind: exact duplicates, near duplicates, secrets, outliers
+SHOWN = 5
 
 
 def run(args: list[str]) -> int:

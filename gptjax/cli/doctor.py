@@ -58,8 +58,9 @@ def _version(name: str) -> str:
 
 
 def version_problems(versions: dict[str, str]) -> list[str]:
-    """Returns an error text if jax and jaxlib are of different minor releases. (When it is imported, jax itself refuses
-    a jaxlib whose patch release is newer.)"""
+    """Returns a list with one error text if jax or jaxlib is not installed, or if their minor versions differ;
+    otherwise []. Patch versions are not compared here, because jax itself refuses a jaxlib with a newer patch version
+    when jax is imported."""
     jax, jaxlib = versions.get("jax", ""), versions.get("jaxlib", "")
     if not jax or not jaxlib:
         return ["jax or jaxlib is not installed: pip install -U jax"]
@@ -116,11 +117,11 @@ def backend_problem(backend: str, tpu: bool, libtpu: str, wanted: str, held_by: 
 
 
 def precision_line(backend: str, capability: float, setting: str | None) -> str:
-    """Returns a line of text: the precision that matrix multiplications have on this backend in a run with
+    """Returns a line of text with the precision of matrix multiplications on this backend, for a run with
     model.dtype=float32 and model.precision=default.
 
     Args:
-        capability: compute capability of the GPU; 0: unknown.
+        capability: compute capability of the GPU; 0 if it is unknown.
         setting: the value of JAX's jax_default_matmul_precision.
     """
     if setting not in (None, "default"):

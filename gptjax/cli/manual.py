@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 
 class Option(NamedTuple):
-    """An option of a command that is not a setting of the schema, such as `out=FILE`, or `--search`, which has no
-    value."""
+    """An option of a command that is not a setting of the schema. An option can have a value, such as `out=FILE`, or no
+    value, such as `--search`."""
 
     name: str  # the option as it is typed, such as `out=` or `--search`
     value: str  # placeholder of the value in the help, such as FILE; "" if the option has no value
@@ -27,14 +27,15 @@ class Page(NamedTuple):
         about: what the command does, in one or two sentences.
         usage: the form of the command line.
         examples: pairs (command line, what this command line does).
-        needs: command lines that make the files and runs that the examples use.
+        needs: command lines that create the files and runs that the examples use.
         options: the options of the command that are not settings of the schema.
-        reads: the task whose settings the command reads (see `gptjax.config.uses`), "*" for the settings of any task,
-            or "" for only those in `settings`.
+        reads: the task whose settings the command reads (see `gptjax.config.uses`), "*" if the command reads the
+            settings of any task, or "" if it reads only the settings in `settings`.
         settings: patterns of the settings that the page lists, or () for all settings of the task in `reads`.
-        section: the section whose name may be left out of the settings, such as "sample".
+        section: a section such as "sample" whose name may be omitted on the command line: `prompt=` then means
+            `sample.prompt=`. "" if there is no such section.
         preset: the preset that is used if the command line names no preset, or "" if the command takes no preset.
-        tasks: the tasks whose presets the command takes.
+        tasks: the tasks whose presets the command accepts.
         words: words that can be the first argument of the command, besides the names of presets.
         notes: paragraphs of text that follow the options on the page.
     """

@@ -110,7 +110,7 @@ def refuse_others(leaves: Sequence[Leaf], known: Sequence[str], verb: str, prefi
 
     Args:
         known: the keys of the settings that the command reads.
-        prefix: a prefix such as "sample.", which may be left out in the settings that begin with it.
+        prefix: a prefix such as "sample." that may be omitted from a setting: `prompt=` then means `sample.prompt=`.
 
     Raises:
         UserError: some settings are not in `known`; the message lists all of them.
@@ -144,20 +144,21 @@ def show_only(
 ) -> bool:
     """Handles the options --print-config and --dry-run.
 
-    --print-config prints all settings that the command reads. --dry-run prints those that differ from their defaults or
-    were given on the command line, and a report.
+    --print-config prints all settings that the command reads. --dry-run prints a report and, of the settings that the
+    command reads, only the ones that differ from their defaults or were given on the command line.
 
     Args:
         report: function that takes the config and returns the lines of the report.
-        keys: the keys of the settings that the command reads, or None for those that the task `cfg.task` reads.
+        keys: the keys of the settings that the command reads, or None for all settings that the task `cfg.task`
+            reads.
 
     Returns:
-        True if --print-config or --dry-run was given, so that the command should return at once.
+        True if --print-config or --dry-run was given. The command should then return without doing anything else.
     """
     if not (args.print_config or args.dry_run):
         return False
     keys = uses.keys_of(cfg) if keys is None else keys
-    # the report is made before anything is printed, because it may raise the errors that the run would raise
+    # the report is computed before anything is printed, because `report` may raise UserError, as the run would
     lines = report(cfg) if args.dry_run else []
     if not args.print_config:
         values, defaults = flat(cfg), flat(Config())

@@ -112,9 +112,11 @@ def _number(name: str, text: str) -> float:
 
 
 def with_shape(cfg: Config) -> Config:
-    """Returns `cfg` with all sizes of the model set. If model.vocab_size is 0, a fine-tuning run takes the sizes from
-    the config of its base model, whose tensors are not read, and a pretraining run takes the vocabulary size from its
-    tokenizer.
+    """Returns `cfg` with all sizes of the model set.
+
+    With pretrain.base, or for fine-tuning with model.vocab_size=0, the sizes are read from the config of the base
+    model, without reading its tensors. For pretraining from scratch with model.vocab_size=0, the vocabulary size is
+    that of the tokenizer.
 
     Raises:
         UserError: the base model does not exist, or the vocabulary size is unknown until the tokenizer is trained.

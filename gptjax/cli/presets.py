@@ -39,8 +39,8 @@ def run(args: list[str]) -> int:
 
 
 def _verb(name: str) -> str:
-    """Returns the command that runs a preset, such as `gptjax pretrain`. The command follows from the name of the
-    folder of the preset's file, which is the name of the task."""
+    """Returns the command that runs a preset, such as `gptjax pretrain`. The folder that holds the preset's file has
+    the name of the task, and the task determines the command."""
     task = config_file(name).parent.name
     return f"gptjax {task}" if task == "pretrain" else f"gptjax finetune {task}"
 

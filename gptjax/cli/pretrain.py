@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from gptjax.data import Prepared
     from gptjax.weights import Model
 
-DEFAULT, FROM_BASE = "shakespeare-char", "continue"  # default presets without and with pretrain.base
+# If the command line names no preset, FROM_BASE is used if it sets pretrain.base, otherwise DEFAULT.
+DEFAULT, FROM_BASE = "shakespeare-char", "continue"
 
 
 def run(args: list[str]) -> int:
@@ -61,8 +62,8 @@ def plan(cfg: Config) -> list[str]:
 
 
 def _prepared(cfg: Config, base: Model | None) -> tuple[Prepared | None, str]:
-    """Returns the tokenized data and "" or, if the data cannot be prepared without a download, None and a text that
-    says why. A dry run downloads nothing, so it prepares only data that is on this machine."""
+    """Returns a pair (tokenized data, problem). A dry run downloads nothing: if the data cannot be prepared without a
+    download, the data is None and `problem` says what would be downloaded; otherwise `problem` is ""."""
     from gptjax import assets, data
 
     for source in (*cfg.data.source, *cfg.data.val_source):

@@ -74,8 +74,9 @@ def configure(source: str, leaves: list[Leaf]) -> tuple[Config, Provenance]:
 
 
 def read_prompts(cfg: Config) -> list[str]:
-    """Returns the prompts of the file sample.prompts, or [sample.prompt] if there is no file. A .jsonl file has the
-    field "prompt" in each record; any other file has one prompt per line."""
+    """Returns the prompts in the file that the setting sample.prompts names, or the single prompt [sample.prompt] if
+    sample.prompts is not set. A .jsonl file has the field "prompt" in each record; any other file has one prompt per
+    line."""
     if not cfg.sample.prompts:
         return [cfg.sample.prompt]
     path = Path(cfg.sample.prompts)
@@ -133,7 +134,7 @@ def write(
     draft: Model | None = None,
 ) -> None:
     """Generates `settings.n` completions per prompt, and prints them or appends them to a JSONL file. The number of
-    tokens and the time that their generation took are printed to stderr.
+    generated tokens and the generation time are printed to stderr.
 
     Args:
         ids: the token ids of each prompt.

@@ -43,8 +43,8 @@ def run(args: list[str]) -> int:
     if parsed.dry_run:
         print("\n".join(report(configs, axes, folder)))
         return 0
-    # the settings in the printed command that trains the best run again; without run_dir, so that the run gets a
-    # directory of its own
+    # `_sweep` prints a command that trains the best run again. The command has these settings, but not run_dir, so that
+    # the run gets a directory of its own.
     settings = [f"{leaf.key}={leaf.value}" for leaf in fixed if leaf.key != "run_dir"]
     return _sweep(configs, axes, folder, at_once, [source, *settings])
 
@@ -60,7 +60,8 @@ def _refuse(cfg: Config, folder: Path) -> None:
     if (folder / "sweep.json").exists():
         problems.append(f"{folder} holds a sweep already, and nothing was overwritten: choose another run_dir=FOLDER")
     else:
-        # regular expression for files of an interrupted sweep, which a new sweep may overwrite
+        # regular expression that matches the names of the files that an interrupted sweep has left behind; a new sweep
+        # may overwrite these files
         ours = r"sweep\.(csv|png)" if (folder / WRITING).exists() else ""
         problems += complaints(run_dir.refuse_unwritable, folder) or complaints(run_dir.refuse_foreign, folder, ours)
     problems += complaints(find(cfg.task).refuse_missing, cfg)

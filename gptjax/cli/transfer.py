@@ -50,7 +50,7 @@ def run_export(args: list[str]) -> int:
     form, source, target = words
     if form not in FORMATS:
         raise UserError(f"export {form}: expected {', '.join(FORMATS)}{did_you_mean(form, FORMATS)}")
-    path = Path(target)  # an existing target is refused at once, before the model is read, which may take long
+    path = Path(target)  # the target is checked before the model is read, because reading a model may take long
     if form == "gguf" or (path.exists() and not path.is_dir()):
         refuse_existing(path, "TARGET")
     elif path.is_dir() and any(path.iterdir()):
@@ -137,7 +137,7 @@ def _take(args: list[str], name: str, known: tuple[str, ...], default: str) -> t
     """Splits the arguments into the positional arguments and the value of `name=`, the only setting of the command.
 
     Args:
-        known: the allowed values of the setting; upper and lower case are not distinguished.
+        known: the allowed values of the setting, compared case-insensitively.
         default: the value if the setting is not given.
     """
     words, value = [], default
