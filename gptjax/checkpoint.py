@@ -8,10 +8,11 @@
       corrupt-750/         a damaged checkpoint, kept for inspection
 
 Orbax does not detect flipped bits in array data, treats every folder whose name is a number as a checkpoint, never
-falls back to an older step, and leaves an incomplete checkpoint if it is killed while it deletes one. Therefore a
-checkpoint is written to a temporary folder, which is then renamed atomically. On restore, every file is compared with
-the manifest, the folder's name with the step in meta.json, and every leaf with its fingerprint. Before a checkpoint is
-deleted, its folder is renamed, so that it no longer counts as a checkpoint.
+falls back to an older step, and leaves an incomplete checkpoint if the process is killed while Orbax deletes a
+checkpoint. Therefore a checkpoint is written to a temporary folder, which is then renamed atomically. On restore, three
+things are checked: every file must match the manifest, the folder's name must be the step in meta.json, and every leaf
+must match its fingerprint. Before a checkpoint is deleted, its folder is renamed, so that the folder no longer counts
+as a checkpoint.
 """
 
 from __future__ import annotations
@@ -139,8 +140,8 @@ class Checkpoints:
         Args:
             abstract_state: the expected state, a pytree of arrays or of `jax.ShapeDtypeStruct`.
             accept: function that is called with the metadata of an intact checkpoint before its arrays are read, and
-                raises an error to reject the checkpoint. If it raises `Damaged`, the next older checkpoint is tried;
-                any other error is passed on to the caller.
+                raises an error to reject the checkpoint. If `accept` raises `Damaged`, the next older checkpoint is
+                tried; any other error is passed on to the caller.
 
         Raises:
             UserError: there are checkpoints but none is intact, or the shapes or dtypes of the stored arrays differ
@@ -174,8 +175,8 @@ class Checkpoints:
         return None
 
     def newest(self) -> tuple[int, dict[str, Any]] | None:
-        """Returns the step and the metadata of the newest checkpoint whose files match its manifest, or None. Loads no
-        arrays."""
+        """Returns the step and the metadata of the newest checkpoint whose files match its manifest, or None if there
+        is no such checkpoint. Loads no arrays."""
         for step in reversed(self.steps()):
             with contextlib.suppress(Damaged):
                 return step, self._check(step)["meta"]
@@ -230,8 +231,9 @@ class Checkpoints:
         """Restore the arrays of a step's checkpoint into the structure of `abstract_state`, and check their
         fingerprints.
 
-        If meta.json was written by an older release, it lacks the step, so the leaf "step" is compared with the
-        folder's name instead. Raises Damaged if Orbax fails, or if the step or a fingerprint differs.
+        A meta.json of an older release does not have the step; in this case, the array "step" of the restored state, if
+        there is one, is compared with the folder's name. Raises Damaged if Orbax fails, or if the step or a fingerprint
+        differs.
         """
         try:
             leaves = _orbax_restore(self.folder / str(step) / STATE, wanted)
@@ -284,7 +286,8 @@ def _wait(name: str) -> None:
 
 def fingerprints(leaves: dict[str, jax.Array]) -> dict[str, int]:
     """Returns a uint32 hash per leaf: the sum of bits * (2 i + 1) mod 2**32 over the leaf's elements, where i is the
-    flat index of an element, and bits is the element's bit pattern as an integer (of 64 bits, the lower 32).
+    flat index of an element, and bits is the element's bit pattern as an unsigned integer. For a 64-bit dtype, only the
+    lower 32 bits of the pattern are used.
 
     A flipped bit b < 32 always changes the hash, because it changes the sum by an odd number times 2**b, which is not 0
     mod 2**32. An integer sum does not depend on the order of its terms, so the hash does not depend on the sharding.
@@ -381,8 +384,8 @@ _DTYPES = {
 
 
 def _refuse_other_shapes(folder: Path, stored: dict[str, Any], wanted: dict[str, Any], impls: dict[str, str]) -> None:
-    """Raise UserError if the stored arrays differ from the wanted ones in name, shape or dtype, because Orbax would
-    silently cast dtypes."""
+    """Raise UserError if the stored arrays differ from the expected arrays in name, shape or dtype. Orbax itself would
+    silently cast the stored arrays to the expected dtypes."""
 
     def kind(name: str, shape: Any, dtype: str, keys: dict[str, str]) -> str:
         return f"{dtype}{list(shape)}" + (f" ({keys[name]} key)" if name in keys else "")
@@ -444,7 +447,8 @@ def _quiet() -> Iterator[None]:
         yield
     except Exception as error:
         failure: BaseException | None = error
-        with warnings.catch_warnings():  # Python warns when it frees a coroutine that was never awaited
+        # suppresses the warning that Python issues when it frees a coroutine of Orbax that was never awaited
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             while failure:
                 traceback.clear_frames(failure.__traceback__)
@@ -458,7 +462,8 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-DISK_WORDS = (  # Orbax's errors for a full or read-only disk have no common type, but contain one of these words
+# Orbax's errors for a full or read-only disk have no common type, but each message contains one of these words
+DISK_WORDS = (
     "RESOURCE_EXHAUSTED", "OUT_OF_RANGE", "os_error_code", "No space left", "File too large", "PERMISSION_DENIED",
     "Read-only file system", "Disk quota",
 )  # fmt: skip
