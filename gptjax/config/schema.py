@@ -42,7 +42,7 @@ ARCHS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Range:
-    """The valid interval of a numeric setting. An open bound is not itself in the interval."""
+    """The valid interval of a numeric setting. Both bounds are included, unless `low_open` or `high_open` is True."""
 
     low: float = 0
     high: float = math.inf
@@ -74,8 +74,10 @@ FRACTION = Range(0, 1, low_open=True, high_open=True)  # (0, 1)
 
 
 def setting(default: Any, text: str, range: Range = NOT_NEGATIVE, choices: tuple[str, ...] = ()) -> Any:
-    """Returns a dataclass field with its default, `--help` text, valid range and, for a list, allowed items. The
-    allowed values of a setting that is not a list are in its type, a `Literal`."""
+    """Returns a dataclass field with its default, `--help` text, valid range and, for a list, allowed items.
+
+    A setting that is a single string declares its allowed values in its type instead, as a `Literal`.
+    """
     return field(default=default, metadata={"help": text, "range": range, "choices": choices})
 
 
@@ -138,8 +140,8 @@ class Architecture:
     )
     window_pattern: str = setting(
         "S",
-        "Attention type of each layer, as letters that are repeated over the layers: S attends to sliding_window"
-        " tokens, L to the full context.",
+        "Attention type of each layer, one letter per layer; the string is repeated until it covers all layers. S:"
+        " attend to sliding_window tokens; L: attend to the full context.",
     )
     norm: Filled[Literal["layernorm", "rmsnorm"]] = setting(None, "Normalisation layer. null: set by arch.")
     norm_scale: Filled[bool] = setting(None, "Learn a scale in normalisation layers. null: set by arch.")
@@ -190,8 +192,8 @@ class Architecture:
     )
     smear: Filled[bool] = setting(
         None,
-        "Add to each token's embedding that of the previous token, multiplied by a learned factor per channel. null:"
-        " set by arch.",
+        "Add the embedding of the previous token, multiplied by a learned factor per channel, to each token's"
+        " embedding. null: set by arch.",
     )
     # initialisation
     embed_std: float = setting(
@@ -208,7 +210,7 @@ class Architecture:
 
     @property
     def gated(self) -> bool:
-        """True if the feed-forward layer is gated (GLU): it has a gate projection next to its up projection."""
+        """True if the feed-forward layer is gated (GLU): it has a gate projection in addition to its up projection."""
         return self.activation in ("swiglu", "geglu")
 
     @property
@@ -220,9 +222,11 @@ class Architecture:
 
 @dataclass(frozen=True)
 class Computation:
-    """The settings for the initialisation and the computation of a model. These settings are not stored with a trained
-    model, so that fine-tuning takes the `Architecture` from its base model and the `Computation` from its own
-    config."""
+    """The settings for the initialisation and the computation of a model.
+
+    These settings are not stored with a trained model: fine-tuning takes the `Architecture` from the base model, but
+    the `Computation` from the config of the fine-tuning run.
+    """
 
     dropout: float = setting(0.0, "Dropout rate during training.", RATE)
     dtype: Literal["float32", "bfloat16"] = setting("float32", "Compute dtype; parameters are stored in float32.")
@@ -230,7 +234,7 @@ class Computation:
         "default",
         "Precision of float32 matrix multiplications. default: TF32 on a GPU (3 decimal digits), one bfloat16 pass on"
         " a TPU (2 to 3 digits); high: TF32 on a GPU, three bfloat16 passes on a TPU; highest: float32. The setting"
-        " changes nothing on a CPU, which always computes in float32, or with dtype=bfloat16.",
+        " has no effect with dtype=bfloat16, or on a CPU, which always computes in float32.",
     )
     remat: Literal["none", "dots", "full", "offload"] = setting(
         "none",
@@ -252,9 +256,10 @@ class Computation:
 class ModelConfig(Computation, Architecture):
     """A decoder-only transformer: its architecture, and how it is computed.
 
-    A field that is left at None takes its default from `ARCHS[arch]`, n_head or d_model at construction, so that a
-    printed config shows the value that is used. `dataclasses.replace` computes these defaults again: for example,
-    replace(ModelConfig(d_model=32), d_model=64).d_ff is 256.
+    At construction, each field in `ARCHS` that is None is set to the value in `ARCHS[arch]`. If n_kv_head is None, it
+    is set to n_head; if d_ff is None, it is set to 4 * d_model. A printed config therefore shows the values that are
+    used. `dataclasses.replace` computes these defaults again: for example, replace(ModelConfig(d_model=32),
+    d_model=64).d_ff is 256.
 
     Raises:
         UserError: some values or combinations of values are invalid; the message lists all of them.
@@ -262,8 +267,8 @@ class ModelConfig(Computation, Architecture):
 
     def __new__(cls, *args: Any, **given: Any) -> "ModelConfig":
         self = object.__new__(cls)
-        # `dataclasses.replace` passes the changed fields first, and then the fields that are copied from the old
-        # config, of which `_derived` is the first; so the caller did not change the fields from `_derived` on
+        # `dataclasses.replace` passes the fields that its caller changes first, and then the fields that it copies from
+        # the old config. The first copied field is `_derived`; the caller changed neither it nor any field after it
         names = list(given)
         copied = names[names.index("_derived") :] if "_derived" in given else ()
         object.__setattr__(self, "_copied", copied)
@@ -287,9 +292,9 @@ class ModelConfig(Computation, Architecture):
         return replace(self, **{item.name: getattr(other, item.name) for item in fields(Computation)})
 
 
-CHECKS: dict[str, Callable[[ModelConfig], None]] = {}  # functions that check a model config; `config.check` adds them
-# True while `load.build` constructs a config, which is not checked at construction, because `load.build` checks it
-# later
+# functions that check a model config; the module `config.check` adds them to this dict when it is imported
+CHECKS: dict[str, Callable[[ModelConfig], None]] = {}
+# True while `load.build` constructs a config: ModelConfig then skips its checks, because `load.build` runs them later
 CHECKED_LATER: ContextVar[bool] = ContextVar("checked later", default=False)
 
 
@@ -311,8 +316,8 @@ class DataConfig:
 
     source: tuple[str, ...] = setting(
         ("shakespeare",),
-        "Training text: files, folders, hf:org/name of the Hugging Face Hub, or texts that gptjax knows by name,"
-        " such as shakespeare and python-docs.",
+        "Training text: files, folders, datasets on the Hugging Face Hub (hf:org/name), or texts that gptjax"
+        " provides by name, such as shakespeare and python-docs.",
     )
     text_field: str = setting("text", "Name of the text field in .jsonl, .csv, .parquet and hf: sources.")
     weights: tuple[float, ...] = setting(
@@ -327,8 +332,8 @@ class DataConfig:
     val_fraction: float = setting(0.1, "Fraction of data.source to hold out for validation.", FRACTION)
     split: Literal["auto", "document", "file", "tail"] = setting(
         "auto",
-        "How validation text is held out: whole documents, whole files, or the tail of each source. auto: whole"
-        " documents if there are at least 10, otherwise the tail.",
+        "How validation text is held out from each source: whole documents, whole files, or the tail of each file."
+        " auto: document if the source has at least 10 documents, otherwise tail.",
     )
     order: Literal["shuffle", "sequential"] = setting("shuffle", "Order of the training windows.")
     stride: Optional[int] = setting(
@@ -357,7 +362,10 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """The optimizer and its hyperparameters. Each learning rate is the peak of the learning-rate schedule."""
+    """The optimizer and its hyperparameters.
+
+    lr, embed_lr, head_lr and vector_lr are peak learning rates; the learning-rate schedule scales them at each step.
+    """
 
     name: Literal["adamw", "muon"] = setting(
         "adamw", "Optimizer: AdamW, or Muon for the matrices of the blocks and AdamW for the other parameters."
@@ -437,8 +445,13 @@ class TrainConfig:
     loggers: tuple[str, ...] = setting((), "Additional loggers: tensorboard, wandb.", choices=("tensorboard", "wandb"))
 
     def steps(self, size: int, per_step: int) -> int:
-        """Returns the number of training steps: max_steps or, if `epochs` is set, `epochs` x `size` / `per_step`, where
-        the data has `size` tokens (or rows) and each step takes `per_step` of them."""
+        """Returns the number of training steps: max_steps if `epochs` is None, otherwise epochs * size / per_step,
+        rounded, but at least 1.
+
+        Args:
+            size: number of tokens or rows in the training data.
+            per_step: number of tokens or rows in one training step.
+        """
         return self.max_steps if self.epochs is None else max(1, round(self.epochs * size / per_step))
 
 
@@ -463,12 +476,15 @@ class DistributedConfig:
     """Multi-process training, for which the same command is run on every host."""
 
     coordinator: Optional[str] = setting(
-        None, "HOST:PORT of process 0. auto: detected on a TPU pod or under Slurm; null: run as a single process."
+        None,
+        "Address of process 0, as HOST:PORT. auto: detected on a TPU pod or under Slurm; null: a single process.",
     )
     num_processes: Optional[int] = setting(None, "Number of processes.", COUNT)
     process_id: Optional[int] = setting(None, "Index of this process, from 0.")
     timeout_s: int = setting(300, "Seconds to wait for the other processes at startup.", COUNT)
-    heartbeat_s: int = setting(100, "Seconds without a heartbeat after which a process counts as lost.", COUNT)
+    heartbeat_s: int = setting(
+        100, "Seconds without a heartbeat from a process after which the other processes stop with an error.", COUNT
+    )
 
 
 @dataclass(frozen=True)
@@ -659,7 +675,7 @@ class InstructConfig:
         " null: chat if the model has a template, else alpaca.",
     )
     loss_on: Literal["response", "all"] = setting(
-        "response", "Tokens that count in the loss: those of the responses only, or those of the prompts as well."
+        "response", "Tokens that count in the loss. response: those of the responses; all: also those of the prompts."
     )
     packing: Literal["packed", "padded"] = setting(
         "packed", "Layout of the rows. packed: several examples per row; padded: one example per row."
@@ -703,8 +719,8 @@ class PreferConfig:
     )
     context_length: int = setting(
         512,
-        "Tokens per row, which holds both answers of a pair; pairs with more tokens are dropped, and their number is"
-        " reported.",
+        "Tokens per row. Both answers of a pair, each with its own copy of the prompt, must fit in one row; longer"
+        " pairs are dropped, and their number is reported.",
         COUNT,
     )
     val_fraction: float = setting(

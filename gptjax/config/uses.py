@@ -1,5 +1,5 @@
 """The settings that each task reads. A setting that a task does not read is refused on the command line and in the
-user's files, because a user could mistake a setting that is silently ignored for one that does not change the results.
+user's files: if it were ignored silently, the user might conclude that it does not change the results.
 
 For example, reads("classify", "lora.rank") is True, and reads("classify", "model.n_layer") is False, because the number
 of layers is that of the base model, finetune.base.
@@ -67,14 +67,14 @@ def resolve(
         source: a preset, YAML file or run directory, or None for the default settings of gptjax.
         leaves: the settings given on the command line.
         verb: name of the command, for error messages.
-        task: the task of the command, or None if the command takes any task. The task is then taken from `leaves`, else
-            from `source`, else it is pretrain.
+        task: the task of the command. None: the command takes any task; the task is read from `leaves` or, if they do
+            not set it, from `source`; if neither sets it, the task is pretrain.
         also: patterns of further settings that the command reads.
 
     Raises:
-        UserError: the preset or the command line names another task, the user's files or the command line have settings
-            that the task does not read (even with their default values), or `load.resolve` reports problems. A wrong
-            task is reported on its own; all problems of the other two kinds are listed in one message.
+        UserError: `task`, `source` and `leaves` do not agree on the task; or the user's files or `leaves` contain
+            settings that the task does not read, even with their default values; or `load.resolve` reports problems. If
+            the tasks do not agree, the message reports only that; otherwise it lists all problems.
     """
     layers, leaves = file_layers(source), list(leaves)
     resolved_task = _task(source, layers, leaves, verb, task)
@@ -110,9 +110,9 @@ def _task(source: object, layers: list[Leaf], leaves: list[Leaf], verb: str, tas
 
 
 def _unread(leaves: list[Leaf], task: str, verb: str, also: Sequence[str]) -> list[str]:
-    """Returns error texts for those of the settings `leaves` that the task does not read.
+    """Returns error texts about the settings in `leaves` that the task does not read.
 
-    One text lists all settings that were set in the same place and are not read for the same reason.
+    Settings that were set in the same place, and that the task ignores for the same reason, share one error text.
     """
     reasons = {
         "model": f"whose model is finetune.base (it reads only model.{', model.'.join(_COMPUTATION)})",
@@ -137,9 +137,8 @@ def _unread(leaves: list[Leaf], task: str, verb: str, also: Sequence[str]) -> li
 def _without_adapter(user_leaves: list[Leaf], all_leaves: list[Leaf], task: str) -> list[str]:
     """Returns an error text for each lora.* setting of the user if finetune.trainable trains no adapter.
 
-    lora.* settings are allowed in files that are read before the file, or the command line, that sets
-    finetune.trainable: for example, finetune.trainable=all on the command line may override a file that trains an
-    adapter.
+    A lora.* setting is allowed if finetune.trainable is set after it, in another file or on the command line. For
+    example, a file may set finetune.trainable=lora and lora.rank, and the command line finetune.trainable=all.
     """
     trainable = next((leaf for leaf in reversed(all_leaves) if leaf.key == "finetune.trainable"), None)
     if trainable is None or _reads_lora(task, trainable.value):

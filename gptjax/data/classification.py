@@ -136,7 +136,10 @@ def read(
 
 
 def _columns(row: dict[str, Any], text: str | None, label: str | None, source: str) -> tuple[str, str]:
-    """Returns the names of the text column and the label column. A name that is None is looked up in `tables`."""
+    """Returns the names of the text column and the label column.
+
+    If `text` or `label` is None, finds the column whose name is in `tables.TEXT` or `tables.LABEL`, respectively.
+    """
     settings = ((text, tables.TEXT, "text"), (label, tables.LABEL, "label"))
     columns, problems = [], []
     for column, known, content in settings:

@@ -5,8 +5,8 @@
     encoded = encode(talks, tok, context_length=256)
     rows    = packing.packed(encoded, 256)
 
-The loss mask is set by the position of a token in the conversation, never by its id: the token that ends an answer is a
-target, while the same id in the padding or in a user turn is not.
+The loss mask depends on the position of a token in the conversation, not on its id: the token that ends an answer is a
+target, but the same token id in the padding or in a user turn is not.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class Conversation(NamedTuple):
     """One conversation.
 
     messages     messages {"role": .., "content": ..}, with the roles [system,] user, assistant, user, assistant, ..
-                 in this order. A user's message from an Alpaca record has the key "input" if the record has it. An
-                 answer with "learn" False is excluded from the loss.
+                 in this order. If an Alpaca record has a non-empty "input", its user message has the key "input",
+                 too. An answer with "learn" False is excluded from the loss.
     where        location of the conversation in its source, such as rows.jsonl:3
     constraints  verifiable constraints on the answer, see `evaluation.generation_metrics`
     tools        JSON schemas of functions, for chat templates that support tools
@@ -50,7 +50,7 @@ class Conversation(NamedTuple):
 
 
 class Span(NamedTuple):
-    """Consecutive token ids of a conversation. `learn` tells whether they are targets of the loss."""
+    """Consecutive token ids of a conversation. `learn` is True if the ids are targets of the loss."""
 
     ids: list[int]
     learn: bool
@@ -78,12 +78,12 @@ def read(source: str, notes: list[str] | None = None) -> list[Conversation]:
     prompt or the loss in an unsupported way.
 
     Args:
-        notes: a list to which one line of text is appended that names the ignored keys that are not in METADATA, if
-            there are any. None: the line about ignored keys is printed to stderr.
+        notes: list to which a line of text is appended if keys that are not in METADATA were ignored; the line names
+            these keys. None: the line is printed to stderr.
 
     Raises:
-        UserError: the file does not exist, or records cannot be parsed, have no known format or have no response (the
-            message lists the first 20 of them).
+        UserError: the file does not exist, or records are invalid: they cannot be parsed, have no known format or have
+            no response. The message lists the first 20 problems.
     """
     return [talk for (talk,) in read_as(source, FORMATS, notes)]
 
@@ -291,7 +291,10 @@ TURN_KEYS = ("role", "content", "input", *LOSS_FLAGS)
 
 
 def _check_loss_flags(turns: Turns) -> list[str]:
-    """Returns error messages about invalid values of LOSS_FLAGS, the keys that set whether an answer is in the loss."""
+    """Returns error messages about invalid values of the keys in LOSS_FLAGS.
+
+    If all values are valid, but exclude all answers from the loss, returns an error message that says so.
+    """
     problems = []
     for place, message in turns:
         for key, value in _loss_flags(message).items():
@@ -441,9 +444,11 @@ def render(conversation: Conversation, tokenizer: Tokenizer, style: chat.Style |
         style: the chat style, see `chat.styled`.
 
     Raises:
-        UserError: `chat.styled` refuses the tokenizer or the style, a message contains a special token, which could end
-            a turn, the chat template renders earlier turns differently when more turns follow, or the conversation has
-            tools but the chat template does not support tools.
+        UserError: one of the following is true.
+            - `chat.styled` raises an error for the tokenizer or the style.
+            - A message contains the text of a special token, which could end a turn.
+            - With the chat template, the text of earlier turns depends on the turns that follow.
+            - The conversation has tools, but the chat template does not support tools.
     """
     return render_all([conversation], tokenizer, style)[0]
 
@@ -545,7 +550,7 @@ def _answers(talk: Conversation) -> list[int]:
 
 
 def _spans(turns: list[tuple[str, str, bool]], tokenizer: Tokenizer, end: str) -> list[tuple[str, bool]]:
-    """Splits the text of a conversation into spans, which are prompts and answers in turn.
+    """Splits the text of a conversation into spans: a prompt, its answer, the next prompt, and so on.
 
     Args:
         turns: for each answer, the rendered text before the answer, the rendered text that includes the answer, and
@@ -574,11 +579,12 @@ def _spans(turns: list[tuple[str, str, bool]], tokenizer: Tokenizer, end: str) -
 def _render_all(tokenizer: Tokenizer, jobs: list[_Job]) -> list[str]:
     """Renders the messages of each job as text with `chat.apply`, many jobs per subprocess.
 
-    A job has the messages of a conversation up to an answer, without or with the answer itself. If rendering a batch of
-    jobs fails, the batch is halved repeatedly, to find the jobs that cause the error.
+    Each answer of a conversation has two jobs: the messages before the answer, and the messages up to and including the
+    answer. If rendering a batch of jobs fails, the batch is halved repeatedly, to find the jobs that cause the error.
     """
     problems: dict[str, None] = {}
-    builtin = chat.is_builtin(tokenizer.chat_template or "")  # built-in templates are rendered in this process
+    # built-in templates are trusted, so `chat.apply` renders them without a subprocess, and batching saves no time
+    builtin = chat.is_builtin(tokenizer.chat_template or "")
 
     def render_or_bisect(jobs: list[_Job]) -> list[str]:
         if len(problems) >= MAX_PROBLEMS:
@@ -646,10 +652,10 @@ def encode(
     loss_on: Literal["response", "all"] = "response",
     because: str = "",
 ) -> Encoded:
-    """Encodes each conversation as one training example. Conversations that do not fit are left out and counted.
+    """Encodes each conversation as one training example. Conversations longer than the context are dropped and counted.
 
     An example of n ids has n - 1 inputs, each with the next id as its target. The last id, the end of the answer, is
-    only a target, so that the example fits if n <= context_length + 1.
+    only a target, never an input. An example therefore fits in the context if n <= context_length + 1.
 
         ids      10 11 12 20 21  1     prompt 10 11 12, answer 20 21, end token 1; fits a context of 5 tokens
         weights   0  0  0  1  1  1     with loss_on="all": 1 everywhere
@@ -657,11 +663,13 @@ def encode(
     Args:
         style: the chat style, see `chat.styled`.
         loss_on: "response" computes the loss on the answers and their end tokens, "all" on every token.
-        because: text that names the setting from which the context length comes, such as
-            " (instruct.context_length)". It follows the context length in the error message if no conversation fits.
+        because: text that is added after the context length in the error message if no conversation fits; it names the
+            setting from which the context length comes, such as " (instruct.context_length)".
 
     Raises:
-        UserError: `render` refuses a conversation (the message lists up to 20 of them), or no conversation fits.
+        UserError: a conversation cannot be rendered, for a reason that `render` lists (the message names up to 20 such
+            conversations); an answer is excluded from the loss although loss_on is "all"; or no conversation fits in
+            the context.
     """
     if loss_on not in ("response", "all"):
         raise UserError(f"loss_on: expected response or all, got {loss_on!r}")

@@ -1,8 +1,8 @@
 """Training batches as a pure function of (seed, step), so that there is no iterator state to checkpoint.
 
 With n windows per epoch, window i of a run (i = step * batch_size + row) is window i % n of epoch i // n. A stateless
-permutation keyed by (seed, epoch) maps i % n to the window's start in the token array, so that the batch of any step
-can be computed directly, at the same cost.
+permutation keyed by (seed, epoch) maps i % n to the window's start in the token array. The batch of any step can
+therefore be computed directly, without the batches before it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ GOLDEN = 0x9E3779B97F4A7C15
 ORDER_OF_WINDOWS = "2"
 # number of window starts computed at once, because numpy's overhead per call dominates the time for a single batch
 AHEAD = 512
-# what a random number is used for; part of the hash key, so that each use has its own random numbers
+# purposes of the random numbers; the purpose is hashed with the seed, so that each purpose has its own random numbers
 ORDER, OFFSET, POSITION, TOKEN = range(4)
 
 
@@ -47,20 +47,22 @@ class Loader:
     """Computes training batches from one `TokenStore`.
 
     order=shuffle     Every epoch contains each window once, in a new order. With stride=None windows do not
-                      overlap, and every epoch starts at a different random offset, so that over several epochs every
-                      token becomes a target.
+                      overlap, and every epoch starts at a random offset, so that tokens that are not targets in one
+                      epoch can be targets in another.
     order=sequential  Windows are read from the first to the last, then again from the first.
-    stride=n          Windows start every n tokens; the last incomplete batch of an epoch is dropped.
-    weights, temperature   If either is given, several sources are interleaved deterministically (`mixture.assign`),
-                      and each source has its own epochs. If neither weights nor temperature is given, an epoch is one
-                      pass over all sources.
+    stride=n          Windows start every n tokens. The last incomplete batch of an epoch is dropped, unless the
+                      sources are interleaved or an epoch is smaller than a batch.
+    weights, temperature   If weights are given or the temperature is not 1, several sources are interleaved
+                      deterministically (`mixture.assign`), and each source has its own epochs. Otherwise an epoch is
+                      one pass over all sources.
 
     The arrays of a batch are [B, T]. segment_ids, positions and weights are None if there is a single document or
     document_mask=False. In all other cases segment_ids, positions and weights are arrays in every batch, so that shapes
     never change during a run.
 
     Raises:
-        UserError: a data source has fewer tokens than one window needs, or mask_tokens, stride or weights are invalid.
+        UserError: a source with a sampling probability above 0 has fewer tokens than one window needs, or mask_tokens,
+            stride or weights are invalid.
     """
 
     def __init__(
@@ -130,7 +132,7 @@ class Loader:
         begin, starts = self._ahead
         if not begin <= first <= first + n <= begin + len(starts):
             begin, starts = first, self._starts(np.arange(first, first + max(n, AHEAD), dtype=np.int64))
-            # one assignment sets both values, so that another thread never sees an old `begin` with new `starts`
+            # a single assignment of a tuple, so that another thread never reads an old `begin` with new `starts`
             self._ahead = (begin, starts)
         return starts[first - begin : first - begin + n]
 
@@ -212,11 +214,12 @@ def eval_batches(
 def gather(store: TokenStore, starts: np.ndarray, context_length: int, document_mask: bool) -> Batch:
     """Returns the batch of the windows that start at `starts` [B].
 
-    Beyond the end of the store, its last token is repeated.
+    If a window extends beyond the end of the store, it is filled with copies of the last token of the store.
 
     tokens       7 8 9 E 3 4     documents [7 8 9 E] and [3 4 5 E]; the token E ends one document and begins the next
     targets      8 9 E 3 4 5
-    weights      1 1 1 1 1 1     0 at the end of a document if the next document has its own begin token
+    weights      1 1 1 1 1 1     0 where the target is the first token of another document than the input; here
+                                 the E that ends the first document also begins the second and is part of it
     segment_ids  1 1 1 2 2 2
     positions    0 1 2 0 1 2     counted from the start of the document, or of the window if that is later
     """
@@ -256,9 +259,9 @@ def fingerprint(*arrays: np.ndarray) -> str:
 def epoch_rows(step: int, batch_size: int, n: int, seed: int) -> np.ndarray:
     """Returns the indices [B] int64 of the rows that are in the batch of training step `step`.
 
-    Every epoch contains each of the n rows once, in a new order, which is computed as in `Loader` for n windows. Row b
-    of the batch is the i-th row of the run, with i = step * batch_size + b; this is row i % n of epoch i // n. A batch
-    may span two epochs.
+    Every epoch contains each of the n rows once, in a new order; `permute` computes the order from the seed and the
+    number of the epoch. Row b of the batch is the i-th row of the run, with i = step * batch_size + b; it is the
+    (i % n)-th row of epoch i // n. A batch may contain the last rows of one epoch and the first rows of the next.
     """
     epoch, j = np.divmod(np.arange(step * batch_size, (step + 1) * batch_size, dtype=np.int64), n)
     key = _mix(epoch.astype(np.uint64) + np.uint64(_mix_int((seed & MASK_64) ^ _mix_int(ORDER + 1))))
@@ -269,10 +272,11 @@ def permute(index: np.ndarray, n: int, key: np.ndarray) -> np.ndarray:
     """Apply the pseudorandom permutation of range(n) given by `key` to each index. Returns int64 indices.
 
     For n <= 256 the permutation is the argsort of n splitmix64 values that are seeded by the key, so that all
-    permutations are equally likely. For a larger n it is a Feistel network, which needs no table: an index is split
-    into two digits (mixed radix a, b), and each digit in turn is shifted by a hash of the other digit, a step that is
-    invertible for any hash. The Feistel network permutes range(a * b), where a * b exceeds n by at most sqrt(n); an
-    output of n or more is permuted again until it is below n (cycle walking).
+    permutations are equally likely. For n > 256 it is a Feistel network, which needs no array of n values. The network
+    splits an index into two digits, left = index // b and right = index % b. Each round adds a hash of `right` to
+    `left` modulo a, and then a hash of `left` to `right` modulo b; a round can be inverted for any hash. The network
+    permutes range(a * b), where a * b exceeds n by at most sqrt(n). If the result is n or more, it is permuted again
+    until it is below n (cycle walking).
     Source: Steele et al., "Fast Splittable Pseudorandom Number Generators" (2014); Black and Rogaway,
     "Ciphers with Arbitrary Finite Domains" (2002), methods 2 and 3.
     """
@@ -321,6 +325,7 @@ def _lane(begin: int, end: int, cfg: DataConfig, t: int) -> Lane:
         return Lane(begin, windows.count(n, t, cfg.stride), cfg.stride, 1)
     if cfg.order == "sequential" or n <= t:
         return Lane(begin, max(n - 1, 0) // t, t, 1)
-    # one window fewer than n // t (but at least one), so that, if n >= 2 t, an epoch can begin at t or more offsets
+    # An epoch of n tokens could have n // t windows. It gets one window fewer, but at least one, so that n >= 2 * t
+    # tokens leave at least t possible offsets of the first window.
     n_windows = max(1, (n - t) // t)
     return Lane(begin, n_windows, t, n - n_windows * t)

@@ -12,7 +12,8 @@ from gptjax.errors import UserError
 def shares(weights: Sequence[float] | np.ndarray, temperature: float = 1.0) -> np.ndarray:
     """Returns sampling probabilities p_i proportional to w_i ** temperature, [n] float64. A weight of 0 gives p_i = 0.
 
-    temperature  1: p is proportional to the weights; 0: p is uniform; between 0 and 1: small sources are upsampled.
+    temperature  1: p is proportional to the weights; 0: p is uniform; between 0 and 1: sources with small weights get a
+                 larger p than with temperature 1.
     Source: the exponent alpha of multilingual sampling, arXiv:1911.02116, section 3.1.
     """
     weights = np.asarray(weights, np.float64)

@@ -81,7 +81,8 @@ def first_fit(lengths: np.ndarray, context_length: int) -> list[tuple[int, int]]
     for i in np.argsort(-lengths, kind="stable"):
         if lengths[i] != last:
             first, last = 0, lengths[i]
-        first += int(np.argmax(free[first : n_rows + 1] >= lengths[i]))  # no earlier row has enough space
+        # search from the row of the previous example of this length, because no row before it has enough space
+        first += int(np.argmax(free[first : n_rows + 1] >= lengths[i]))
         places[i] = (first, context_length - int(free[first]))
         free[first] -= lengths[i]
         n_rows = max(n_rows, first + 1)
@@ -104,7 +105,7 @@ def _lengths(encoded: Encoded, context_length: int | None) -> np.ndarray:
 
 
 def members(places: list[tuple[int, int]]) -> list[list[int]]:
-    """Returns the indices of the examples in each row, in the order of their start."""
+    """Returns, for each row, the indices of its examples, in the order of the positions at which the examples start."""
     rows: list[list[int]] = [[] for _ in range(1 + max(row for row, _ in places))]
     for i in sorted(range(len(places)), key=lambda i: places[i]):
         rows[places[i][0]].append(i)
@@ -115,7 +116,7 @@ def _fill(encoded: Encoded, places: list[tuple[int, int]], length: int) -> Rows:
     """Returns rows of `length` tokens that contain the examples.
 
     places[i] is the row of example i and the position in the row at which the example starts. There are no gaps between
-    the examples of a row; its padding is at the end.
+    the examples of a row; all padding is at the end of the row.
     """
     rows = empty(1 + max(row for row, _ in places), length)
     examples = zip(places, encoded.rows, encoded.weights, strict=True)

@@ -123,7 +123,8 @@ def _with_prompt(prompt: str, record: Record, response: str) -> Parsed:
         return response_turns
     if contents[0][0] == "assistant":
         return [*prompt_turns, *response_turns]
-    if as_text and ("user", record[prompt]) in contents:  # the response already contains the prompt
+    # the response is a whole conversation that contains the prompt, for example after a system message
+    if as_text and ("user", record[prompt]) in contents:
         return response_turns
     return (
         f"{response}: expected messages that begin with those of {prompt}, or the answer of role assistant alone; "
@@ -155,11 +156,12 @@ def read(source: str, notes: list[str] | None = None) -> list[Pair]:
     """Reads the pairs of a .json (array), .jsonl, .parquet or .csv file, or of hf:org/name[:config][@split].
 
     Args:
-        notes: a list to which a line about ignored keys is appended, or None, see `conversations.read`.
+        notes: list to which a line of text that names the ignored keys is appended, as in `conversations.read`. None:
+            the line is printed to stderr.
 
     Raises:
-        UserError: the file cannot be read or has invalid records, as in `conversations.read`, or the two conversations
-            of a pair have different prompts or the same answer (the message lists the first 20 such pairs).
+        UserError: the file cannot be read or has invalid records (see `conversations.read`); or the two conversations
+            of a pair have different prompts, or the same answer (the message lists the first 20 such pairs).
     """
     pairs = [Pair(*talks) for talks in conversations.read_as(source, FORMATS, notes)]
     problems = []
@@ -208,11 +210,12 @@ def encode(
     Pairs whose two conversations together do not fit in `context_length` tokens are dropped and counted.
 
     Args:
-        because: text that names the setting from which the context length comes, such as " (prefer.context_length)".
-            It follows the context length in the error message if no pair fits.
+        because: text that is added after the context length in the error message if no pair fits; it names the setting
+            from which the context length comes, such as " (prefer.context_length)".
 
     Raises:
-        UserError: `conversations.render` refuses a conversation, or no pair fits.
+        UserError: a conversation cannot be rendered, for a reason that `conversations.render` lists, or no pair fits in
+            the context.
     """
     talks = [getattr(pair, response) for pair in pairs for response in RESPONSES]
     encoded = conversations.encode(talks, tokenizer, style=style, context_length=1 << 30)
@@ -264,7 +267,8 @@ def batch(rows: PairRows, step: int, *, batch_size: int, seed: int, reference: n
 
 
 def eval_batches(rows: PairRows, batch_size: int, reference: np.ndarray | None = None) -> Iterator[PairBatch]:
-    """Yields batches that contain every row once, in order; the last batch is padded with rows whose `present` is 0."""
+    """Yields batches that contain every row once, in order. If the last batch is incomplete, it is filled with copies
+    of the last row, whose pairs have present = 0."""
     n = len(rows.tokens)
     for first in range(0, n, batch_size):
         index = np.arange(first, first + batch_size)

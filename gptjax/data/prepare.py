@@ -47,8 +47,8 @@ def prepare(
             and the total number of bytes.
 
     Raises:
-        UserError: a text cannot be read, there is too little text, or the tokenizer has more than model.vocab_size
-            ids.
+        UserError: a text cannot be read, there is too little text, or model.vocab_size is not 0 and the tokenizer has
+            more token ids than that.
     """
     refuse_missing(cfg)
     train_documents = documents(cfg.data)
@@ -201,8 +201,8 @@ def _describe_sources(documents: Documents) -> list[dict]:
 def _key(cfg: Config, train: Documents, val: Documents | None, loaded: Tokenizer | None) -> str:
     """Returns a hash of everything that the token ids depend on.
 
-    For a tokenizer that is not trained yet, only its settings are hashed, because the hash already covers the text on
-    which it will be trained.
+    If the tokenizer is not trained yet, the hash contains its settings instead of its vocabulary. The settings suffice,
+    because the hash also contains the fingerprint of the text on which the tokenizer will be trained.
     """
     data = cfg.data
     if loaded:

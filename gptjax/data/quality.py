@@ -96,7 +96,7 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 def exact(texts: Sequence[Texts]) -> list[list[str]]:
-    """Returns groups of records with the same text up to case and whitespace; a group is a list of their locations."""
+    """Returns groups of records whose texts differ at most in case and whitespace. A group is a list of locations."""
     groups: dict[str, list[str]] = {}
     for file in texts:
         for location, text in file.records:
@@ -188,9 +188,9 @@ PATTERNS: dict[str, tuple[str, Callable[[str], bool] | None]] = {
 def sensitive(texts: Sequence[Texts]) -> list[tuple[str, str, str]]:
     """Finds possible secrets and personal data.
 
-    Returns the kind, the location and the masked text of each; masked means that asterisks replace the middle of the
-    text. The kinds of secrets and personal data are the keys of PATTERNS. A version number of four components, such as
-    1.2.3.4, counts as an IP address.
+    Returns a tuple (kind, location, masked text) for each secret or piece of personal data. The kind is a key of
+    PATTERNS; in the masked text, asterisks replace the middle. A version number of four components, such as 1.2.3.4, is
+    reported as an IP address.
     """
     findings = []
     for location, text in (record for file in texts for record in file.records):

@@ -1,8 +1,8 @@
 """Reads text lazily from files, folders, named assets and the Hugging Face hub; an invalid file raises an error.
 
 A document has a name, a text and a group, which is the name of the file that the document came from. Names are relative
-to the path that the user gave, so that the same corpus has the same names, and the same held-out documents, on every
-machine. The sources that data.source may name:
+to the path that the user gave. The same corpus therefore has the same names on every machine and, because the
+validation split depends on the names, the same validation documents. The sources that data.source may name:
 
     shakespeare            a named asset (`gptjax.assets.ASSETS`), which takes precedence over a folder of the same
                            name: write ./shakespeare for the folder
@@ -143,8 +143,8 @@ def _is_ours(folder: Path) -> bool:
 def _folder(name: str, folder: Path) -> list[tuple[str, Path]]:
     """Returns the names, relative to the folder, and the paths of the .txt and .md files in a folder at any depth.
 
-    If there are none, returns those of the .jsonl, .csv and .parquet files instead. Skips run directories and saved
-    models of gptjax.
+    If the folder has no .txt or .md file, returns the names and paths of its .jsonl, .csv and .parquet files instead.
+    Skips run directories and saved models of gptjax.
     """
     if _is_ours(folder):
         raise UserError(f"data.source={name} is a run or model of gptjax, not text: give text files or their folder")
@@ -234,7 +234,7 @@ def _no_field(location: str, field: str, fields: Iterable[str]) -> str:
 def _read_csv(path: Path, name: str, field: str) -> Iterator[Document]:
     """Yields a document per row of a CSV file with a header.
 
-    All values are strings: NA and null are not read as missing values, and numbers stay as they are written.
+    All values are strings: NA and null are not read as missing values, and numbers are not converted.
     """
     header: list[str] = []
     for start, row in tables.delimited(tables.lines(path), strict=True):
