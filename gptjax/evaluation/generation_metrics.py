@@ -161,7 +161,7 @@ def token_f1(answer: str, expected: str) -> float:
 
 
 def win_rate(rows: Sequence[Row], others: Sequence[Row]) -> dict[str, Any]:
-    """Compares the model of `rows` with the model of `others` on the questions that both have answered.
+    """Compares the model of `rows` with the model of `others` on the questions that both models have answered.
 
     On each question, the model under which the expected answer is more likely wins; a tie counts as half a win.
 

@@ -467,7 +467,7 @@ def _text(text: str, what: str) -> bytes:
 
 # function (blocks [n], out [n, block] float32) that writes the values of the blocks into `out`
 Decode = Callable[[np.ndarray, np.ndarray], None]
-# function that takes values [n, block] float32, and returns blocks [n], whose dtype is `layout` of the type
+# function that takes values [n, block] float32, and returns blocks [n] of the dtype `_Type.layout`
 Encode = Callable[[np.ndarray], np.ndarray]
 
 
@@ -475,7 +475,7 @@ class _Type(NamedTuple):
     name: str
     id: int  # id of the type in ggml
     block: int  # number of values per block
-    layout: np.dtype  # dtype of a block, structured unless a block is a single value
+    layout: np.dtype  # dtype of a block: a structured dtype, unless a block is a single value
     decode: Decode
     encode: Encode | None = None
 

@@ -151,7 +151,10 @@ def stream(
     cache_dtype: DTypeLike | None = None,
     patches: Patches | None = None,
 ) -> Iterator[list[int]]:
-    """Yields the tokens of `generate` for one prompt, `every` tokens at a time; closing the iterator stops decoding."""
+    """Yields the tokens of `generate` for one prompt, in lists of `every` tokens; the last list may be shorter.
+
+    Closing the iterator stops decoding.
+    """
     if max_new_tokens < 1:
         return
     drawable = drawable_ids(vocab_size, cfg)

@@ -72,7 +72,7 @@ def speculate(
             models may have different numbers of padding rows.
 
     Raises:
-        UserError: the vocabularies differ, one of the models is a classifier, the sampler is not one of those listed
+        UserError: the vocabularies differ, one of the models is a classifier, `sampler` is not one of those listed
             above, or the prompt, the new tokens and `ahead` + 1 tokens do not fit in the context of one of the models.
     """
     refuse_classifier(cfg)
