@@ -93,7 +93,8 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-# maps a byte order mark to its encoding; UTF-32 comes first, because its little-endian mark starts with UTF-16's
+# Maps a byte order mark to its encoding. UTF-32 comes first, because the mark of little-endian UTF-32 starts with the
+# mark of little-endian UTF-16.
 MARKS = {
     codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32", codecs.BOM_UTF16_LE: "UTF-16",
     codecs.BOM_UTF16_BE: "UTF-16",
@@ -112,7 +113,10 @@ def other_encoding(start: bytes) -> str | None:
 
 
 def one_line_end(text: str) -> str:
-    """Convert all line ends to \\n, from \\r\\n (Windows) or, if the text has no \\n, from \\r (classic Mac OS)."""
+    """Convert the line ends of Windows, \\r\\n, and of classic Mac OS, \\r, to \\n.
+
+    \\r alone counts as a line end only if the text contains no \\n.
+    """
     return text.replace("\r\n", "\n") if "\n" in text else text.replace("\r", "\n")
 
 

@@ -2,7 +2,8 @@
 
 split_documents   pretraining           holds out the tail of each file, or whole documents or files
 split_labelled    classification        splits stratified by class, grouped by equal texts, or as in the book
-split_records     instructions, pairs   splits a file in order, or synthetic questions by `is_held_out`
+split_records     instructions, pairs   splits the records of a file in their order; without a file, makes synthetic
+                                        questions, and splits them by `is_held_out`
 
 The book is "Build a Large Language Model (From Scratch)" by Sebastian Raschka.
 """
@@ -80,17 +81,18 @@ def split_documents(
     data.split says what is held out for val:
 
     tail      the last val_fraction of the characters of each file
-    document  whole documents, in the order of a hash of their names, until their bytes are as close to val_fraction of
-              all bytes as possible. The choice of held-out documents depends on neither the seed nor the order of the
-              documents, so runs with different seeds can be compared.
+    document  whole documents with about val_fraction of the bytes of the source. They are chosen by a hash of their
+              names (see `hold_out`), independently of the seed and of the order of the documents, so that runs with
+              different seeds can be compared.
     file      whole files, chosen in the same way as documents
     auto      as document for a source with 10 or more documents, else as tail
 
-    If `val`, the documents of data.val_source, is given, nothing is held out.
+    If data.val_source is set, `val` must contain its documents: they are the validation split, and all of `documents`
+    are for training.
 
-    `how` has a dict per source, with the keys source, split, documents and bytes. `split` is tail, document or file, or
-    none if `val` is given. If the split is not none, the dict also has the key held_out, with the names of the first
-    100 documents or files that are held out, at least in part.
+    `how` is a list with a dict for each source, which has the keys source, split, documents and bytes. `split` is tail,
+    document or file, or none if `val` is given. If the split is not none, the dict also has the key held_out, with the
+    names of the first 100 documents or files that are held out, at least in part.
     """
     if val is not None:
         how, counts = [], [0, 0]
@@ -118,10 +120,10 @@ class Sizes(NamedTuple):
 
 
 def measure(source: Source) -> Sizes:
-    """Measure all documents of a source in one pass over the text, which also validates the text.
+    """Read all documents of a source once, to measure them and to find invalid files.
 
     Raises:
-        UserError: files cannot be read (the message lists the first 10 of them).
+        UserError: files cannot be read or are invalid (the message lists the first 10 of them).
     """
     names: list[str] = []
     sizes: list[tuple[int, int, int]] = []
@@ -182,11 +184,16 @@ def _tail_cuts(sizes: Sizes, fraction: float) -> np.ndarray:
 
 
 def hold_out(names: list[str], sizes: np.ndarray, fraction: float) -> np.ndarray:
-    """Returns a mask [n] bool of the `names` to hold out, at least one and never all.
+    """Returns a mask [n] bool of the documents or files to hold out: at least one of them, and never all of them.
 
-    Goes through the names in the order of their hashes, and holds out each name that brings the held-out share of the
-    total size closer to `fraction`. Stops at the first name that does not; names that are too large are skipped while
-    nothing is held out yet. If every name is too large, the smallest is held out.
+    The items (documents or files) are held out in the order of the hashes of their names, as long as each item brings
+    the held-out size closer to `fraction` of the total size. Items at the beginning of this order that are too large
+    for that are skipped. If every item is too large, only the smallest item is held out.
+
+    Args:
+        names: names of the items.
+        sizes: size of each item, in any unit.
+        fraction: proportion of the total size to hold out.
     """
     order = sorted(range(len(names)), key=lambda i: _hash(names[i]))
     target, taken = fraction * float(np.sum(sizes)), 0.0
@@ -275,7 +282,10 @@ def normalized(text: str) -> str:
 
 
 def _unseen(texts: Sequence[str], seen: set[str]) -> list[int]:
-    """Returns the indices of the texts whose normalised form is not in `seen`, and adds these forms to `seen`."""
+    """Returns the indices of the texts that are neither in `seen` nor equal to an earlier text, after normalisation.
+
+    The normalised forms of the texts at these indices are added to `seen`.
+    """
     rows = []
     for i, text in enumerate(texts):
         if (key := normalized(text)) not in seen:

@@ -45,8 +45,8 @@ class TokenStore:
     n_bytes        number of UTF-8 bytes of the text, from which bits per byte are computed
     fingerprint    hash that identifies the tokens and the boundaries of documents and sources
     begin_id       id of the begin token, which precedes the text of a document. The begin token is the first token of
-                   the document, or, if the previous document ends with `begin_id`, that last token. None: there is no
-                   begin token
+                   the document, unless the previous document ends with `begin_id`: its last token then serves as the
+                   begin token. None: there is no begin token
     """
 
     tokens: np.ndarray
@@ -91,8 +91,8 @@ class TokenStore:
     ) -> TokenStore:
         """Makes a `TokenStore` of arrays in memory, for notebooks and tests.
 
-        If `begin_id` is None and all of several documents end with the same token, that token is also their begin
-        token, as it is in the token cache on disk.
+        If `begin_id` is None, there are at least two documents, and all documents end with the same token, then that
+        token is also used as the begin token, like the end-of-text token of GPT-2.
         """
         ids = np.asarray(ids)
         tokens = ids.astype(dtype_for(int(ids.max(initial=0)) + 1))
@@ -259,7 +259,8 @@ def _publish(partial: Path, folder: Path, manifest: dict) -> tuple[Path, dict]:
         except OSError:
             if not folder.exists():
                 raise
-        existing, _ = verify(folder)  # another process created the folder first, or it is damaged
+        # the folder exists already: it is either complete, because another process was faster, or damaged
+        existing, _ = verify(folder)
         if existing:
             return folder, existing
         trash = Path(tempfile.mkdtemp(prefix=".partial-damaged-", dir=folder.parent))

@@ -1,12 +1,13 @@
-"""Synthetic questions with exact answers, the data of instruction fine-tuning if `instruct.source` is not set.
+"""Synthetic questions with exact answers, used for instruction fine-tuning if `instruct.source` is not set.
 
     skills(4, seed=0)                   user: "What is the plural of lamp?"   assistant: "lamps"
     skills(4, seed=0, held_out=True)    similar questions, about words and numbers that are not in the training data
 
-A skill is a type of question, such as forming a plural. A hash assigns every word, pair or triple of numbers, and
-measure (such as 7 meters) either to training or to the held-out questions, independently of the seed. In questions
-about spelling the letters of a word are separated, because a small model cannot learn from other words how to spell a
-word that is a single token.
+A skill is a type of question, such as forming a plural. A question is about words, a sum, a difference, three numbers
+to sort, or a measure such as 7 meters. A hash of each of these subjects decides, independently of the seed, whether the
+subject occurs only in training or only in held-out questions. If a question is about the spelling of a word, the
+letters of the word are separated by spaces or hyphens, because a small model cannot learn from other words how to spell
+a word that is a single token.
 """
 
 from __future__ import annotations
@@ -195,9 +196,9 @@ SKILLS: dict[str, Skill] = {
 def skills(n: int, seed: int, held_out: bool = False, turns: int = 1) -> list[Conversation]:
     """Returns conversations that contain n questions with their answers, nearly the same number for every skill.
 
-    The numbers of questions differ by at most one between skills. `where` of a conversation lists the skill and the
-    number of each question: "plural:17" is question 17, about a plural. A question is repeated only if `ATTEMPTS`
-    random draws in a row gave questions that are already used.
+    The numbers of questions differ by at most one between skills. The attribute `where` of a conversation lists the
+    skill and the index, from 1, of each question: "plural:17" is the 17th question, which asks for a plural. A question
+    is repeated only if `ATTEMPTS` random draws in a row gave questions that are already used.
 
     Args:
         held_out: whether to ask about the held-out words and numbers instead of the words and numbers for training.

@@ -10,7 +10,7 @@ from gptjax.errors import UserError
 
 
 def count(n_tokens: int, length: int, stride: int) -> int:
-    """Returns the number of windows of `length` + 1 tokens that fit in `n_tokens` tokens, one every `stride` tokens."""
+    """Returns how many windows of `length` + 1 tokens fit in `n_tokens` tokens, if one starts every `stride` tokens."""
     return len(range(0, n_tokens - length, stride))
 
 
@@ -24,8 +24,8 @@ def windows(
         targets  [[367, 2885, 1464, 1807], [2885, 1464, 1807, 3619]]
 
     With `drop_last=False`, tokens that remain at the end get one more full window, which ends at the last token and
-    overlaps the window before it. If there is no such window, the results are read-only, and views of `ids` if `ids` is
-    an array.
+    overlaps the window before it. Unless this window is added, the two returned arrays are read-only, and they are
+    views of `ids` if `ids` is an array.
 
     Raises:
         UserError: there are fewer than length + 1 ids, or length or stride is below 1.

@@ -15,8 +15,8 @@ from gptjax.errors import UserError
 from gptjax.evaluation.intervals import interval
 from gptjax.formats import tables
 
-# a question with the expected and the generated answer, a dict with the keys where, prompt, expected and answer, and
-# the optional keys nats, tokens, system, history and constraints
+# Dict for a question, with the expected and the generated answer: it has the keys where, prompt, expected and answer,
+# and the optional keys nats, tokens, system, history and constraints.
 Row = dict[str, Any]
 MAX_PROBLEMS = 20
 
@@ -115,7 +115,7 @@ def scores(rows: Sequence[Row]) -> dict[str, Any]:
     exact            proportion of answers that equal the expected answer, ignoring whitespace around them
     normalised       the same proportion, also ignoring case, all differences in whitespace and full stops at the end
     token_f1         mean F1 score of the answers' words (arXiv:1606.05250, section 4.1, except that articles count)
-    nats_per_token   mean loss of the expected answers' tokens, if rows have nats and tokens
+    nats_per_token   mean loss of the expected answers' tokens, if all rows have nats and tokens
     constraints      proportion of constraints that are met, if rows have constraints
     all_constraints  proportion of rows whose answer meets all constraints, among the rows that have constraints
     """
@@ -161,10 +161,13 @@ def token_f1(answer: str, expected: str) -> float:
 
 
 def win_rate(rows: Sequence[Row], others: Sequence[Row]) -> dict[str, Any]:
-    """Returns the proportion of questions that the model of `rows` wins against the model of `others`.
+    """Compares the model of `rows` with the model of `others` on the questions that both models have answered.
 
-    The winner is the model under which the expected answer is more likely; a tie counts as half a win. The result is a
-    dict with the number of questions n, the proportion win_rate and its confidence interval win_rate_interval.
+    On each question, the model under which the expected answer is more likely wins; a tie counts as half a win.
+
+    Returns:
+        A dict with the number of questions n, the proportion win_rate of questions that the model of `rows` wins, and
+        the confidence interval win_rate_interval of this proportion.
 
     Raises:
         UserError: `rows` and `others` have no question in common, or a row lacks the key nats.

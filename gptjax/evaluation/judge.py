@@ -42,7 +42,7 @@ def judge(
         rows: answers to score, with the keys prompt, expected and answer.
         url: base URL of the API, without /chat/completions, such as http://localhost:11434/v1.
         model: name of the model on the server.
-        key: API key, sent as a bearer token and never printed. None: the value of OPENAI_API_KEY.
+        key: API key, sent as a bearer token and never printed. None: the environment variable OPENAI_API_KEY.
         log: function that is called with progress messages.
 
     Raises:

@@ -26,8 +26,8 @@ def losses(
     """Returns the mean loss of each text in nats per token, [n] float32.
 
     Only the first 512 predicted tokens of a text count, or fewer if the context length of the model is shorter. The
-    loss of a text of one token is nan, because no token of it is predicted, unless the tokenizer adds a BOS token.
-    `say` is a function that is called with progress messages.
+    loss is nan for a text in which no token is predicted: an empty text, or a text of a single token if the tokenizer
+    adds no BOS token. `say` is a function that is called with progress messages.
     """
     width = min(WIDTH, cfg.context_length)
     begin = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []

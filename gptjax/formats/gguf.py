@@ -6,7 +6,7 @@
 
 All values are little-endian. A GGUF file consists of a header with typed key-value pairs (the metadata) and the list of
 tensors, padding to the alignment, and the data of each tensor at an aligned offset. A quantised tensor is stored in
-blocks of values along its last axis, each with its own scale; `TYPES` has the layout of a block of each type.
+blocks of values along its last axis, each with its own scale; `TYPES` defines the layout of the blocks of each type.
 
 Files are untrusted: every count and length is compared with the remaining size of the file before anything is
 allocated, so that a bad file raises an error. The data is read, not memory-mapped, because this process would be killed
@@ -38,10 +38,12 @@ ALIGNMENT = 32  # alignment in bytes if the metadata has no general.alignment
 
 MAX_HEADER_BYTES = 64 << 20  # maximum size of metadata and tensor list; the largest vocabularies need 20 MB
 MAX_STRING_BYTES = 1 << 20
-MAX_STRINGS = 1 << 20  # maximum number of strings in arrays; the largest tokenizers have 0.65 million tokens and merges
+# maximum number of strings in all arrays of the metadata together; the largest tokenizers have 0.65 million tokens and
+# merges
+MAX_STRINGS = 1 << 20
 MAX_METADATA, MAX_TENSORS, MAX_DIMS = 10_000, 20_000, 4
 MAX_ALIGNMENT = 64 << 10
-MAX_NAME_BYTES = 63  # longest tensor name that is written, because llama.cpp refuses longer names
+MAX_NAME_BYTES = 63  # maximum number of bytes of a tensor name in a new file, because llama.cpp refuses longer names
 MAX_SHOWN = 20  # maximum number of problems listed in an error message
 
 CHUNK = 1 << 16  # number of values converted at once, so that they fit in the CPU cache
@@ -434,7 +436,7 @@ _NUMBER_TYPES = {np.dtype(bool): _BOOL, **{dtype: kind for kind, dtype in _NUMBE
 
 
 def _typed(value: Any, what: str) -> np.ndarray:
-    """Converts a Python number, or a list of numbers, to a numpy array of the dtype that the file will have."""
+    """Converts a Python number, or a list of numbers, to a numpy array of the dtype in which it will be written."""
     items = value if isinstance(value, list | tuple) else [value]
     kinds = {type(item) for item in items}
     if kinds == {bool}:
@@ -465,7 +467,7 @@ def _text(text: str, what: str) -> bytes:
 
 # function (blocks [n], out [n, block] float32) that writes the values of the blocks into `out`
 Decode = Callable[[np.ndarray, np.ndarray], None]
-# function that takes values [n, block] float32, and returns blocks [n], whose dtype is `layout` of the type
+# function that takes values [n, block] float32, and returns blocks [n] of the dtype `_Type.layout`
 Encode = Callable[[np.ndarray], np.ndarray]
 
 
@@ -473,7 +475,7 @@ class _Type(NamedTuple):
     name: str
     id: int  # id of the type in ggml
     block: int  # number of values per block
-    layout: np.dtype  # dtype of a block, structured unless a block is a single value
+    layout: np.dtype  # dtype of a block: a structured dtype, unless a block is a single value
     decode: Decode
     encode: Encode | None = None
 

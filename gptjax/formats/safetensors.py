@@ -115,8 +115,9 @@ def open_file(path: str | os.PathLike[str]) -> File:
             head = file.read(16)
             length = int.from_bytes(head[:8], "little")
             if len(head) < 8 or length > min(size - 8, MAX_HEADER):
-                # a damaged safetensors file may begin with the magic bytes of another format by chance, because these
-                # bytes are the header length; its byte 8 is still the "{" of the JSON header
+                # A safetensors file begins with the length of its header, whose bytes may equal the magic bytes of
+                # another format by chance. A file with the "{" of the JSON header at byte 8 is therefore reported as a
+                # damaged safetensors file.
                 kinds = [kind for magic, kind in _MAGIC.items() if head.startswith(magic) and head[8:9] != b"{"]
                 what = f"a safetensors file but {kinds[0]}" if kinds else "a whole safetensors file"
                 raise UserError(

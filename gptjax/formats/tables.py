@@ -37,7 +37,7 @@ def read(source: str) -> Iterator[tuple[str, Record | UserError]]:
     In place of an invalid record, a UserError that describes the problem is yielded.
 
     Raises:
-        UserError: the file does not exist, or reading it fails before its end.
+        UserError: the file does not exist or has none of these extensions, or the file or dataset cannot be read.
     """
     if source.startswith("hf:"):
         return _hub_records(source)
@@ -103,8 +103,8 @@ def tsv(source: str, quoted: bool = False) -> Iterator[tuple[str, Record | UserE
     A file without a header has two columns, label and text.
 
     Args:
-        quoted: whether a cell that begins with a quote extends to the next quote, even across lines, as pandas reads
-            it.
+        quoted: whether a cell that begins with a quote extends to the next quote, even across lines, as it does in
+            pandas.
     """
     path = user_path(source)
     if not path.is_file():
@@ -137,7 +137,8 @@ def _hub_records(source: str) -> Iterator[tuple[str, Record | UserError]]:
     repo, config, split = hub_name(source)
     try:
         records = list(hub(repo, config, split))
-    except Exception as error:  # the user can fix most errors, such as no network or an unknown name
+    # every error becomes a UserError, because most of them, such as an unknown name, can be fixed by the user
+    except Exception as error:
         raise UserError(
             f"{source}: {type(error).__name__}: {first_line(error)}\n"
             "  check the name (hf:org/name[:config][@split]) and the network, or give a local file"
@@ -202,8 +203,8 @@ def jsonl(lines: Iterable[str]) -> Iterator[tuple[int, Any]]:
 def delimited(lines: Iterable[str], **dialect: Any) -> Iterator[tuple[int, list[str] | csv.Error]]:
     """Yield (number of the row's first line, cells of the row) for each row that is not blank.
 
-    `dialect` has the formatting parameters of `csv.reader`. If a row is invalid, a csv.Error is yielded instead of its
-    cells, and the iteration ends.
+    `dialect` is passed to `csv.reader`, for example `delimiter`. If a row is invalid, a csv.Error is yielded instead of
+    its cells, and the iteration ends.
     """
     csv.field_size_limit(max(csv.field_size_limit(), MAX_FIELD_CHARACTERS))
     rows = csv.reader(lines, **dialect)

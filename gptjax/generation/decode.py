@@ -72,11 +72,11 @@ def generate(
     """Generates up to `max_new_tokens` tokens after each prompt, ending a row at any token in `stop`.
 
     Args:
-        prompts: token ids, at least one per prompt. A prompt longer than the context is truncated from the left, so
-            that only its last tokens are used.
+        prompts: for each prompt, its token ids, at least one. A prompt longer than the context is truncated from the
+            left, so that only its last tokens are used.
         sampler: function that takes logits [B, V] and a key, and returns tokens [B]; either from
             `gptjax.generation.sampling` or your own.
-        until: function that takes the new tokens that a row has so far, and returns True if the row ends with them; see
+        until: function that takes the list of a row's new tokens so far, and returns True to end the row there; see
             `stop_strings`. Every 8 decoding steps, the function is called on the host once for each of the 8 tokens.
         vocab_size: size of the tokenizer's vocabulary; ids >= vocab_size (padding rows of the embedding) are not drawn.
             If `vocab_size` is None, every id of the model may be drawn.
@@ -151,7 +151,10 @@ def stream(
     cache_dtype: DTypeLike | None = None,
     patches: Patches | None = None,
 ) -> Iterator[list[int]]:
-    """Yields the tokens of `generate` for one prompt, `every` tokens at a time; closing the iterator stops decoding."""
+    """Yields the tokens of `generate` for one prompt, in lists of `every` tokens; the last list may be shorter.
+
+    Closing the iterator stops decoding.
+    """
     if max_new_tokens < 1:
         return
     drawable = drawable_ids(vocab_size, cfg)
@@ -231,7 +234,7 @@ class _State(NamedTuple):
     i: jax.Array  # int32: number of decoding steps done
     done: jax.Array  # [B] bool: whether the row has ended, for example at a stop token
     cache: Cache
-    seen: jax.Array | None  # [B, drawable] bool: whether the row contains the token; None if the sampler ignores it
+    seen: jax.Array | None  # [B, drawable] bool: whether the row contains the token; None if not used by the sampler
     logprobs: jax.Array | None  # [B, N] float32
     top: tuple[jax.Array, jax.Array] | None  # ids and log-probabilities of the k most likely tokens, [B, N, k]
 
@@ -245,7 +248,7 @@ class _Settings(NamedTuple):
     max_new: int  # N: maximum number of new tokens per row
     n: int  # number of samples per prompt
     logprobs: int | None
-    drawable: int  # number of ids that may be drawn, 0 to drawable - 1
+    drawable: int  # only ids below this number may be drawn
     cache_dtype: str | None
 
     @property
@@ -426,14 +429,14 @@ def _next_logits(
         step_logits, step_cache = decode_step()
 
         def select(refilled: jax.Array, stepped: jax.Array) -> jax.Array:
-            # number of axes after the batch axis B: an array with five axes is stacked over layers, [L, B, ..], and
-            # all other arrays are [B, ..]
+            # Number of axes after the batch axis B, over which `full` [B] is broadcast. B is the second axis of arrays
+            # with five axes, because they are stacked over layers, [L, B, ..], and the first axis of other arrays.
             ndim = 3 if refilled.ndim == 5 else refilled.ndim - 1
             return jnp.where(full.reshape(-1, *[1] * ndim), refilled, stepped)
 
         return select(logits, step_logits), jax.tree.map(select, fresh, step_cache)
 
-    if settings.slots < cfg.context_length:  # such a cache fits all tokens of this call, so that it is never full
+    if settings.slots < cfg.context_length:  # the cache is never full, because it has room for all tokens of the call
         return decode_step()
     return jax.lax.cond(full.any(), refill, decode_step)
 

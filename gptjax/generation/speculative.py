@@ -72,8 +72,8 @@ def speculate(
             models may have different numbers of padding rows.
 
     Raises:
-        UserError: the vocabularies differ, one of the models is a classifier, the sampler's probabilities are not
-            known, or the prompt, the new tokens and `ahead` + 1 tokens do not fit in the context of one of the models.
+        UserError: the vocabularies differ, one of the models is a classifier, `sampler` is not one of those listed
+            above, or the prompt, the new tokens and `ahead` + 1 tokens do not fit in the context of one of the models.
     """
     refuse_classifier(cfg)
     models = [cfg]
@@ -132,7 +132,8 @@ class _Settings(NamedTuple):
     draft_cfg: ModelConfig | None
     sampler: Sampler
     slots: int  # capacity of each KV cache, in tokens per row
-    max_new: int  # N: maximum number of new tokens per row, of which some may not be returned
+    # N: space for new tokens in each row; it exceeds max_new_tokens, because the last round may draw too many tokens
+    max_new: int
     ahead: int
     ngram: int
     drawable: int
@@ -200,7 +201,8 @@ def _speculate(
         accept = jax.random.uniform(keys[1], (B, ahead)) * q_ids < jnp.take_along_axis(p[:, :-1], ids, 2)[..., 0]
         n_accepted = jnp.cumprod(accept, 1).sum(1)
         q = jax.nn.one_hot(proposed[:, 1:], drawable) if q is None else q
-        q = jnp.pad(q, ((0, 0), (0, 1), (0, 0)))  # q = 0, as the token after the last proposal is drawn from p itself
+        # with q = 0 after the last proposal, the next token is drawn from p itself if all proposals are accepted
+        q = jnp.pad(q, ((0, 0), (0, 1), (0, 0)))
         p_next, q_next = (jnp.take_along_axis(a, n_accepted[:, None, None], 1)[:, 0] for a in (p, q))
         residual = jnp.maximum(p_next - q_next, 0)
         residual = jnp.where(residual.sum(-1, keepdims=True) > 0, residual, p_next)
