@@ -25,10 +25,10 @@ Pooling = Literal["last", "first", "mean"]
 def classify(cfg: ModelConfig, pooling: Pooling = "last") -> Callable[..., tuple[Mean, Metrics]]:
     """Returns the classification loss over `cfg.n_classes` classes.
 
-    A batch has B rows, each with up to K packed texts. It consists of tokens and segment_ids [B, T] int32, labels [B,
-    K] int32, and weights [B, K] float32. The segment id of text k (0 to K - 1) is k + 1; the weight of text k is 0 in
-    rows that have no text k. The loss is the cross-entropy in nats, as a `Mean` over texts. The metrics contain
-    `accuracy`, the fraction of texts that are classified correctly.
+    A batch has B rows, each with up to K packed texts. It consists of tokens and segment_ids [B, T] int32,
+    labels [B, K] int32, and weights [B, K] float32. The segment id of text k (0 to K - 1) is k + 1; the weight of text
+    k is 0 in rows that have no text k. The loss is the cross-entropy in nats, as a `Mean` over texts. The metrics
+    contain `accuracy`, the fraction of texts that are classified correctly.
     """
 
     def loss(params: Params, batch: LabelledBatch, key: jax.Array | None) -> tuple[Mean, Metrics]:
