@@ -1,4 +1,4 @@
-"""Conversion of prompts to token ids and of generated tokens to text, with stop strings and chunks for streaming.
+"""Functions that encode prompts, decode generated tokens, and stop generation at stop strings.
 
 prompts = [prompt_ids(tokenizer, "Once upon a time")]
 until = stop_strings(tokenizer.decode, ["\\n\\n"])
@@ -16,14 +16,14 @@ from gptjax.errors import UserError
 from gptjax.tokenizers import Tokenizer, begin_id
 
 Until = Callable[[list[int]], bool]
-_INCOMPLETE = "\ufffd"  # the character that an incomplete UTF-8 sequence decodes to
+_INCOMPLETE = "\ufffd"  # Unicode replacement character, to which an incomplete UTF-8 sequence is decoded
 
 
 def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
     """Encodes a prompt, preceded by the beginning-of-text token if `tokenizer.add_bos` is set.
 
-    An empty prompt becomes the beginning-of-text token, `tokenizers.begin_id`. The names of special tokens in the text
-    are encoded as these tokens.
+    An empty prompt is encoded as the beginning-of-text token alone (see `tokenizers.begin_id`). If the prompt contains
+    the name of a special token, such as <|endoftext|>, the name is encoded as that token.
 
     Raises:
         UserError: the vocabulary cannot encode the text, or the prompt is empty and the tokenizer has no
@@ -62,8 +62,8 @@ def text_chunks(
     """Decodes a stream of tokens into chunks of text that can be printed at once, up to the first stop string.
 
     An incomplete UTF-8 character is held back until the next tokens complete it. Text that may be the beginning of a
-    stop string is held back until the next tokens show whether a stop string follows. When a stop string is found, this
-    function stops decoding and closes `tokens`, if that is a generator such as `stream` returns.
+    stop string is held back until the next tokens show whether it is one. When a stop string is found, decoding stops;
+    if `tokens` is a generator, such as the result of `stream`, the generator is closed.
     """
     ids: list[int] = []
     shown = text = ""
@@ -76,7 +76,7 @@ def text_chunks(
             getattr(tokens, "close", lambda: None)()
             break
         partial = (n for string in strings for n in range(1, len(string)) if text.endswith(string[:n]))
-        ready = text[: len(text) - max(partial, default=0)]  # all but a possible stop string's beginning
+        ready = text[: len(text) - max(partial, default=0)]  # without an ending that may begin a stop string
         if len(ready) > len(shown):
             yield ready[len(shown) :]
             shown = ready

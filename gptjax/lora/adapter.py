@@ -1,4 +1,6 @@
-"""LoRA as pure functions on parameter trees. An adapter is a tree of arrays at the paths of the adapted weights:
+"""LoRA as pure functions on parameter trees.
+
+An adapter is a tree that holds the low-rank factors a and b of each adapted weight at the path of this weight:
 
     adapter  = init(key, params, cfg)           {"blocks": {"attn": {"q": {"kernel": {"a": .., "b": ..}}}}}
     adapted  = attach(params, adapter, cfg)     params with a LoraWeight in place of every adapted weight
@@ -37,8 +39,8 @@ def targets(params: Params, cfg: LoraConfig) -> dict[str, Any]:
     """Returns the weights that match `cfg.targets` as a dict by path, in the order of the parameter tree.
 
     A pattern may select single layers of a stack, such as blocks/3/attn/q/kernel or blocks/[0-3]/*/kernel. In layers
-    that are not selected, the factors a and b are zero and stay zero, because neither factor has a gradient while the
-    other is zero.
+    that are not selected, the factors a and b are zero. They stay zero in training, because the gradient of each factor
+    is zero while the other factor is zero.
 
     Raises:
         UserError: a pattern matches no weight, or `cfg` applies DoRA to an embedding or to only some layers of a stack.
@@ -105,9 +107,10 @@ def init(key: jax.Array, params: Params, cfg: LoraConfig) -> Adapter:
 
 @exact
 def init_from_weights(params: Params, cfg: LoraConfig) -> tuple[Params, Adapter]:
-    """Initialises an adapter from the weights and subtracts the product of its factors from them.
+    """Initialises an adapter from the weights, and subtracts its contribution, scale * a @ b, from the weights.
 
-    Attaching the adapter to the remaining weights, the residual weights, therefore restores the original weights.
+    The differences are called the residual weights. Attaching the adapter to the residual weights restores the original
+    weights.
 
     init=pissa: the factors are a = u sqrt(s) and b = sqrt(s) v, where s are the `rank` largest singular values of the
     weight, and u and v their singular vectors (arXiv:2404.02948, eq. 2-4).
@@ -115,7 +118,8 @@ def init_from_weights(params: Params, cfg: LoraConfig) -> tuple[Params, Adapter]
     init=olora: the factors come from the QR decomposition of W [out, in] = w.T, where b.T is the first `rank` columns
     of Q and a.T the first `rank` rows of R (arXiv:2406.01775, 3.1; as in PEFT).
 
-    With both, the factors are also divided by sqrt(cfg.scale), which makes up for the scale of the attached adapter.
+    With either init, both factors are also divided by sqrt(cfg.scale), because an attached adapter multiplies the
+    product of the factors by cfg.scale.
 
     Returns:
         the params with the residual weights, and the adapter. Use `to_lora` to convert the trained adapter into an
@@ -152,10 +156,10 @@ def _olora(w: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
 
 
 def to_lora(adapter: Adapter, start: Adapter) -> Adapter:
-    """Converts a PiSSA or OLoRA adapter into a LoRA adapter of twice the rank, which fits the original weights.
+    """Converts a PiSSA or OLoRA adapter into a LoRA adapter of twice the rank, to be attached to the original weights.
 
     Args:
-        adapter: the trained adapter, which belongs to the residual weights.
+        adapter: the trained adapter, to be attached to the residual weights that `init_from_weights` returned.
         start: the adapter before training, as `init_from_weights` returned it.
     """
     return concatenate([adapter, start], [1.0, -1.0])
@@ -168,8 +172,8 @@ def attach(params: Params, adapter: Adapter, cfg: LoraConfig, *, scales: jax.Arr
     the params unchanged.
 
     Args:
-        scales: scale of the adapter in place of `cfg.scale`: a scalar array, which may be traced. For an adapter made
-            by `rows`, the scale of each row of the batch, [B].
+        scales: the scale of the adapter, which replaces `cfg.scale`. It is a scalar array, or for an adapter that
+            `rows` returned an array [B] with one scale per row of the batch. The array may be traced.
 
     Raises:
         UserError: the adapter has a path that the base model lacks, or a shape that does not fit the base model.
@@ -227,9 +231,10 @@ def bind(loss: Callable, params: Params, cfg: LoraConfig) -> Callable:
 
 
 def with_dropout(loss: Callable) -> Callable:
-    """Returns `loss` with dropout in the attached adapters too, if their config sets a dropout rate.
+    """Returns `loss` with dropout on the input of each attached adapter, in addition to the model's own dropout.
 
-    The PRNG key of each adapter's dropout is derived from the key that is passed to the loss.
+    The dropout rate is set by the config passed to `attach`. The PRNG key of each adapter's dropout is derived from the
+    key that is passed to the loss; if that key is None, there is no dropout.
     """
 
     def seeded(params: Params, batch: Any, key: jax.Array | None) -> Any:
@@ -248,7 +253,7 @@ def with_dropout(loss: Callable) -> Callable:
 
 
 def rows(adapters: Sequence[Adapter], ids: Sequence[int] | jax.Array) -> Adapter:
-    """Returns a batched adapter, with which row i of a batch uses adapters[ids[i]] (multi-LoRA serving).
+    """Returns a batched adapter, which applies adapters[ids[i]] to row i of a batch (multi-LoRA serving).
 
     The adapters must have the same rank and targets. If the adapters' scales differ, pass the scale of each row to
     `attach` as `scales` [B].
@@ -266,8 +271,8 @@ def rows(adapters: Sequence[Adapter], ids: Sequence[int] | jax.Array) -> Adapter
 def concatenate(adapters: Sequence[Adapter], weights: Sequence[float] | None = None) -> Adapter:
     """Returns the exact weighted sum of adapters, computed by concatenating their factors along the rank axis.
 
-    Attach the weighted sum with the config of the input adapters. The adapters' targets may differ, because an adapter
-    does not change a weight that it has no entry for.
+    The config of the input adapters is also that of the weighted sum: pass it to `attach`. The adapters' targets may
+    differ, because an adapter does not change a weight for which it has no factors.
 
     Raises:
         UserError: an adapter has DoRA magnitude vectors or whole weights, such as a new head, which cannot be added.
@@ -289,7 +294,7 @@ def concatenate(adapters: Sequence[Adapter], weights: Sequence[float] | None = N
 
 
 def average(adapters: Sequence[Adapter]) -> Adapter:
-    """Returns the mean of the adapters, an adapter whose rank is the sum of their ranks."""
+    """Returns the mean of the adapters. The rank of the mean is the sum of the ranks of the adapters."""
     return concatenate(adapters, [1 / len(adapters)] * len(adapters))
 
 

@@ -17,7 +17,7 @@ from gptjax.ops.scale import scaled
 class LoraWeight:
     """Represents the weight w + scale * a @ b without materialising the sum.
 
-    With `m` (DoRA) the columns of the sum are rescaled to norm m.
+    With DoRA, the columns of this sum are rescaled to the norms in `m`.
 
     w      [.., in, out]  frozen weight: any leaf that `ops.linear` supports, quantised or not
     a      [.., in, R]    float32; with one adapter per row of the batch: [.., B, in, R]
@@ -76,9 +76,9 @@ def _(leaf: LoraWeight) -> jax.Array:
 def _(leaf: LoraWeight, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns two plain arrays whose product is the output of the adapted weight for the input x.
 
-    Without dropout they are x and the materialised weight. Dropout changes the input of `a` but not the input of `w`.
-    With dropout the first array is therefore x concatenated with dropout(x) a along the last axis, and the second is w
-    concatenated with scale b along the first axis; DoRA rescales the columns of the second array.
+    Without dropout the arrays are x and the materialised weight. Dropout is applied to the input of `a` but not to the
+    input of `w`. With dropout the first array is therefore x concatenated with dropout(x) a along the last axis, and
+    the second is w concatenated with scale b along the first axis; DoRA rescales the columns of the second array.
     """
     if leaf.rate is None or leaf.key is None:
         return x, dense(leaf)

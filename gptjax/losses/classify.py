@@ -25,10 +25,10 @@ Pooling = Literal["last", "first", "mean"]
 def classify(cfg: ModelConfig, pooling: Pooling = "last") -> Callable[..., tuple[Mean, Metrics]]:
     """Returns the classification loss over `cfg.n_classes` classes.
 
-    A batch has B rows, each with up to K packed texts. The batch consists of tokens and segment_ids [B, T] int32, in
-    which text k is segment k + 1; labels [B, K] int32; and weights [B, K] float32, which are 0 where a row has no text
-    k. The loss is in nats, summed over texts. The metrics contain `accuracy`, the fraction of texts that are classified
-    correctly.
+    A batch has B rows, each with up to K packed texts. It consists of tokens and segment_ids [B, T] int32,
+    labels [B, K] int32, and weights [B, K] float32. The segment id of text k (0 to K - 1) is k + 1; the weight of text
+    k is 0 in rows that have no text k. The loss is the cross-entropy in nats, as a `Mean` over texts. The metrics
+    contain `accuracy`, the fraction of texts that are classified correctly.
     """
 
     def loss(params: Params, batch: LabelledBatch, key: jax.Array | None) -> tuple[Mean, Metrics]:
@@ -68,7 +68,7 @@ def class_logits(
         share = mask.astype(jnp.float32) / count.astype(jnp.float32)
         pooled = jnp.einsum(
             "bnt,btd->bnd", share, hidden.astype(jnp.float32), precision="highest"
-        )  # averages the hidden states of each text, in full float32 precision
+        )  # the mean hidden state of each text, computed in full float32 precision
     else:
         last = tokens.shape[1] - 1 - mask[..., ::-1].argmax(-1)
         index = last if pooling == "last" else mask.argmax(-1)

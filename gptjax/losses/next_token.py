@@ -23,8 +23,8 @@ def next_token(cfg: ModelConfig, *, chunk: int | None = None) -> Callable[..., t
 
     Args:
         chunk: number of tokens whose logits are in memory at once. None: the default chunk size of
-            `linear_cross_entropy`. A small chunk is slower only if the LM head is trained, because every chunk then
-            adds to the head's gradient.
+            `linear_cross_entropy`. Small chunks slow down training only if the LM head is trained, because
+            every chunk then adds its contribution to the gradient of the whole head.
     """
 
     @matmul_precision(cfg)

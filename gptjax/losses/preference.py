@@ -36,7 +36,7 @@ class Answers(NamedTuple):
     present: jax.Array
 
 
-LossAndRewards = tuple[jax.Array, jax.Array]  # loss [B, P] of each pair, rewards [B, P, 2]
+LossAndRewards = tuple[jax.Array, jax.Array]  # loss of each pair [B, P], and rewards of its two answers [B, P, 2]
 
 
 def dpo(x: Answers, beta: float, margin: float) -> LossAndRewards:
@@ -76,10 +76,12 @@ def kto(x: Answers, beta: float, margin: float) -> LossAndRewards:
 
     Each term compares log(p / p_reference) of the answer with a KL reference point.
 
-    The reference point of the chosen answers is the mean log(p / p_reference) of the rejected answers in the batch, but
-    at least 0; that of the rejected answers is computed from the chosen answers (as in TRL's kto_pair). The KTO loss of
-    a pair therefore depends on the other pairs in the batch. The KTO paper estimates the KL reference point
-    differently, from mismatched questions and answers. Source: arXiv:2402.01306, eq. 8.
+    The reference point of the chosen answers is the mean log(p / p_reference) of the rejected answers in the batch, or
+    0 if this mean is negative. In the same way, the reference point of the rejected answers is computed from the chosen
+    answers, as in TRL's kto_pair. The KTO loss of a pair therefore depends on the other pairs in the batch. The KTO
+    paper estimates the KL reference point differently, from mismatched questions and answers.
+
+    Source: arXiv:2402.01306, eq. 8.
     """
     ratio = x.now - x.before
     mean = (ratio * x.present[..., None]).sum((0, 1)) / jnp.maximum(x.present.sum(), 1)
@@ -112,10 +114,10 @@ LOSSES: dict[str, Callable[[Answers, float, float], LossAndRewards]] = {
 def answer_log_probs(
     params: Params, batch: PairBatch, cfg: ModelConfig, key: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns each answer's log-probability and number of tokens, including its end token, [B, P, 2] float32 each.
+    """Returns two arrays [B, P, 2] float32: the log-probability of each answer, and its number of tokens.
 
-    To compute the log-probabilities under the reference model, pass the params without their adapter, so that no second
-    model is needed.
+    Both include the end token of the answer. If the policy is a frozen model with a LoRA adapter, the reference model
+    is the frozen model: to compute its log-probabilities, pass the params without the adapter.
 
     Args:
         batch: the `PairBatch`, of which tokens, targets, weights and segment_ids [B, T], and present [B, P], are used.
@@ -125,7 +127,7 @@ def answer_log_probs(
     n = 2 * batch.present.shape[1]
     mask = batch.segment_ids[:, None] == jnp.arange(1, n + 1)[:, None]  # mask of each answer's tokens, [B, 2 P, T]
     counts = jnp.where(mask, batch.weights[:, None], 0.0)
-    sums = jnp.einsum("bst,bt->bs", counts, log_probs, precision="highest")  # in full float32 precision
+    sums = jnp.einsum("bst,bt->bs", counts, log_probs, precision="highest")  # full float32 precision
     lengths = counts.sum(-1)
     return sums.reshape(-1, n // 2, 2), lengths.reshape(-1, n // 2, 2)
 

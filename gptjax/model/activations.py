@@ -20,9 +20,9 @@ the activation of layer 3, [B, T, D]. A pattern of paths is a glob as in `gptjax
 layer (`blocks/*/attn/*`, `*/resid`) selects stacked activations of all layers; any other pattern (`blocks/[0-2]/resid`)
 selects activations of single layers.
 
-Attention weights are selected only by a pattern that ends in "weights", because attention kernels do not materialise
-them, so that they have to be computed separately. If attention weights are patched, the output of attention is computed
-from the patched weights.
+Attention weights are selected only by a pattern that ends in "weights". Fused attention kernels do not materialise the
+attention weights, so reading them costs a separate computation, which a pattern such as `blocks/*/attn/*` does not
+start. If attention weights are patched, the output of attention is computed from the patched weights.
 
 Stacked and unstacked parameters give the same activations. A model with norm_position=post has no activations
 ln_1/out and ln_2/out.
@@ -128,8 +128,8 @@ def paths(patterns: Iterable[str], cfg: ModelConfig) -> tuple[str, ...]:
     unmatched = []
     for glob in (glob.strip() for pattern in patterns for glob in pattern.split("|")):
         stacked = [name for name in names(cfg) if not name.endswith(WEIGHTS) or glob.endswith("weights")]
-        # A glob selects all layers if it matches paths in which a text that is no index replaces the layer's index:
-        # "*" matches such a text, but "3", "?" and "[0-2]" do not.
+        # To find out whether a glob selects all layers, it is matched against paths that contain the text "any layer"
+        # in place of the layer's index: "*" matches this text, but "3", "?" and "[0-2]" do not.
         matches = [name for name in stacked if tree.matches(glob, name.replace("*", "any layer"))]
         if not matches:
             single = [name.replace("*", str(i)) for i in range(cfg.n_layer) for name in stacked if "*" in name]
@@ -148,8 +148,8 @@ def paths(patterns: Iterable[str], cfg: ModelConfig) -> tuple[str, ...]:
 def place(patches: Patches | None, cfg: ModelConfig) -> Placed:
     """Matches the patterns in `patches` against the paths of activations, and returns the patches of each matched path.
 
-    The function is idempotent. Patches of the same path are applied in the given order, and patches of single layers
-    after patches of all layers.
+    The function is idempotent. Patches of the same path are applied in the given order. In each layer, the patches of
+    all layers are applied before the patches of this layer only.
 
     Raises:
         UserError: a pattern matches no activation, or an array of a patch for all layers lacks the leading axis L.
@@ -192,7 +192,7 @@ def layer_patches(placed: Placed) -> dict[str, dict[int, tuple[Patch, ...]]]:
     """Returns the patches whose path names a single layer, such as `blocks/3/..`.
 
     Returns:
-        a nested dict that contains, for each site, the patches by index of the layer.
+        a dict from each site to a dict, which maps the index of a layer to the patches of the site in this layer.
     """
     out: dict[str, dict[int, tuple[Patch, ...]]] = {}
     for path, patches in placed.items():
@@ -203,7 +203,7 @@ def layer_patches(placed: Placed) -> dict[str, dict[int, tuple[Patch, ...]]]:
 
 
 def block_taps(taps: Iterable[str]) -> list[tuple[str, tuple[str, str]]]:
-    """Returns the taps inside blocks: the path of each, and the layer and site that `split` makes of the path."""
+    """Returns each tap inside the blocks as a pair: its path, and the layer and site into which `split` splits it."""
     return [(path, split(path)) for path in taps if split(path)[0]]
 
 
@@ -232,7 +232,7 @@ class Reader:
         Args:
             taps: sites whose activations are recorded in `seen`.
             patches: patches of the block, by site.
-            single: patches of single layers, by site and index of the layer; those of layer `layer` are applied.
+            single: patches of single layers, by site and index of the layer; only those of this block are applied.
             layer: index of the block, which may be traced.
         """
         self.taps, self.patches, self.single, self.layer = frozenset(taps), patches or {}, single or {}, layer
@@ -247,7 +247,7 @@ class Reader:
     def __call__(self, site: str, x: jax.Array) -> jax.Array:
         x = _apply(site, x, self.patches.get(site, ()))
         for layer, patches in self.single.get(site, {}).items():
-            # `cond` runs only one of its branches, also under vmap, because vmap does not batch the layer index
+            # `cond` runs only one of its branches, even under vmap, because vmap does not batch the layer index
             x = jax.lax.cond(self.layer == layer, lambda x, p: _apply(site, x, p), lambda x, p: x, x, patches)
         if site in self.taps:
             self.seen[site] = x

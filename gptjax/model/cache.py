@@ -14,12 +14,13 @@ _ROWS = 16  # batches of up to this many rows are written row by row, in place; 
 
 
 class Cache(struct.PyTreeNode):
-    """KV cache of all layers. A token's slot is its position; slots from `length` on are empty.
+    """KV cache of all layers. The token at position p of a row is stored in slot p; slots from `length` on are empty.
 
     k, v    [L, B, K, S, H] in float32, bfloat16 or int8
     scales  None, or with int8 the scales of keys and values, [L, B, K, S, 1] float32 each
     length  [B] int32, number of tokens in each row; reduce it to drop the row's last tokens
-    x       [B, S, D] the embeddings that cfg.smear reads, in the activations' dtype, or None without cfg.smear
+    x       [B, S, D] the token embeddings, in the activations' dtype, or None without cfg.smear, which adds to each
+            embedding a weighted copy of the previous token's embedding
     empty   static bool, which is True before the first `write`, so that prefill attends to the keys of its own tokens
             without reading the cache
     """
@@ -50,12 +51,12 @@ class Cache(struct.PyTreeNode):
         return k.astype(dtype), v.astype(dtype)
 
     def remember(self, x: jax.Array) -> Cache:
-        """Writes embeddings [B, T, D] into the slots of `x` from `length` on."""
+        """Writes embeddings [B, T, D] into the field `x` of the cache, in the slots from `length` on."""
         assert self.x is not None  # cfg.smear
         return self.replace(x=self._put(self.x[None, :, None], 0, x[:, None])[0, :, 0])
 
     def before(self) -> jax.Array:
-        """Returns the embedding [B, D] of each row's last token; zero if the row is empty."""
+        """Returns the embedding of each row's last token, [B, D], or zeros for an empty row."""
         assert self.x is not None  # cfg.smear
         last = jnp.take_along_axis(self.x, jnp.maximum(self.length - 1, 0)[:, None, None], 1)[:, 0]
         return jnp.where(self.length[:, None] > 0, last, 0)

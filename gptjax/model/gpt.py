@@ -41,7 +41,10 @@ def init_params(key: jax.Array, cfg: ModelConfig) -> Params:
 
 @partial(jax.jit, static_argnums=1)
 def _init(key: jax.Array, cfg: ModelConfig) -> Params:
-    """Draws the parameters. `cfg.unroll` must be False, because forty unrolled layers took half a minute to compile."""
+    """Draws the parameters. `cfg.unroll` must be False, so that layers are scanned.
+
+    With 40 unrolled layers, compiling this function took half a minute.
+    """
     return GPT(cfg).init(key, jnp.zeros((1, 2), jnp.int32))["params"]
 
 
@@ -116,7 +119,7 @@ def lm_logits(params: Params, hidden: jax.Array, cfg: ModelConfig) -> jax.Array:
     The logits are never rounded to bfloat16.
     """
     if cfg.dtype != "float32":
-        hidden = hidden.astype(jnp.float32)  # so that `matmul`, which returns its input's dtype, returns float32
+        hidden = hidden.astype(jnp.float32)  # `matmul` returns the dtype of its input: float32 is needed here
     head = params["wte"]["embedding"] if cfg.tie_embeddings else params["lm_head"]["kernel"]
     if isinstance(head, jax.Array) and device.platform() == "gpu" and device.mesh() is None:
         kernel = aligned_columns(head.T if cfg.tie_embeddings else head)
@@ -134,8 +137,9 @@ def forward(params: Params, tokens: jax.Array, cfg: ModelConfig, **context: Any)
     Ids outside the vocabulary raise an error, except under `jit`, where ids are not known and are clipped instead.
 
     Raises:
-        UserError: `tokens` are not integers [B, T], are outside the vocabulary or are more per row than the learned
-            position table covers, or `cfg` is traced.
+        UserError: `tokens` is not an integer array [B, T], an id is outside the vocabulary, T exceeds the number of
+            rows of the learned position table (checked only without `positions`), or `cfg` is not a `ModelConfig`, for
+            example because it is traced.
     """
     _check(tokens, cfg, context.get("positions"))
     return lm_logits(params, backbone(params, tokens, cfg, **context), cfg)
@@ -278,10 +282,11 @@ def refuse_classifier(cfg: ModelConfig, source: str = "", way_out: str = "") -> 
 def grow_vocabulary(
     params: Params, cfg: ModelConfig, vocab_size: int, *, used: int | None = None
 ) -> tuple[Params, ModelConfig]:
-    """Resizes the token embeddings and the head: every new token's row is the mean of the old rows.
+    """Initialises the rows of new tokens in the token embeddings and the head; adds rows if there are too few.
 
-    The logits of existing tokens do not change. The embeddings of a model may have more rows than its tokenizer has
-    tokens (Qwen2.5: 151,936 rows and 151,665 tokens); new tokens take these spare rows first.
+    The row of every new token is the mean of the rows of the existing tokens. The logits of existing tokens do not
+    change. The embeddings of a model may have more rows than its tokenizer has tokens (Qwen2.5: 151,936 rows and
+    151,665 tokens); new tokens use these spare rows before any rows are added.
 
     Args:
         params: parameters, all of them plain arrays.
@@ -335,12 +340,15 @@ def for_decoding(params: Params, cfg: ModelConfig) -> Params:
     All functions of this module accept the decoding layout, but parameters in this layout must not be saved. The layers
     are unstacked, because slicing a layer's weights out of the stacked arrays takes as long as the matrix products with
     these weights. The kernels of q, k and v are concatenated as `qkv`, and the kernels of up and gate as `up_gate`, if
-    they are of the same type. Kernels are stored transposed, so that each column is contiguous. On a CPU the stacked
-    layers are kept as well, because they are faster for a long prompt.
+    they are of the same type. The kernels of unstacked layers are stored transposed, so that each column is contiguous.
 
-    On a GPU the stacked layers are not kept; if memory is short, delete `params` after this call. Matrices are cast to
-    bfloat16 if cfg.dtype is bfloat16, because they are multiplied in that dtype, and the head's columns are padded to a
-    multiple of 128. On a TPU and with several devices the parameters are returned unchanged.
+    On a CPU the stacked layers are kept as well, because prefill of a long prompt is faster with stacked layers.
+
+    On a GPU the stacked layers are not kept; if memory is short, delete `params` after this call. A model of more than
+    48 layers is not unstacked on a GPU. Matrices are cast to bfloat16 on a GPU if cfg.dtype is bfloat16, because they
+    are multiplied in that dtype, and the vocabulary axis of the head is padded to a multiple of 128.
+
+    On a TPU and with several devices the parameters are returned unchanged.
     """
     known = (leaf for leaf in jax.tree.leaves(params) if not isinstance(leaf, np.ndarray | jax.core.Tracer))
     sharded = device.mesh() is not None or any(len(leaf.devices()) > 1 for leaf in known)
@@ -356,7 +364,7 @@ def for_decoding(params: Params, cfg: ModelConfig) -> Params:
 
 
 def _in_low_precision(params: Params, cfg: ModelConfig) -> Params:
-    """Casts matrices to bfloat16 if cfg.dtype is bfloat16, and pads the head's columns to a multiple of 128.
+    """Casts matrices to bfloat16 if cfg.dtype is bfloat16, and pads the head's vocabulary axis to a multiple of 128.
 
     The logits do not change, because matrix multiplications cast their operands to cfg.dtype anyway.
     """

@@ -49,7 +49,7 @@ class Residual(NamedTuple):
 
 
 def _read(module: nn.Module, name: str, init: Callable[..., jax.Array], shape: tuple[int, ...]) -> Any:
-    """Returns the module's parameter `name`: the existing leaf, of any type, or else a new array.
+    """Returns the parameter `name` of the module if it exists, whatever its type; otherwise creates a new array.
 
     `Module.param` alone is not enough, because it refuses leaves that are not arrays, such as adapters and quantised
     matrices.
@@ -124,8 +124,8 @@ class Attention(nn.Module):
             q, k, v = jnp.split(qkv, (sizes["q"], sizes["q"] + sizes["k"]), axis=-1)
         else:
             q, k, v = (Linear(cfg, size, cfg.qkv_bias, name=name)(x) for name, size in sizes.items())
-        # without a barrier XLA on a TPU splits the matrix products into heads in float32, twice the size of bfloat16,
-        # and rounds them to bfloat16 only afterwards
+        # the barrier makes XLA on a TPU round the matrix products to bfloat16 before they are split into heads; without
+        # it, XLA splits the products in float32, which takes twice the memory
         if device.platform() == "tpu":
             q, k, v = jax.lax.optimization_barrier((q, k, v))
         v = v.reshape(B, T, K, H)
@@ -185,7 +185,8 @@ class Attention(nn.Module):
 def _projection_std(cfg: ModelConfig) -> float:
     """Returns the initial standard deviation of output projections: 0.02 / sqrt(2L), or 0 with `cfg.zero_init_proj`.
 
-    The division by sqrt(2L) keeps the variance of the sum of the 2L projections independent of L.
+    Each of the L layers adds two projections to the residual stream, one from attention and one from the feed-forward
+    layer. The division by sqrt(2L) keeps the variance of the sum of all 2L projections independent of L.
     """
     return 0.0 if cfg.zero_init_proj else 0.02 / math.sqrt(2 * cfg.n_layer)
 
@@ -336,7 +337,7 @@ class GPT(nn.Module):
     def _run_unstacked(
         self, stream: Residual, shared: SharedInputs, patches: Placed
     ) -> tuple[Residual, dict[str, jax.Array]]:
-        """Runs the layers `blocks_0`, .. of `gpt.unstack_layers` or `gpt.for_decoding` in a Python loop."""
+        """Runs the unstacked layers `blocks_0`, .. (see `gpt.unstack_layers`, `gpt.for_decoding`) in a Python loop."""
         stacked, single = activations.stacked_patches(patches), activations.layer_patches(patches)
         layers = []
         for i in range(self.cfg.n_layer):

@@ -50,8 +50,9 @@ def heads_attention(
     """Computes `attention` for k and v in the layout of the KV cache, [B, K, S, H].
 
     A fused kernel computes attention if one supports the arguments (see `fused.kernel_for`): splash on a TPU, and
-    cuDNN's or our own flash attention kernel on a GPU. If no fused kernel supports the arguments,
-    attention is computed with plain XLA operations.
+    cuDNN's or our own flash attention kernel on a GPU. No fused kernel is used on a CPU, with ALiBi, with dropout, or
+    if the queries are not at the same positions as the keys, as in decoding. Without a fused kernel, attention is
+    computed with plain XLA operations.
 
     Args:
         offset: position of the first query among the keys; an array [B] if it differs between the rows of the batch.
@@ -141,8 +142,8 @@ def _bias(
     which differ between heads, and its shape is [1 or B, K, G, T, S].
 
     Args:
-        beyond: number larger than any distance between a query and a key; used as the window size if `window` is traced
-            and 0, which means no window.
+        beyond: number larger than any distance between a query and a key. If `window` is a traced 0, meaning no window,
+            `beyond` replaces it as the window size.
         heads: (K, G), the number of key heads and the number of query heads per key head.
     """
     distance = jnp.arange(first, end)[:, None] + jnp.reshape(offset, (-1, 1, 1, 1, 1)) - jnp.arange(n_key)
@@ -178,7 +179,8 @@ def _attend_backward(residual, g):
     """Computes the gradients of q, k and v from the saved attention weights p, without transposing a [T, S] array.
 
     The gradient of the scores is p (d_p - sum_s p d_p), where d_p is the gradient of p. The sum equals the dot product
-    of the output and its gradient g (arXiv:2205.14135, appendix B), but that would need the output to be saved as well.
+    of the output and its gradient g (arXiv:2205.14135, appendix B). It is not computed in this way, because the output
+    would then have to be saved for the backward pass as well.
     """
     q, k, v, keep, p, dropout = residual
     d_p = _dropped(_dot(_rows(g), _transposed(v)).reshape(p.shape), keep, dropout)

@@ -24,7 +24,7 @@ _target: ContextVar[tuple[str, float] | None] = ContextVar("target", default=Non
 
 
 def platform() -> str:
-    """Returns the target platform, "cpu", "gpu" or "tpu": that of `compiling_for`, or else JAX's default backend."""
+    """Returns "cpu", "gpu" or "tpu": the platform set by `compiling_for`, or else JAX's default backend."""
     target = _target.get()
     return target[0] if target else jax.default_backend()
 
@@ -41,7 +41,7 @@ def capability() -> float:
 
 @contextmanager
 def compiling_for(platform: str, *, capability: float = 8.0) -> Iterator[None]:
-    """Context manager in which programs are traced and lowered for a platform that this machine need not have.
+    """Context manager in which programs are traced and lowered for `platform`, even if this machine has no such device.
 
     Args:
         platform: "cpu", "gpu" or "tpu".
@@ -111,7 +111,10 @@ _product_axes: Callable[[str], ProductAxes] | None = None
 
 
 def product_axes_by(rule: Callable[[str], ProductAxes]) -> None:
-    """Sets the function that `product_axes` calls; `gptjax.parallel` sets one that looks up its sharding rules."""
+    """Sets the function that `product_axes` calls.
+
+    `gptjax.parallel` sets a function that derives the mesh axes from the sharding rules of `gptjax.parallel`.
+    """
     global _product_axes
     _product_axes = rule
 

@@ -26,7 +26,8 @@ from gptjax.ops.precision import default_precision
 # The score of a masked key. It is finite, because -inf gives NaN in a tile that is fully masked for a query. The finite
 # sums of such a tile are multiplied by 0 as soon as another tile has a key that the query attends to.
 _MASKED = -1e30
-_LOG2E = math.log2(math.e)  # factor of the scores: the softmax uses base 2, because exp2 is a single instruction
+# Scores are multiplied by log2(e), because exp(x) = exp2(x log2(e)), and exp2 is a single instruction.
+_LOG2E = math.log2(math.e)
 
 
 class Tile(NamedTuple):
@@ -90,7 +91,8 @@ def flash_attention(
         segment_ids: document ids of the queries [B, T] and of the keys [B, S]; a query attends only to keys of its own
             document.
         offset: position of the first query among the keys; offset + T <= S.
-        window: size of the sliding window, the number of keys that a query attends to, its own included; 0: no window.
+        window: size of the sliding window, the number of keys that a query attends to, including the key at the query's
+            own position; 0: no window.
         tiles: tile sizes of the kernels, or None for the tile sizes that `default_tiles` returns.
         saved_as: `checkpoint_name` of the output and of the log-sum-exp, two arrays that the backward pass needs.
         interpret: whether to run the kernels in Pallas' interpreter on a CPU, for tests.
@@ -221,7 +223,7 @@ class _Sizes(NamedTuple):
 
 
 class _Layout(NamedTuple):
-    """Grid of a kernel's Triton programs, and the block of each array that one of these programs reads or writes."""
+    """The grid of a kernel's Triton programs, and for each array the block that a single program reads or writes."""
 
     programs: tuple[int, int, int]
     ranges: pl.BlockSpec
@@ -289,7 +291,7 @@ def _ranges(
     of keys.
 
     Only the smallest and the largest document id of each tile are compared. If ids increase along a row, as in packed
-    rows, the ranges are exact; otherwise they are only longer than necessary.
+    rows, the ranges are exact; otherwise they may be longer than necessary, and the result is still correct.
     """
     q_first, k_first = (jnp.arange(0, n, step) for n, step in ((sizes.T, tile.queries), (sizes.S, tile.keys)))
     q_last = span[0] + jnp.minimum(q_first + tile.queries, sizes.T) - 1

@@ -25,7 +25,7 @@ def kernel_for(
 ) -> Callable[..., jax.Array] | None:
     """Chooses the kernel for causal attention of q [B, T, N, H] over T keys on the target device.
 
-    Returns the kernel of the first row of this table that supports the arguments, or None for plain XLA operations:
+    Returns the first kernel in this table that supports the arguments, or None for plain XLA operations:
 
     device           kernel   documents   traced window   dtypes           head sizes                context parallelism
     TPU              splash   yes         no              all              all                       yes
@@ -46,7 +46,7 @@ def kernel_for(
 
 
 def splash_fits(T: int) -> bool:
-    """Returns True if splash supports T queries over T keys: it needs a multiple of 128 queries per device."""
+    """Returns True if splash supports T queries over T keys: each device must have a multiple of 128 queries."""
     current_mesh = mesh()
     return T % (128 * (1 if current_mesh is None else current_mesh.shape[CONTEXT])) == 0
 
@@ -131,10 +131,10 @@ def splash(
 
 
 def _splash_kernel(T: int, n_heads: int, q_shards: int, window: int, interpret: bool) -> Any:
-    """Returns the splash kernel for the heads of one device and the queries of all devices.
+    """Returns the splash kernel for `n_heads` heads, those of one device, and all T queries, those of all devices.
 
-    The kernel contains arrays that describe the mask; they are to be sharded over devices in the same way as the
-    queries.
+    The kernel contains arrays that describe the mask. They cover all T queries, because the caller shards them over the
+    devices in the same way as the queries.
     """
     from jax.experimental.pallas.ops.tpu import splash_attention as pallas
 
@@ -232,8 +232,8 @@ def _by_device(
 ) -> jax.Array:
     """Runs `attend(q, k, v, q_ids, k_ids, offset, extra)` on each device for the device's own rows, heads and queries.
 
-    Under context parallelism each device all-gathers the keys and values, and does so again in the backward pass,
-    because keeping them would take up the memory that sharding the tokens saves.
+    Under context parallelism each device all-gathers the keys and values. The backward pass all-gathers them again,
+    because saving the gathered arrays would take up the memory that sharding the tokens saves.
 
     Args:
         heads_at: axis of the heads in k and v, 1 or 2; the tokens are along the other of these two axes.

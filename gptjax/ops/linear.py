@@ -30,7 +30,10 @@ def matmul(w: Any, x: jax.Array, dtype: str = "float32") -> jax.Array:
 
 @singledispatch
 def matmul_transposed(w: Any, x: jax.Array, dtype: str = "float32") -> jax.Array:
-    """Multiplies x [.., in] by the transpose of w [out, in], as a tied head needs; otherwise like `matmul`."""
+    """Multiplies x [.., in] by the transpose of w [out, in]; dtypes are treated as in `matmul`.
+
+    Logits are computed with this function if the head shares its weights with the token embeddings.
+    """
     rows = x.reshape(-1, x.shape[-1])
     if dtype == "float32":
         # for few rows of x, XLA's CPU backend is twice as fast with the larger operand, w, on the left
@@ -58,7 +61,7 @@ def dense(w: Any) -> jax.Array:
 def factors(w: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns two plain arrays, x' [.., in'] and w' [in', out], whose product x' @ w' equals matmul(w, x).
 
-    `factors` is used where a product is computed in chunks, as the product of hidden states and head is in the loss.
+    `factors` is used in the loss, which computes the product of the hidden states and the head's kernel in chunks.
     """
     return x, dense(w)
 
@@ -80,7 +83,7 @@ def side_by_side(w: Any, *others: Any) -> Any:
 
 
 def aligned_columns(w: jax.Array) -> jax.Array:
-    """On a GPU, pads w [in, out] with zeros to a multiple of 128 columns, as cuBLAS's fast kernels need aligned rows.
+    """On a GPU, pads w [in, out] with zeros to a multiple of 128 columns: cuBLAS's fast kernels need aligned rows.
 
     A training step of GPT-2 124M on an H200 took 57.7 ms with 50,257 columns and 43.7 ms with 50,304.
     """
@@ -112,9 +115,9 @@ def _(leaf: Transposed) -> jax.Array:
 def _low_product(x: jax.Array, w: jax.Array) -> jax.Array:
     """Multiplies x by w with bfloat16 operands and float32 accumulation.
 
-    With jax 0.7, operands on a CPU are rounded to bfloat16 but multiplied in float32, because on CPUs with bfloat16
-    instructions XLA fails for some products of bfloat16 operands with a float32 result (with an error from DotThunk
-    about BF16 x BF16 = F32).
+    With jax 0.7 on a CPU, operands are rounded to bfloat16 but multiplied in float32. This avoids an error of XLA on
+    CPUs with bfloat16 instructions, where some products of bfloat16 operands with a float32 result fail in DotThunk
+    (the message mentions BF16 x BF16 = F32).
     """
     if jax.__version_info__ < (0, 8) and platform() == "cpu":
         x, w = (a.astype(jnp.bfloat16).astype(jnp.float32) for a in (x, w))
@@ -170,9 +173,9 @@ def _matmul_bfloat16(x: jax.Array, w: jax.Array, axes: ProductAxes = None) -> ja
 
 def _forward(x, w, axes):
     low, low_w = x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)
-    # w is saved in its own dtype, because a bfloat16 copy per scanned layer would stay alive (and be all-gathered under
-    # FSDP). A CPU saves the bfloat16 copy, because XLA's CPU backend would otherwise fold the transpose of a tied head
-    # into the backward product, which it does not support.
+    # For the backward pass, w is saved in its own dtype, because saving the bfloat16 copy would keep one more array per
+    # scanned layer in memory until the backward pass (all-gathered under FSDP). On a CPU, the bfloat16 copy is saved,
+    # because XLA's CPU backend would otherwise fold the transpose of a tied head into the backward product, and fail.
     saved_w = low_w if platform() == "cpu" else w
     dims = (((x.ndim - 1,), (0,)), ((), ()))
     y = jax.lax.dot_general(low, _with_axes(low_w, axes), dims, preferred_element_type=jnp.float32)
@@ -196,8 +199,8 @@ _matmul_bfloat16.defvjp(_forward, _backward)
 def weight_gradient(x: jax.Array, g: jax.Array) -> jax.Array:
     """Returns a kernel's gradient [in, out] float32: x^T g, summed over the leading axes of x [.., in] and g [.., out].
 
-    On a CPU the rows are split into chunks, because XLA sums bfloat16 products over two axes about twice as fast as
-    over one axis.
+    On a CPU the rows are split into chunks and summed over two axes, the chunks and the rows of a chunk, because XLA
+    computes this sum of bfloat16 products about twice as fast as a sum over one axis.
     """
     x, g = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
     rows = x.shape[0]
