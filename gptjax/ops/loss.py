@@ -144,7 +144,7 @@ def linear_log_probs(
 
 
 def _in_chunks(arrays: tuple[jax.Array, ...], head: jax.Array, chunk: int | None) -> tuple[jax.Array, ...]:
-    """Splits arrays [n, ..] into chunks [n_chunks, chunk, ..], after appending zeros to make n divisible."""
+    """Splits arrays [n, ..] into chunks [n_chunks, chunk, ..], padded with zeros at the end."""
     n = arrays[0].shape[0]
     chunk = min(n, chunk or max(128, _chunk_bytes() // (4 * head.shape[1])))
     n_chunks = -(-n // chunk)
