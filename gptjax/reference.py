@@ -1,6 +1,8 @@
-"""Build the API reference as a static site with pdoc (extra `[docs]`). Docstrings are shown verbatim.
+"""Builds the API reference as a static site with pdoc (extra `[docs]`). Docstrings are shown verbatim.
 
-python -m gptjax.reference [FOLDER]        writes to FOLDER, by default site/, which git ignores; open site/index.html
+python -m gptjax.reference [FOLDER]        writes the site to FOLDER (default: site/, which is in .gitignore)
+
+The start page is FOLDER/index.html.
 """
 
 from __future__ import annotations
@@ -17,11 +19,11 @@ from gptjax.errors import UserError
 
 _STYLE = "font-size: 75%; white-space: pre-wrap; overflow-wrap: anywhere; background: none; border: 0; padding: 0"
 _EXTENSION = '<span class="o">.</span><span class="n">jaxlib</span><span class="o">.</span><span class="n">_jax</span>'
-# Removing this HTML turns jax.jaxlib._jax.Array, which is the repr of jax.Array, into jax.Array.
+# HTML of ".jaxlib._jax". It is removed from the pages, so that they show jax.Array instead of jax.jaxlib._jax.Array.
 
 
 def build(folder: str | Path) -> Path:
-    """Write the site into `folder` and return the path of its index page.
+    """Writes the site into `folder` and returns the path of its index page.
 
     Call this function in a separate process, because `_open` changes the modules of gptjax.
 
@@ -43,10 +45,11 @@ def build(folder: str | Path) -> Path:
 
 
 def _open(name: str) -> None:
-    """Import a package and its submodules, and change them so that pdoc documents all public names.
+    """Imports a package and its submodules, and changes them so that pdoc documents all public names.
 
-    Public names that a package imports lazily are imported now. Submodules are added to `__all__`. The constructors of
-    NamedTuples have a `__module__` that does not exist; it is replaced, so that pdoc finds their signatures.
+    Public names that a package imports lazily are imported now. Submodules are added to `__all__`. The `__module__` of
+    a NamedTuple's constructor names a module that does not exist; it is replaced by the module of the class, so that
+    pdoc finds the signature.
     """
     module: Any = importlib.import_module(name)
     for public in getattr(module, "__all__", ()):
@@ -62,7 +65,7 @@ def _open(name: str) -> None:
 
 
 def _page(docstring: str) -> Any:
-    """Convert a docstring to preformatted HTML, in which known names in backticks are links.
+    """Converts a docstring to preformatted HTML, in which known names in backticks are links.
 
     No other Markdown is interpreted, because columns and indentation are significant in these docstrings, and an
     asterisk means multiplication.

@@ -16,11 +16,11 @@ from gptjax.ops.precision import custom_vjp
 from gptjax.types import Mean
 
 _CHUNK_BYTES = 256 * 2**20  # size of the float32 logits of a chunk of tokens; GPUs with much memory use larger chunks
-# Largest size of a chunk's logits, used on GPUs with 32 GiB or more. With this size the training step of GPT-2 124M,
-# compiled for an H100, takes 7.6 GiB and has 64.8 GB of memory traffic; with twice the size it takes 8.7 GiB and has
-# 63.9 GB (tests/bench/gpu_program.py).
+# Largest size of a chunk's logits, used on GPUs with 32 GiB or more. With this size, the training step of GPT-2 124M,
+# compiled for an H100, needs 7.6 GiB of memory and has 64.8 GB of memory traffic. Chunks of twice this size would need
+# 8.7 GiB, and have nearly the same traffic, 63.9 GB (tests/bench/gpu_program.py).
 _GPU_CHUNK_BYTES = 2**30
-_NO_TOKEN = -1e15  # logit of a padding column; unlike -inf, its square in the softcap's gradient is finite
+_NO_TOKEN = -1e15  # logit of a padding column; not -inf, because the gradient of the softcap squares the logits
 
 
 def cross_entropy(
@@ -61,8 +61,8 @@ def linear_cross_entropy(
 ) -> Mean:
     """Computes `cross_entropy(softcap(hidden @ head, cap), targets, weights)` in chunks of tokens.
 
-    Only the logits of one chunk are in memory at a time. Under differentiation the gradients of `hidden` and `head` are
-    computed in the forward pass, while the logits of a chunk are in memory, so that no logits are computed twice.
+    Only the logits of one chunk are in memory at a time. When JAX differentiates this function, the forward pass also
+    computes the gradients of `hidden` and `head`, chunk by chunk, so that the backward pass need not recompute logits.
 
     Args:
         hidden: [.., D].
@@ -71,8 +71,8 @@ def linear_cross_entropy(
         weights: weight of each target, [..], or None if all weights are 1.
         cap: softcap of the logits; 0: no softcap.
         dtype: dtype of the operands of the matrix products.
-        chunk: number of tokens per chunk. If `chunk` is None, the logits of a chunk take 256 MiB, or on a GPU 1/32 of
-            its memory if that is more, but at most 1 GiB.
+        chunk: number of tokens per chunk. If None, a chunk has as many tokens as fit in 256 MiB of logits, but at least
+            128 tokens. On a GPU with more than 8 GiB of memory, the limit is 1/32 of the memory, but at most 1 GiB.
 
     Raises:
         UserError: a target is outside 0 to V - 1 (checked only outside `jit`, where the targets are known).
@@ -93,10 +93,13 @@ def linear_cross_entropy(
 
 
 def _token_spec(targets: jax.Array) -> P | None:
-    """Returns the sharding of tokens [B, T] over all devices for the product with the head, which is replicated.
+    """Returns the sharding that splits tokens [B, T] over the devices for the output projection.
 
-    Each device splits its own tokens into chunks, and the head's gradient is summed over devices once instead of once
-    per chunk. Returns None if there is no mesh, or if the sizes of the mesh axes do not divide B and T.
+    The LM head is replicated, and each device splits its own tokens into chunks. The gradient of the LM head is then
+    summed over devices once, instead of once per chunk.
+
+    B is split over `data` and `fsdp`, and T over `context` and `tensor`, except for mesh axes that cannot split them
+    evenly. Returns None if there is no mesh, if the targets are not two-dimensional, or if B or T cannot be split.
     """
     current_mesh = mesh()
     if current_mesh is None or targets.ndim != 2:
@@ -116,9 +119,8 @@ def linear_log_probs(
 ) -> jax.Array:
     """Returns log softmax(softcap(hidden @ head))[target] of each token, [..] float32.
 
-    Losses that are not a sum over tokens need the log-probability of each token. The tokens are processed in chunks,
-    and the backward pass recomputes the logits of each chunk. The arguments and errors are as in
-    `linear_cross_entropy`.
+    This function is for losses that are not a sum over tokens, such as DPO. The tokens are processed in chunks, and the
+    backward pass recomputes the logits of each chunk. The arguments and errors are as in `linear_cross_entropy`.
     """
 
     check_ids("targets", targets, head.shape[1])
@@ -142,7 +144,7 @@ def linear_log_probs(
 
 
 def _in_chunks(arrays: tuple[jax.Array, ...], head: jax.Array, chunk: int | None) -> tuple[jax.Array, ...]:
-    """Splits arrays [n, ..] into chunks [n_chunks, chunk, ..], with zeros as padding."""
+    """Splits arrays [n, ..] into chunks [n_chunks, chunk, ..], padded with zeros at the end."""
     n = arrays[0].shape[0]
     chunk = min(n, chunk or max(128, _chunk_bytes() // (4 * head.shape[1])))
     n_chunks = -(-n // chunk)
@@ -154,7 +156,8 @@ def _in_chunks(arrays: tuple[jax.Array, ...], head: jax.Array, chunk: int | None
 
 
 def _chunk_bytes() -> int:
-    """Returns the size of a chunk's logits: 256 MiB, or 1/32 of a GPU's memory if that is more, but at most 1 GiB."""
+    """Returns the size limit of a chunk's logits in bytes: 256 MiB, or on a GPU 1/32 of its memory, clipped to
+    the range from 256 MiB to 1 GiB."""
     stats = jax.local_devices()[0].memory_stats() if platform() == "gpu" else None
     return min(_GPU_CHUNK_BYTES, max(_CHUNK_BYTES, (stats or {}).get("bytes_limit", 0) // 32))
 
@@ -189,7 +192,8 @@ def _chunk_logits(h, head, cap, dtype, targets, weights, n):
 
 
 def _row_major(a):
-    """Keeps XLA from folding a tied head's transpose into a bfloat16 product, which its CPU backend cannot compute."""
+    """Prevents XLA from merging the transpose of a tied head with the matrix product: XLA's CPU backend cannot compute
+    the merged product in bfloat16."""
     return jax.lax.optimization_barrier(a)
 
 

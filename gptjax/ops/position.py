@@ -89,7 +89,10 @@ def rope(x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
 
 
 def alibi_slopes(n_head: int) -> jax.Array:
-    """Returns ALiBi's slopes [N] float32, the penalty per token of distance for each head. Source: arXiv:2108.12409."""
+    """Returns ALiBi's slopes [N] float32, one per head. Source: arXiv:2108.12409.
+
+    The penalty on an attention score is the slope times the distance between query and key in tokens.
+    """
     power = 2 ** math.floor(math.log2(n_head))
     slopes = [2 ** (-8 * (i + 1) / power) for i in range(power)]
     slopes += [2 ** (-4 * (2 * i + 1) / power) for i in range(n_head - power)]

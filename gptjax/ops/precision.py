@@ -33,8 +33,8 @@ def default_precision() -> str | None:
 def matmul_precision(cfg: ModelConfig) -> Iterator[None]:
     """Context manager that sets the precision of matrix products to `cfg.precision`, unless this is "default".
 
-    The context manager has no effect for models with dtype=bfloat16, because every device multiplies bfloat16 operands
-    exactly and accumulates in float32, so that more passes would only cost time.
+    The context manager has no effect for models with dtype=bfloat16: every device multiplies bfloat16 operands exactly
+    and accumulates in float32, so that a higher precision would cost time and change nothing.
     """
     if cfg.precision == "default" or cfg.dtype != "float32":
         yield
@@ -72,8 +72,8 @@ def exact(fn: Callable) -> Callable:
 def splash_keeps_it() -> bool:
     """Returns True if the current precision is the default, the only one at which splash attention can be used.
 
-    At any other precision, Mosaic cannot compile splash in bfloat16, and splash's backward pass in float32 ignores the
-    precision.
+    At any other precision, Mosaic cannot compile splash attention for bfloat16 arrays. For float32 arrays, the backward
+    pass of splash attention would ignore the precision.
     """
     return default_precision() in (None, "default")
 

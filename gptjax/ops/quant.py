@@ -7,9 +7,9 @@
     int8    8 + 32 / in      0.007 (in = 1024)
     nf4     4.127            0.073
 
-Every array in a quantised leaf has the axes of the matrix, [.., in, out]. In an array with one value per block of
-weights, the axis along which the blocks run is divided by the block size. Therefore `nn.scan`, `vmap` and shardings of
-`in` or `out` work on a quantised leaf as on the unquantised matrix.
+Every array in a quantised leaf has the same axes as the matrix, [.., in, out]. An array with one value per block of
+weights is smaller by the block size along one axis: [.., in / 64, out] for blocks of 64 rows. Because the axes are the
+same, `nn.scan`, `vmap` and shardings of `in` or `out` work on a quantised leaf as on the unquantised matrix.
 
 Quantised weights are frozen: in the product of activations x and a quantised matrix, only x gets a gradient. The
 backward pass dequantises the matrix again, so that the forward pass need not save its float values.
@@ -78,8 +78,8 @@ class NF4:
 
     Blocks run along `in` and groups of absmaxes along `out`, so that both axes can be sharded; QLoRA's blocks run along
     the flattened matrix. If 64 does not divide `in`, the block size is the largest even divisor of `in` below 64. If
-    256 does not divide `out`, the group size is the largest divisor of `out` below 256. Both sizes follow from the
-    shapes of the arrays.
+    256 does not divide `out`, the group size is the largest divisor of `out` below 256. The block size and the group
+    size are not stored, but computed from the shapes of the arrays.
 
     Source: arXiv:2305.14314, but with int8 instead of FP8 for the absmaxes, because int8 is more exact for normally
     distributed weights.
@@ -174,7 +174,8 @@ def _(leaf: NF4, *others: Any) -> Any:
     if any(not isinstance(other, NF4) or other.absmax.shape[-2] != leaf.absmax.shape[-2] for other in others):
         return None
     groups = [x.absmax.shape[-1] // x.scale.shape[-1] for x in leaves]
-    # number of absmaxes per scale after concatenation; the scale of a larger group is repeated for each of its parts
+    # All groups of the concatenated matrix have this number of absmaxes. A larger group is split, and each part gets a
+    # copy of the group's scale.
     group = math.gcd(*groups)
     return NF4(
         codes=jnp.concatenate([x.codes for x in leaves], -1),
@@ -193,7 +194,7 @@ def _(leaf: Int8) -> Any:
 
 @struct.dataclass
 class NF4Columns:
-    """An `NF4` kernel with contiguous columns, for products with a single row of x on a GPU.
+    """An `NF4` kernel, stored with contiguous columns, for the product of one row of x and the kernel on a GPU.
 
     codes   [out, in/64, 32] uint8    two codes per byte: the low four bits are for the first 32 weights of a block, the
                                       high four bits for the last 32
@@ -253,7 +254,7 @@ _GRADIENT_PRODUCT = {matmul: matmul_transposed, matmul_transposed: matmul}
 @partial(custom_vjp, nondiff_argnums=(0, 3))
 def _frozen(product, leaf, x, dtype):
     """Computes `product` (`matmul` or `matmul_transposed`) of x and a quantised matrix, differentiable in x only."""
-    # the barrier keeps XLA from dequantising all layers before a decoding loop and keeping their float weights
+    # Without the barrier, XLA might dequantise all layers before a decoding loop, and hold the float weights in memory.
     leaf, _ = jax.lax.optimization_barrier((leaf, x))
     if isinstance(leaf, NF4):
         return product(dense(leaf).astype(x.dtype), x, dtype)
@@ -291,13 +292,14 @@ def quantize(params: Params, spec: str | tuple[tuple[str, str], ...] = "int8") -
 
     Args:
         spec: "nf4" quantises the kernels of all blocks and of an untied head; "int8" quantises these kernels
-            and the token embedding. Other choices are given as pairs (pattern, "int8" | "nf4" | "none"): the
-            first pattern that matches the path of a parameter decides, and parameters without a match are unchanged
-            (see `gptjax.tree` for patterns). "nf4" supports kernels, "int8" kernels and embeddings.
+            and the token embedding. To choose the quantisation of each parameter, pass pairs (pattern, "int8" | "nf4" |
+            "none"): the first pair whose pattern matches the path of a parameter sets its quantisation, and a parameter
+            that no pattern matches is unchanged (see `gptjax.tree` for patterns). "nf4" supports kernels, "int8"
+            kernels and embeddings.
 
     Raises:
-        UserError: a leaf is not a plain array, a pattern matches nothing, or a pair's second string is unknown or is
-            a quantisation that does not support the parameter. The error message lists all problems.
+        UserError: a leaf is not a plain array, a pattern matches no parameter, the name of a quantisation is unknown,
+            or a parameter does not support its quantisation. The error message lists all problems.
     """
     if isinstance(spec, str):
         if spec not in WORDS:

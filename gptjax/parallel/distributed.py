@@ -1,4 +1,8 @@
-"""Functions for multi-process runs: connect processes, compare settings, share out rows, exit if a process is lost."""
+"""Functions for runs with several processes.
+
+They connect the processes, compare their settings, assign the rows of a batch to the processes, and exit if a process
+is lost.
+"""
 
 from __future__ import annotations
 
@@ -72,11 +76,11 @@ def _end_when_jax_aborts(failed: str) -> None:
     JAX aborts a process that cannot reach the others, or that receives no heartbeats from one of them. The handler's
     message follows the stack trace that JAX prints. The handler must be a C function, because Python's handlers run in
     the main thread, for which abort() does not wait. JAX's own callback for lost processes cannot replace the handler,
-    because it ends in std::bad_cast (jaxlib 0.10.2).
+    because calling it fails with std::bad_cast (jaxlib 0.10.2).
 
-    Once the processes are connected, a SIGABRT from a Python thread is a bug and ends the process with the default
-    action. With jaxlib 0.7 the exit code after the loss of another process is 1 instead of RESTART, because jaxlib 0.7
-    calls _exit(1) instead of abort().
+    Once the processes are connected, a SIGABRT in a Python thread means a bug, not a lost process: the handler restores
+    the default action, which ends the process. With jaxlib 0.7 the exit code after the loss of another process is 1
+    instead of RESTART, because jaxlib 0.7 calls _exit(1) instead of abort().
     """
     global _handler
     if os.name == "nt":
@@ -90,7 +94,7 @@ def _end_when_jax_aborts(failed: str) -> None:
         if not jax.distributed.is_initialized() and threading.get_ident() == main:
             os.write(2, f"{failed}\n".encode())
             os._exit(BAD_INPUT)
-        if isinstance(threading.current_thread(), threading._DummyThread):  # a thread that Python did not start
+        if isinstance(threading.current_thread(), threading._DummyThread):  # not started by Python
             os.write(
                 2, f"another process is gone, or was silent for distributed.heartbeat_s\n{HOW_TO_RESTART}\n".encode()
             )
@@ -224,8 +228,9 @@ def rows_here(mesh: Mesh | None, rows: int) -> slice:
 def peers(say: Callable[[str], None]) -> Iterator[None]:
     """Context manager: exits with code RESTART if a collective operation fails because another process is lost.
 
-    If the block raises another exception in this process only, the process exits at once, with code BAD_INPUT for a
-    UserError and BUG for any other exception, because a normal exit would wait for the other processes.
+    If the block raises any other exception, and the other processes do not raise it too, the process exits at once,
+    because a normal exit would wait for the other processes. The exit code is BAD_INPUT for a UserError and BUG for all
+    other exceptions.
     """
     try:
         yield

@@ -1,4 +1,6 @@
-"""Checks that all processes of a run have started before `jax.distributed.initialize`, which aborts if one is missing.
+"""Checks that all processes of a run have started, before they call `jax.distributed.initialize`.
+
+The check is needed because `jax.distributed.initialize` aborts a process if another process is missing.
 
 Process 0 listens at the coordinator's address, and the other processes connect to it. When all processes are
 connected, the address is freed for JAX. Each process sends one line of JSON (left), and process 0 answers with one line

@@ -19,7 +19,7 @@ def sizes(cfg: MeshConfig, n_devices: int) -> tuple[int, int, int, int]:
     """Returns the sizes of the mesh axes data, fsdp, tensor and context; -1 in `cfg` means all remaining devices.
 
     Raises:
-        UserError: the product of the sizes is not `n_devices`, or two sizes are -1.
+        UserError: the product of the sizes is not `n_devices`, or more than one size is -1.
     """
     shape = [getattr(cfg, name) for name in AXES]
     requested = ", ".join(f"mesh.{name}={n}" for name, n in zip(AXES, shape, strict=True))
@@ -44,12 +44,12 @@ def make_mesh(
     Args:
         even_one: whether to return a mesh even for a single device. Arrays that are offloaded to host memory need a
             mesh, because their NamedSharding sets the memory kind.
-        rows: number of rows of a (micro-)batch, which must be divisible by `data` x `fsdp`. If `data` or `fsdp` is
-            -1 on a single host, it becomes the largest size for which `data` x `fsdp` divides the number of rows, and
-            some devices may stay idle.
+        rows: number of rows of a (micro-)batch, which must be divisible by `data` x `fsdp`. On a single host, a `data`
+            or `fsdp` of -1 is reduced until `data` x `fsdp` divides the number of rows; some devices may then stay
+            idle.
 
     Raises:
-        UserError: any error that `sizes` raises, or the number of rows is not divisible by `data` x `fsdp`.
+        UserError: the sizes in `cfg` are invalid, as in `sizes`, or `data` x `fsdp` does not divide the number of rows.
     """
     if not isinstance(cfg, MeshConfig):
         raise UserError(f"make_mesh: expected a MeshConfig, such as MeshConfig(data=-1), got {type(cfg).__name__}")

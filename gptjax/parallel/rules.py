@@ -31,14 +31,17 @@ RULES: tuple[tuple[str, tuple], ...] = (
     ("blocks*/attn/[qk]_norm | blocks*/value_mix | blocks*/*_lambda", ()),
     ("ln_f/* | smear", ()),
 )
-# Maps each array of an adapter or of a quantised matrix to a pair: for each of the array's last two axes, the axis of
-# the matrix, 0 (in) or 1 (out), whose sharding it takes, or None if it is not sharded, such as the axis of the rank.
+# Sharding of the arrays in an adapter or a quantised matrix. The keys are the names of the arrays. A value has one
+# entry for each of the last two axes of the array: 0 if the axis is sharded like the `in` axis of the matrix [in, out],
+# 1 if it is sharded like the `out` axis, or None if it is not sharded, such as the rank axis of a LoRA matrix.
 MATRIX_AXES = {"a": (0, None), "b": (None, 1), "m": (None, 1)}
 MATRIX_AXES |= dict.fromkeys(("values", "codes", "absmax", "scale", "offset"), (0, 1))
 
 
 def spec_of(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
-    """Returns the PartitionSpec of the leaf at `path` in a tree that is or contains a tree of parameters or adapters.
+    """Returns the PartitionSpec of the leaf at `path` in a tree of parameters, an adapter or a `TrainState`.
+
+    Inside a `TrainState` the path of a parameter has a prefix, such as opt_state/0/mu/.
 
     Raises:
         UserError: no rule covers the path.
@@ -64,7 +67,7 @@ def product_axes(path: str) -> tuple[str | None, ...] | None:
     """Returns the mesh axes that shard the kernel [in, out] at `path` during its matrix product.
 
     For the product, the kernel is all-gathered over `fsdp` and stays sharded over `tensor` as in `RULES`. Returns
-    None if no rule for a matrix covers the path.
+    None if `RULES` has no rule for the path, or if the rule does not give two mesh axes.
     """
     spec = _rule(path)
     return None if spec is None or len(spec) != 2 else tuple(axis if axis == TENSOR else None for axis in spec)
@@ -100,8 +103,8 @@ def batch_shardings(batch: Any, mesh: Mesh, *, leading_axes: int = 0, context_le
 
     Args:
         leading_axes: number of axes before the axis of rows, such as an axis of steps if a call runs several steps.
-        context_length: number of tokens per row. If the axis after the axis of rows has this size, it is the axis of
-            tokens.
+        context_length: number of tokens per row. In each array, the axis after the axis of rows is the axis of tokens
+            if its size is `context_length`; otherwise the array has no axis of tokens, as for labels.
     """
 
     def leaf_sharding(leaf: Any) -> NamedSharding:

@@ -1,4 +1,7 @@
-"""Functions that compile for a mesh and place arrays on it: the state sharded by `RULES`, the batch by rows."""
+"""Functions that compile other functions for a device mesh, and place arrays on the mesh.
+
+The train state is sharded by `RULES`, a batch by rows.
+"""
 
 from __future__ import annotations
 
@@ -100,8 +103,8 @@ def place_batch(
     The leaves of the batch are [.., B, T], or [.., B, K] for K values per row, such as labels.
 
     Args:
-        leading_axes: number of axes before the axis of rows. None: the number that batch.tokens [.., B, T] has, or 0
-            for a batch without tokens.
+        leading_axes: number of axes before the axis of rows. If None, it is the number of axes before the axis B of
+            batch.tokens [.., B, T], or 0 for a batch without tokens.
         rows: range of the rows of the global batch that this process passes, or None if it passes all rows.
         of: number of rows of the global batch, needed only if `rows` is given.
     """
@@ -132,9 +135,10 @@ def place_batch(
 def pmap_step(step: Callable, devices: Sequence[jax.Device] | None = None) -> Callable:
     """Compiles a data-parallel `step` with the interface of `jax.pmap`: batch leaves have a leading axis of devices.
 
-    The returned function takes the state and a batch of B rows, whose leaves are [n, B / n, ..] for n devices. It
-    returns (state, metrics), as `step` does for all B rows on one device. The state is replicated, not stacked.
-    `pmap_step` is for notebooks that were written for `pmap`; `jit_step` with a mesh can do the same and more.
+    The returned function takes the state and a batch. For B rows and n devices, the leaves of the batch have the shape
+    [n, B / n, ..]. The function returns (state, metrics), as `step` does for all B rows on one device. The state is
+    replicated, not stacked. `pmap_step` is for notebooks that were written for `pmap`; `jit_step` with a mesh can do
+    the same and more.
     """
     from gptjax.parallel.mesh import mesh_of
 

@@ -22,7 +22,7 @@ class Candidate(NamedTuple):
 
 
 def candidate(cfg: Config, on: Slice, shape: Shape, n_params: int) -> Candidate:
-    """Returns `cfg` with a mesh shape, and with its estimated memory per chip and time per step on this mesh."""
+    """Returns the candidate with config `cfg` and mesh shape `shape`, including its estimated memory and step time."""
     return Candidate(cfg, shape, chip_bytes(cfg, n_params, width(cfg), shape), seconds(cfg, on, shape, n_params))
 
 
@@ -31,8 +31,9 @@ def seconds(cfg: Config, on: Slice, shape: Shape, n_params: int) -> float:
     communication, as if none of them overlapped.
 
     HBM traffic is estimated from the number of times that arrays are read or written. Each activation of a layer is
-    read or written about 12 times, as measured in compiled programs. In each micro-batch, the weights are read three
-    times in bfloat16 and the gradients are written in float32.
+    read or written about 12 times, as counted in compiled programs. In each micro-batch, weights and gradients cause 14
+    bytes of traffic per parameter: 6 for reading the bfloat16 weights three times, and 8 for the float32 gradients. In
+    each step, the optimizer causes 32 bytes of traffic per parameter.
 
     The communication time is estimated from the bytes that are sent on each mesh axis. On the fsdp axis, the bfloat16
     weights of each micro-batch are all-gathered for the forward pass, the backward pass and rematerialisation, and the
@@ -59,8 +60,8 @@ def seconds(cfg: Config, on: Slice, shape: Shape, n_params: int) -> float:
 
 
 def shapes(cfg: Config, n_chips: int) -> Iterator[Shape]:
-    """Yields mesh shapes (data, fsdp, tensor, 1) of `n_chips` chips where tensor, at most 8, divides the number of
-    heads and data x fsdp divides the batch size."""
+    """Yields all mesh shapes (data, fsdp, tensor, 1) of `n_chips` chips that meet three conditions: `tensor` is at most
+    8, `tensor` divides the number of attention heads, and data x fsdp divides the batch size."""
     for fsdp in _divisors(n_chips):
         for tensor in (t for t in _divisors(n_chips // fsdp) if t <= 8 and cfg.model.n_head % t == 0):
             data = n_chips // fsdp // tensor

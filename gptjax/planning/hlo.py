@@ -263,8 +263,10 @@ def _convolution_flops(rest: str, left: tuple[int, ...], right: tuple[int, ...],
 
 
 def _is_kernel(call: Instruction) -> bool:
-    """Returns True if a custom call is a Pallas kernel. Any other custom call computes nothing, because the compiler
-    uses it to allocate memory."""
+    """Returns True if a custom call is a Pallas kernel.
+
+    The compiler uses other custom calls only to allocate memory, so they are not counted.
+    """
     return '"tpu_custom_call"' in call.rest
 
 

@@ -26,8 +26,10 @@ _MARGIN = 0.92  # a candidate is compiled only if its estimated memory is below 
 
 @dataclass(frozen=True)
 class Roofline:
-    """Seconds per step that computation, HBM traffic and communication take at the chip's peak rates. A real step takes
-    longer than `best`, and an efficient step about as long as `worst`."""
+    """Seconds per step that computation, HBM traffic and communication take at the chip's peak rates.
+
+    A real step takes longer than `best`. An efficient step takes about as long as `worst`.
+    """
 
     compute_s: float
     hbm_s: float
@@ -196,8 +198,8 @@ def _flops_per_token(cfg: Config, T: int, decode: bool) -> float:
 
 
 # Number of matrix multiplications per tile in each splash attention kernel. The forward kernel (fwd) computes scores
-# and weighted values. The backward kernels (dq, dkv) compute the scores, the gradient of the attention weights, and the
-# gradients of q, or of k and v.
+# and weighted values. Both backward kernels compute the scores and the gradient of the attention weights; then the dq
+# kernel computes the gradient of q, and the dkv kernel the gradients of k and v.
 _PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
 
 
@@ -256,7 +258,8 @@ def advice(cfg: Config, on: Slice, shape: tuple[int, int, int, int], n_params: i
         if ratio * chip_bytes(variant, n_params, width, mesh_shape) < result.hbm_bytes
         and (text.split("=")[0] != "model.remat" or variant.model.remat != cfg.model.remat)
     ]
-    smallest = dict(reversed(useful))  # maps each setting to its smallest sufficient change, the first in `useful`
+    # maps each setting to the smallest change that is enough; `useful` is sorted from small to large changes
+    smallest = dict(reversed(useful))
     return tuple(smallest[kind] for kind in dict.fromkeys(kind for kind, _ in useful)) or (
         f"no single change is enough: use a larger slice than {on.name}, or --search for a combination",
     )
@@ -272,12 +275,11 @@ def search(
 ) -> list[Plan]:
     """Searches for the mesh, remat policy and number of micro-batches with the fastest step at the same batch size.
 
-    The candidates are sorted by the step time that a cost model estimates (`estimate.variants`) and compiled in this
-    order.
+    The candidates are compiled in the order of their estimated step times, fastest first (`estimate.variants`).
 
     Args:
         on: TPU slice: a name such as v5e-8, or a topology such as v5p:4x4x8.
-        best: number of plans to return. The search stops once this many candidates fit in memory.
+        best: number of plans to return. The search stops once it has found `best` candidates that fit in memory.
         seconds: time limit of the search. Once a candidate fits in memory, the next candidate is compiled only if the
             time left is at least twice the time of the last compilation.
         say: function that is called with a line of text about each compiled candidate.
@@ -311,8 +313,8 @@ def search(
         if len(plans) >= best or (plans and time.monotonic() - started + 2 * last > seconds):
             break
         if scale * c.memory_bytes > hbm_bytes:
-            # The candidate is skipped, because it does not fit if its memory is underestimated by the same factor as
-            # that of an earlier candidate.
+            # Skip this candidate: an earlier candidate needed `scale` times its estimated memory, and with the same
+            # correction factor this candidate would not fit in the chip's memory.
             continue
         built = program.train_program(c.cfg, mesh_of(c.shape, devices))
         result = weigh(c.cfg, tpu, c.shape, built, rows=cfg.train.batch_size)

@@ -93,7 +93,7 @@ def _state(
         if cfg.task == "pretrain":
             return TrainState.create(params, tx=tx, key=key)
         partitioned = trainable.partition(cfg, *trainable.split_heads(params), cfg.model, key)
-        # `combine` can be called after the trace of `create` has ended, because it refers to no tracers, only to names.
+        # `combine` can be called after the tracing of `create`, because it captures no tracers.
         combine[:] = [partitioned.combine]
         return TrainState.create(partitioned.params, tx=tx, key=key, frozen=partitioned.frozen)
 
@@ -175,8 +175,8 @@ def out_of_memory(message: str, lasting_bytes: int = 0) -> tuple[int, int]:
     The compiler's out-of-memory message contains either `Used 18.81G of 15.75G hbm` or `the total memory required for
     HLO temporaries (47.73G) exceeds available HBM (31.25G)`.
 
-    The memory in the message about HLO temporaries leaves out the program's arguments, so their size in bytes,
-    `lasting_bytes`, is added to it.
+    The message about HLO temporaries does not count the program's arguments. For this message, the result is the sum of
+    the memory for temporaries and `lasting_bytes`, the size of the arguments.
     """
     total = re.search(r"Used ([\d.]+[KMGT]) of ([\d.]+[KMGT]) hbm", message)
     temporaries = re.search(r"temporaries \(([\d.]+[KMGT])\) exceeds available HBM \(([\d.]+[KMGT])\)", message)
@@ -194,5 +194,5 @@ def count(cfg: Config) -> int:
 
 
 def __getattr__(name: str) -> Any:
-    """Returns a function by its old name, which is deprecated."""
+    """Looks up renamed functions by their old names, which are deprecated."""
     return moved_name(__name__, name)

@@ -20,10 +20,8 @@ def table(plan: Plan, *, tokens: float | None = None, hours: float | None = None
     """Returns a plan as a text table, in a list of lines.
 
     Args:
-        tokens: number of tokens to train on, for which the table also shows the training time, or None to leave the
-            time out.
-        hours: time in hours, for which the table also shows the number of tokens processed, or None to leave the number
-            out.
+        tokens: number of tokens to train on. If given, the table also shows how long that takes.
+        hours: training time in hours. If given, the table also shows how many tokens are processed in that time.
     """
     lines = [
         f"{plan.what} step on {plan.slice}: {plan.chips} chips ({plan.topology}), {_mesh(plan) or 'no mesh'}, "

@@ -27,7 +27,7 @@ from gptjax.types import Params
 class Config:
     """Sizes of the layer.
 
-    Raises UserError if d_model is not n_head times an even head size, or n_kv_head does not divide n_head.
+    Raises UserError if the head size d_model / n_head is not an even integer, or if n_kv_head does not divide n_head.
     """
 
     d_model: int

@@ -15,7 +15,7 @@ def kernels(key: jax.Array, shapes: Mapping[str, tuple[int, ...]]) -> Params:
     """Initialises float32 kernels [.., in, out] from N(0, 1 / in).
 
     Returns:
-        A nested dict, in which the path of each kernel is "<name>/kernel", for each name in `shapes`.
+        A nested dict with one kernel per entry of `shapes`, at the path "<name>/kernel".
     """
     return {
         name: {"kernel": jax.random.normal(jax.random.fold_in(key, i), shape) * shape[-2] ** -0.5}
@@ -28,10 +28,10 @@ def norm_scale(size: int) -> Params:
 
 
 def require(*conditions: tuple[bool, str]) -> None:
-    """Checks that all conditions hold, each of which is given as a pair (condition, error message).
+    """Checks conditions, given as pairs (condition, error message).
 
     Raises:
-        UserError: a condition is false; the error lists the messages of all conditions that are false.
+        UserError: at least one condition is false. The error lists the messages of all false conditions.
     """
     if problems := [text for holds, text in conditions if not holds]:
         raise UserError.all(problems)

@@ -79,7 +79,7 @@ class Flops(NamedTuple):
 
     @property
     def linear(self) -> int:
-        """Returns the FLOPs of the multiplications by weights, which are the total without `attention`."""
+        """FLOPs of the multiplications by weights: `total` minus `attention`."""
         return self.total - self.attention
 
 
@@ -91,10 +91,10 @@ def forward_flops(cfg: ModelConfig, batch: int, length: int, *, pairs: int | Non
     FLOPs with `forward_flops` only for a model compiled with `unroll=True`, because XLA counts the body of a loop once.
 
     Args:
-        pairs: number of (query, key) pairs to count per head and row. None counts all length^2 pairs, as papers do,
-            which ignore the causal mask. The causal mask leaves length (length + 1) / 2 pairs. On a CPU `ops.attention`
-            computes 3/4 length^2 pairs if length is even and at least 128, because the first half of the queries skips
-            the second half of the keys.
+        pairs: number of (query, key) pairs to count per head and row. None counts all length^2 pairs and ignores the
+            causal mask, as is usual in papers. With the causal mask, length (length + 1) / 2 pairs are needed. On a CPU
+            `ops.attention` computes 3/4 length^2 pairs if length is even and at least 128, because the first half of
+            the queries skips the second half of the keys.
     """
     tokens = batch * length
     pairs = length**2 if pairs is None else pairs

@@ -82,8 +82,8 @@ def balance_loss(params: Params, x: jax.Array, cfg: Config) -> jax.Array:
     """Returns the load balancing loss of the router, a float32 scalar.
 
     The loss is E times the sum over the E experts of (fraction of routing choices that select the expert) * (mean
-    router probability of the expert). The load balancing loss is 1 if the load is uniform, and at most
-    E / n_active, which it reaches if every token chooses the same n_active experts and their probabilities sum to 1.
+    router probability of the expert). The load balancing loss is 1 if the load is uniform. It reaches its maximum,
+    E / n_active, if every token chooses the same n_active experts and all other experts have probability 0.
 
     Source: arXiv:2101.03961, eq. 4-6, but with n_active choices of experts per token.
     """

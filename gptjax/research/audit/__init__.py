@@ -1,6 +1,7 @@
 """Audits of memorisation and data poisoning: `audit` runs every check, and each check is also a function.
 
-outlier_scores    how similar a row's gradient is to its nearest neighbours: finds poisoned rows and duplicates
+outlier_scores    how similar a row's gradient is to the most similar gradients of other rows: finds poisoned rows and
+                  duplicates
 backdoor_trigger  how much a phrase raises the likelihood of a payload, compared with random control phrases
 exposure          how much likelier a secret is than random candidates of the same format
 extraction        how often greedy decoding reproduces training text verbatim, by prefix length
