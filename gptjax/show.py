@@ -74,7 +74,8 @@ def tokens(tokenizer: Tokenizer, ids: Iterable[int], values: Iterable[float] | N
     for n, i in enumerate(ids):
         colour, note = _PASTELS[n % len(_PASTELS)], str(i)
         if scores is not None:
-            level = round(255 - 155 * (scores[n] - low) / (high - low)) if high > low else 255  # low: white, high: red
+            # The lowest value is shown in white, the highest in red.
+            level = round(255 - 155 * (scores[n] - low) / (high - low)) if high > low else 255
             colour, note = f"#ff{level:02x}{level:02x}", f"{i}: {scores[n]:.4g}"
         text = html.escape(tokenizer.decode([i])).replace(" ", "&nbsp;").replace("\n", "&crarr;<br>")
         style = f"background:{colour};color:#000;padding:2px 0;border-radius:3px"
@@ -174,9 +175,9 @@ def log_ticks(axis: Any, places: ArrayLike = ()) -> None:
 
     Args:
         places: tick positions. If 1 to 12 positions are given, ticks are placed at them, except at positions too close
-            to the previous tick. Without positions, or with more, ticks are placed at round values on an axis shorter
-            than one decade, at 1, 2 and 5 times powers of ten on an axis shorter than three decades, and at powers of
-            ten on a longer axis.
+            to the previous tick. If no positions or more than 12 are given, the ticks depend on the length of the axis:
+            round values on an axis shorter than one decade, 1, 2 and 5 times powers of ten on an axis shorter than
+            three decades, and powers of ten on a longer axis.
     """
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 

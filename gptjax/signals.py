@@ -46,8 +46,10 @@ class Terminated(Stopped):
 
 
 class Signals:
-    """Holds the signal received so far. `code` is the exit code: 128 + the signal's number, or 0 if there was no
-    signal."""
+    """Records the last signal received.
+
+    `code` is the exit code that stands for the signal: 128 + the signal's number, or 0 if no signal was received.
+    """
 
     code: int = 0
     polled: bool = False  # whether a loop checks `code`, so that the handler need not raise an exception

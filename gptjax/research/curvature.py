@@ -179,7 +179,7 @@ def mix(stacked: Any, weights: jax.Array) -> Any:
 
 
 def mixtures(loss: Scalar, stacked: Any, weights: jax.Array, *, at_once: int | None = None) -> jax.Array:
-    """Returns the losses, [M] float32, of M weighted sums of N models, each computed as in `mix`.
+    """Returns the losses, [M] float32, of M models, each of which is a weighted sum of N models as computed by `mix`.
 
     Args:
         stacked: params of the N models, stacked along a leading axis: leaves [N, ..].
@@ -200,12 +200,13 @@ def linear_interpolation(
 ) -> jax.Array:
     """Returns the losses [M] float32 of the models (1 - t) * first + t * second, one for each element of t [M].
 
-    The losses show whether a loss barrier lies between the two models. `at_once` is as in `mixtures`.
+    The losses show whether a loss barrier lies between the two models. The argument `at_once` is described in
+    `mixtures`.
 
     Source: arXiv:1412.6544.
 
     Raises:
-        UserError: the two trees have different shapes.
+        UserError: the params of the two models have different shapes.
     """
     if (a := jax.tree.map(jnp.shape, first)) != (b := jax.tree.map(jnp.shape, second)):
         raise UserError(f"cannot interpolate between models of different shapes: {a} and {b}")

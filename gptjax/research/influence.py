@@ -1,17 +1,17 @@
-"""Training data influence: per-example gradients, their similarity (TracIn), gradient noise scale, and clipping.
+"""Training data influence: per-example gradients, their similarity (TracIn) and clipping, and gradient noise scale.
 
 features = gradient_features(loss, dims=1024)                compiled once, used with any params
 cosines  = similarity(features(params, test), features(params, train))       matrix [n_test, n_train]
 scores   = tracin(features, checkpoints, train, test, rates=[1e-3] * 3)      matrix [n_test, n_train]
 noise    = gradient_noise(loss, params, batch)               noise.scale: critical batch size, in examples
 
-A loss is any function of (params, batch, key) that returns (Mean, metrics). An example is one row of a batch, whose
-leaves all have the shape [B, ..].
+A loss is any function of (params, batch, key) that returns (Mean, metrics). All leaves of a batch have shape [B, ..];
+an example is one row of the batch.
 
 By default, gradients are taken with respect to all parameters. To differentiate with respect to some of them only, pass
 these as `params` and the others as `frozen`, together with a function `combine(params, frozen)` that returns the params
-to pass to the loss. For a LoRA adapter, this function is `lambda adapter, base: lora.attach(base, adapter, cfg)`; for a
-part of the model that was selected with `tree.split`, it is `tree.join`.
+to pass to the loss. For a LoRA adapter, pass `combine=lambda adapter, base: lora.attach(base, adapter, cfg)`; for a
+part of the model that was selected with `tree.split`, pass `combine=tree.join`.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ def tracin(
     """Returns the TracIn influence of each training example on each test example, [n_test, n_train] float32.
 
     The influence is the sum over checkpoints of rate * (inner product of the test gradient and the training gradient).
-    A positive influence means that training on the example lowered the loss of the test example.
+    A positive influence means that training on the training example lowered the loss of the test example.
 
     Args:
         features: function returned by `gradient_features`.
@@ -214,7 +214,8 @@ def noise_scale(small: float, big: float, *, n_small: int, n_big: int) -> Noise:
     average `trace` and `square_norm` over the steps, then divide the averages.
 
     Args:
-        small, big: squared norms of the mean gradient of n_small and of n_big examples, each averaged over batches.
+        small: squared norm of the mean gradient of n_small examples, averaged over batches of this size.
+        big: squared norm of the mean gradient of n_big examples, averaged over batches of this size.
 
     Source: arXiv:1812.06162, eq. A.2 and A.3.
     """

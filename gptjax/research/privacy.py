@@ -5,7 +5,8 @@
 step  = make_train_step(private(loss, clip=1.0, noise=1.1, batch_size=64), tx, combine=pair)
 spent = epsilon(noise=1.1, rate=64 / 1045, steps=500, delta=1e-5)
 
-The arguments `loss`, `frozen` and `combine` are as in `research.influence`, whose `clipped_sum` clips the gradients.
+The loss, the frozen parameters and `combine` have the same meaning as in `research.influence`. The function
+`clipped_sum` of that module clips the gradients.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def private(
     chunk: int | None = None,
     accumulation: int = 1,
 ) -> Loss:
-    """Wraps a loss: the returned loss has the same value, but its gradient is the clipped and noised one of DP-SGD.
+    """Wraps a loss: the returned loss has the same value, but its gradient is clipped and noised as in DP-SGD.
 
     The gradient is clipped per example, summed over the batch, noised, and divided by `batch_size`.
 
@@ -57,10 +58,10 @@ def private(
     Args:
         clip: maximum L2 norm of an example's gradient.
         noise: noise multiplier, the standard deviation of the Gaussian noise in units of `clip`.
-        batch_size: expected number of rows per batch. With `poisson_sample`, this is `rate * n`, the same for every
-            batch, although the number of rows drawn varies.
-        accumulation: number of micro-batches per step, as in `make_train_step`. The noise of a step is divided among
-            the micro-batches.
+        batch_size: expected number of rows per batch. With `poisson_sample`, pass `rate * n`, although the number of
+            rows that are drawn varies from batch to batch.
+        accumulation: number of micro-batches per step, as in `make_train_step`. Each
+            micro-batch adds 1 / accumulation of the variance of a step's noise.
 
     Raises:
         UserError: `clip`, `batch_size` or `accumulation` is not positive, `noise` is negative, or the loss is called
@@ -147,7 +148,10 @@ def epsilon(*, noise: float, rate: float, steps: int, delta: float) -> float:
 
 
 def noise_for(epsilon: float, *, rate: float, steps: int, delta: float) -> float:
-    """Returns the noise multiplier with which `steps` training steps are (epsilon, delta)-differentially private.
+    """Returns the smallest noise multiplier for which training is (epsilon, delta)-differentially private.
+
+    Training is assumed to take `steps` training steps with `private` on batches drawn by `poisson_sample`. The noise
+    multiplier is accurate to 0.001.
 
     Uses a Renyi accountant (arXiv:1908.10530), which is faster than the accountant of the function `epsilon` and
     slightly more conservative.

@@ -65,8 +65,9 @@ def patching_grid(
     vmapped in one compiled program; `memory_bytes` limits how many of them are computed at the same time.
 
     Args:
-        clean, corrupted: tokens of the two prompts, [B, T] int32 each. Swap the two prompts to see which activations
-            break the answer instead of restoring it.
+        clean, corrupted: tokens of the two prompts, [B, T] int32 each. The grid shows which activations of `clean`
+            restore the correct answer on `corrupted`. Swap the two prompts to see which activations of the corrupted
+            prompt destroy the correct answer.
         metric: function that is applied to the logits [B, V] at `position`.
         site: name of the activation to patch, one of `gptjax.model.activations.SITES`.
         axes: axes of the grid besides the layers: ("position",), ("head",) or both.
@@ -76,10 +77,10 @@ def patching_grid(
 
     Returns:
         The metric of every forward pass, [L, T], [L, N] or [L, T, N] float32 according to `axes`. N is the number of
-        heads; for the sites attn/k and attn/v, N is the number of key heads.
+        heads; for the sites attn/k and attn/v, N is the number of key/value heads.
 
     Raises:
-        UserError: the prompts' shapes differ, `site` does not exist, or its activation lacks one of `axes`.
+        UserError: the prompts' shapes differ, `site` does not exist, or the activation at `site` lacks one of `axes`.
 
     Source: arXiv:2202.05262 (causal tracing), arXiv:2309.16042 (activation patching).
     """
@@ -161,7 +162,7 @@ def _grid(
     run_bytes = 4 * B * (T * width + cfg.vocab_size)
     groups = -(-n // max(1, memory_bytes // run_bytes))
     size = -(-n // groups)
-    # The last group of grid cells is padded with copies of the last cell, whose results are dropped.
+    # The last group of grid cells is padded with copies of the last cell; the results of the copies are dropped.
     cells = jnp.minimum(jnp.arange(groups * size), n - 1).reshape(groups, size)
     return jax.lax.map(jax.vmap(run), cells).reshape(-1)[:n].reshape(sizes)
 

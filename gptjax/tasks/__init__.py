@@ -2,8 +2,8 @@
 
 prepare(cfg, progress)                  reads the data and the base model; returns a `Ready`, which holds the resolved
                                         config, the `Task` and the test data
-evaluate(result, held_out, say)         scores the trained model on the test data `held_out`, which it reads again if
-                                        None is given
+evaluate(result, held_out, say)         scores the trained model on the test data `held_out`; if `held_out` is None,
+                                        reads the test data again
 refuse_missing(cfg)                     raises UserError if the data or the base model do not exist; downloads nothing
 loss(cfg)                               returns the loss function, which takes (params, batch, key) and returns (Mean,
                                         metrics)

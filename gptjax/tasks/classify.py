@@ -65,8 +65,8 @@ def _data(cfg: Config) -> LabelledSplits:
     settings = cfg.classify
     if not settings.source:
         raise UserError("classify.source is missing: name a .csv, .tsv, .jsonl, .json or .parquet file, or hf:org/name")
-    # For the split "book", quotes in a .tsv file enclose a text, because the code of Build a Large Language Model (From
-    # Scratch) reads the file with pandas, which interprets quotes in this way.
+    # For the split "book", quotation marks in a .tsv file delimit a text and are not part of it. The code of the book,
+    # Build a Large Language Model (From Scratch), reads the file with pandas, which treats quotation marks in this way.
     quoted = settings.split == "book"
     data = classification.read(
         settings.source, text=settings.text_field, label=settings.label_field, labels=settings.labels, quoted=quoted
@@ -269,6 +269,6 @@ def load_classifier(folder: str | Path) -> Callable[[Sequence[str]], list[dict[s
 
 
 def __getattr__(name: str) -> Any:
-    """Returns the object that a deprecated name of this module refers to, which has moved to `gptjax.losses`."""
+    """Returns the object for a deprecated name of this module: a renamed constant, or a function of `gptjax.losses`."""
     new = moved_name(__name__, name)
     return old_task(new, init_params) if name == "task" else new

@@ -32,7 +32,7 @@ RESPONSES, BEFORE, RESULTS = "responses.jsonl", "responses-before.jsonl", "test.
 __all__ = ["answers", "conversations", "evaluate", "loss", "plan", "prepare", "refuse_missing"]
 TURNS = 8  # maximum number of questions per synthetic training conversation
 # With LoRA, the loss is computed in chunks of 256 tokens, so that only the logits of one chunk are in memory. Small
-# chunks cost no speed there, because the LM head is frozen.
+# chunks slow down training only if the LM head is trained, and with LoRA it is frozen.
 CHUNK = 256
 
 
@@ -87,7 +87,11 @@ def summary(results: dict[str, Any]) -> list[str]:
 
 
 def conversations(cfg: Config, notes: list[str] | None = None) -> Splits[Conversation]:
-    """Returns the conversations to train, validate and test on. `notes` is passed to `data.conversations.read`."""
+    """Returns the conversations to train, validate and test on.
+
+    Args:
+        notes: a list to which a line of text about ignored keys is appended. None: the line is printed to stderr.
+    """
     splits = split_records(cfg.instruct, cfg.seed, read, _skills, notes)
     if problems := [line for talk in splits.test for line in check_constraints(talk.constraints, talk.where)]:
         raise UserError.all(problems[:MAX_PROBLEMS])
@@ -211,7 +215,7 @@ def answers(
     size, longest = cfg.sample.batch_size, [0]
 
     def count(tokens: list[int]) -> bool:
-        """A stop condition for `generate` that never stops: it only records the number of tokens in the longest row."""
+        """A stop condition for `generate` that is never met; it records the length of the longest row, in tokens."""
         longest[0] = max(longest[0], len(tokens))
         return False
 

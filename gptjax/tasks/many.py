@@ -32,7 +32,8 @@ class Many(NamedTuple):
 
     rates     multipliers of the optimizer's updates, and thus of its learning rate and weight decay
     scales    multipliers of the low-rank product a b, as `LoraConfig.scale`
-    ranks     ranks of the adapters, at most lora.rank; columns of a and rows of b beyond a rank stay zero
+    ranks     ranks of the adapters, at most lora.rank; columns of a and rows of b beyond an adapter's
+              rank stay zero
     seeds     random seeds of initialisation and dropout
     """
 
@@ -69,7 +70,7 @@ def create(params: Params, many: Many, cfg: LoraConfig, tx: optax.GradientTransf
 def make_many_step(
     loss: Loss, tx: optax.GradientTransformation, cfg: LoraConfig, *, batches: bool = False
 ) -> Callable[[TrainState, Many, Params, Any], tuple[TrainState, Metrics]]:
-    """Returns the step of `make_train_step`, vmapped over N adapters.
+    """Returns the training step of `make_train_step`, vmapped over N adapters.
 
     The result is a function `step(states, many, params, batch)` that returns the new states and the metrics, [N] each.
     `params` are the params of the base model, of which all adapters share one copy.

@@ -14,7 +14,8 @@ from gptjax.errors import UserError
 from gptjax.research.audit.text import Scored, continuations, document_spans, rows, sample, score
 from gptjax.types import Batch, Params
 
-MIN_DOCUMENTS = 4  # minimum number of documents of members, and of others, for a test on per-document means
+# `membership` tests per-document means only if the members and the others come from at least this many documents each
+MIN_DOCUMENTS = 4
 MIN_K = 0.2  # Min-K% Prob averages over the least likely 20 % of a text's tokens: arXiv:2310.16789, fig. 4
 
 
@@ -49,8 +50,8 @@ def extraction(
 ) -> list[Extraction]:
     """Measures how often greedy decoding, given a prefix of the text, produces the next `suffix` tokens exactly.
 
-    Suffixes begin every `stride` tokens of a document and are the same for all prefix lengths. If stride >= suffix, the
-    suffixes do not overlap.
+    In each document, the first suffix begins after max(prefixes) tokens, and a further suffix begins every `stride`
+    tokens. All prefix lengths are tested on the same suffixes. If stride >= suffix, the suffixes do not overlap.
 
     Args:
         prefixes: prefix lengths, in tokens; one result is returned for each length.
@@ -81,7 +82,7 @@ def extraction(
 
 
 def _wilson(hits: np.ndarray) -> tuple[int, int, float, float, float]:
-    """Returns (n, number of hits, rate of hits, low end and high end of the rate's 95 % Wilson interval)."""
+    """Returns (size of `hits`, number of True values, fraction of True values, ends of its 95 % Wilson interval)."""
     from scipy.stats import binomtest
 
     n, k = len(hits), int(hits.sum())
@@ -92,16 +93,16 @@ def _wilson(hits: np.ndarray) -> tuple[int, int, float, float, float]:
 
 
 class Membership(NamedTuple):
-    """The result of `membership`: how well two scores, the loss and Min-K% Prob, tell training text from other text.
+    """The result of `membership`: how well two scores, the loss and Min-K% Prob, separate training from held-out text.
 
-    Members are rows of training text, non-members are rows of held-out text.
+    Members are rows of training text, non-members are rows of held-out text. The loss is negated, so that a high score
+    indicates a member.
 
     loss_auc, min_k_auc  AUC of each score over rows: probability that a member scores above a non-member
     sd                   standard deviation of the AUC under the null hypothesis
-    tpr                  true positive rate of the loss at a false positive rate of 1 %
+    tpr                  true positive rate, at a false positive rate of 1 %, of classifying rows by their loss
     p                    p-value of the test described in `membership`
-    units                sample size of the test on the members' side: number of rows, or of documents if the test
-                         compares per-document means
+    units                number of members in the test: rows, or documents if the test compares per-document means
     """
 
     loss_auc: float
@@ -121,8 +122,8 @@ def membership(
 ) -> Membership:
     """Measures how well two scores separate members (training text) from others (held-out text).
 
-    The scores are the loss and Min-K% Prob, the mean log-probability over the least likely fraction k of the tokens.
-    The p-value is that of a one-sided Mann-Whitney U test (normal approximation) on the larger of the two AUCs,
+    The scores are the negative loss and Min-K% Prob, the mean log-probability of the least likely fraction k of the
+    tokens. The p-value comes from a one-sided Mann-Whitney U test (normal approximation) on the larger of the two AUCs,
     Bonferroni-corrected for two tests.
 
     Args:

@@ -1,4 +1,4 @@
-"""Gradient outliers: rows whose gradients resemble those of a few other rows, as with poisoned rows and duplicates."""
+"""Finds gradient outliers, such as poisoned and duplicate rows: rows with gradients like those of a few other rows."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def outlier_scores(features: np.ndarray, reference: np.ndarray | None = None, k:
     each gradient is normalised to length 1, and the mean of the normalised training gradients is subtracted.
 
     A high score means that the gradient of a row differs from the average but is similar to the gradients of a few
-    other rows, as the gradients of poisoned rows and duplicates are.
+    other rows. Poisoned rows and duplicates have such gradients.
 
     Args:
         features: [n, K] gradient features of the training rows (`influence.gradient_features`).
@@ -50,7 +50,7 @@ class Tail(NamedTuple):
     flagged    indices of the rows above the threshold, highest score first
     expected   expected number of flagged rows under the null hypothesis
     beyond     number of rows above every reference score
-    p          probability of at least `beyond` such rows under the null hypothesis
+    p          probability that at least `beyond` rows are above every reference score, under the null hypothesis
     """
 
     threshold: float

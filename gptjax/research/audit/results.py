@@ -1,4 +1,4 @@
-"""The results of an audit: the report, its alarms, and the JSON form that audit.json holds."""
+"""The results of an audit: the report, its alarms, and the contents of audit.json."""
 
 from __future__ import annotations
 

@@ -30,8 +30,8 @@ from gptjax.training.resume import result_of
 from gptjax.training.run_dir import RunDir
 from gptjax.types import Params
 
-# number of random control phrases that each trigger is compared with; number of held-out texts, after each of which a
-# trigger and its control phrases are placed
+# CONTROLS is the number of random control phrases that each trigger is compared with. CONTEXTS is the maximum number of
+# held-out texts to which the trigger, and each control phrase in its place, is appended.
 CONTROLS, CONTEXTS = 199, 4
 EXCERPT = 80  # number of characters that the report shows from each end of a row's text
 

@@ -119,12 +119,12 @@ def _score(params: Params, batch: Batch, cfg: ModelConfig) -> tuple[jax.Array, j
 
 
 def continuations(scored: Scored, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the log-probability of each row's continuation, and whether greedy decoding produces it exactly.
+    """Returns the log-probability of each row's continuation, and whether greedy decoding produces the continuation.
 
     Both arrays have shape [n], the second has dtype bool.
 
-    No decoding is run, because greedy decoding produces the continuation exactly if every target of the continuation is
-    the most likely token (argmax).
+    No decoding is run, because greedy decoding produces the continuation if and only if each of its tokens is the most
+    likely token (argmax) given the preceding tokens.
     """
     counts = batch.weights > 0
     return np.where(counts, scored.log_probs, 0).sum(1), (scored.top1 | ~counts).all(1)

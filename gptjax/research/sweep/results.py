@@ -21,7 +21,7 @@ WRITING = ".sweep.partial"  # marker file that `write` removes at its end; if it
 def lines(summary: Sequence[dict[str, Any]], axes: Sequence[str]) -> Iterator[str]:
     """Formats `summary`, made by `table`, as lines of aligned text.
 
-    Each metric is printed as its mean +- half the width of its interval.
+    Each metric is printed as mean +- half-width of the 95 % confidence interval over seeds.
     """
     names = [key for key in axes if key != "seed"]
     measures = [key for key in summary[0] if f"{key}/low" in summary[0]]
@@ -69,10 +69,10 @@ def write(result: Sweep, folder: str | os.PathLike[str]) -> None:
 def draw(result: Sweep, path: Path) -> None:
     """Plots the validation loss and the training loss of the runs.
 
-    The left panel plots the validation loss against the first swept hyperparameter that has several numeric values:
-    one dot per run, and for each combination of the other hyperparameters a line through the means over seeds, with
-    their intervals. The right panel plots one training loss curve per combination of all swept hyperparameters,
-    averaged over seeds.
+    The left panel plots the validation loss against the first swept hyperparameter that has several numeric values.
+    Each run is a dot. For each combination of the other hyperparameters, a line connects the means over seeds, and
+    error bars show the 95 % confidence intervals of the means. The right panel plots one training loss curve per
+    combination of all swept hyperparameters, averaged over seeds.
     """
     from gptjax.training.plot import draw_sweep
 

@@ -48,7 +48,7 @@ def split_axes(leaves: Iterable[Leaf]) -> tuple[dict[str, list[str]], list[Leaf]
     Returns a dict from the key of each axis to its values, and a list of the settings with one value.
 
     Raises:
-        UserError: an axis has no values, has a value twice, or cannot be swept.
+        UserError: an axis has no values, contains the same value twice, or cannot be swept.
     """
     axes: dict[str, list[str]] = {}
     fixed, problems = [], Problems()

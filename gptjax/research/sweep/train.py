@@ -36,17 +36,17 @@ FINAL_FRACTION = 0.1  # the final training loss of a run is the average over the
 class Sweep(NamedTuple):
     """The result of `sweep`.
 
-    configs   the config of each run, in which the settings that depend on the data, such as the number of steps, have
-              the values used in training
+    configs   the config of each run, in which settings that are derived from the data, such as the number of steps,
+              are filled in
     axes      config keys that differ between runs, including the seed
     rows      one dict per run: the indices of the run and of its program, the axes' values, final losses, number of
               skipped steps, and whether training would have been stopped
     losses    the training loss of every step, one array [steps] float32 per run
     states    one pair per program: (indices of its runs, TrainState with leaves [len(runs), ..]); adapters are
               zero-padded to the largest rank in the program
-    programs  one dict per program: number of runs, number of runs at a time, steps, keys of the hyperparameters that
-              are arrays; in seconds the compile time, the time of all steps and the total time; in bytes the memory
-              estimated by `bytes_per_run` and that reported by the compiler
+    programs  one dict per program: number of runs, number of runs at a time, number of steps, keys of the
+              hyperparameters that are passed as arrays, compile time, time of all steps and total time (in seconds),
+              memory estimated with `bytes_per_run` and memory reported by the compiler (in bytes)
     """
 
     configs: list[Config]
@@ -57,7 +57,11 @@ class Sweep(NamedTuple):
     programs: list[dict[str, Any]]
 
     def state(self, run: int) -> TrainState:
-        """Returns the final state of one run, as after training the run alone, except that `frozen` is None."""
+        """Returns the final state of one run.
+
+        Up to rounding, the state is the same as if the run had been trained alone, except that `frozen` is None and
+        that an adapter is zero-padded to the largest rank in the program.
+        """
         runs, states = next(pair for pair in self.states if run in pair[0])
         return jax.tree.map(lambda leaf: leaf[runs.index(run)], states)
 
@@ -68,7 +72,7 @@ class Sweep(NamedTuple):
 def make_sweep_step(
     build: Callable[[Config], StepFunctions], cfg: Config, *, batches: bool = False
 ) -> Callable[[TrainState, Hyperparameters, Any, Any], tuple[TrainState, Metrics]]:
-    """Returns the step of `make_train_step`, vmapped over N runs.
+    """Returns the training step of `make_train_step`, vmapped over N runs.
 
     The result is a function `step(states, values, frozen, batch)` that returns the new states and the metrics, [N]
     each. `states` has leaves [N, ..]; `values` is a dict from the key of each hyperparameter to an array [N]; `frozen`
@@ -98,8 +102,8 @@ def make_sweep_loss(
 def create(task: Task, cfg: Config, seeds: jax.Array, values: Hyperparameters, start: Any = None) -> TrainState:
     """Creates the initial states of N runs, stacked into leaves [N, ..].
 
-    The state of each run equals the initial state of this run when it is trained alone. `start` holds the parameters to
-    start from, with leaves [N, ..], or is None to initialise them from the seeds.
+    The initial state of a run is the same as if the run were trained alone. `start` holds the parameters to start from,
+    with leaves [N, ..], or is None to initialise the parameters from the seeds.
     """
     init, _ = task.initial()
 
@@ -118,9 +122,10 @@ def bytes_per_run(cfg: Config, n_trained: int, width: int) -> int:
     """Estimates the memory of one run, in bytes.
 
     The estimate is `memory_bytes` of a step on rows of `width` tokens (20 bytes per trained parameter, and
-    activations), plus twice the size of the logits of a micro-batch or of a validation batch, whichever is larger. The
-    size of the logits is taken as at most 256 MiB, because the loss computes larger logits in chunks (of 256 MiB; on
-    GPUs with much memory up to 1 GiB).
+    activations), plus twice the size of the logits of a micro-batch or of a validation batch, whichever is larger.
+
+    The estimate counts at most 256 MiB of logits, because the loss computes larger logits in chunks of this size. It
+    ignores that chunks are larger on GPUs with more than 8 GiB of memory: 1/32 of the memory, but at most 1 GiB.
     """
     tokens = max(cfg.train.batch_size // cfg.train.accumulation * width, EVAL_TOKENS)
     sized = with_hyperparameters(cfg, {"model.context_length": width})
@@ -129,9 +134,10 @@ def bytes_per_run(cfg: Config, n_trained: int, width: int) -> int:
 
 
 def free_bytes() -> int:
-    """Returns the bytes available to a sweep on one device.
+    """Returns the number of bytes of memory that a sweep may use on one device.
 
-    These are 80 % of the device's free memory; on a CPU half of the available RAM, or 2 GiB if that is unknown.
+    The limit is 80 % of the device's free memory. On a CPU, it is half of the available RAM, or 2 GiB if the available
+    RAM is unknown.
     """
     stats = jax.local_devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
@@ -167,13 +173,15 @@ def sweep(
     """Trains all runs of a sweep, and evaluates each run on its whole validation set after its last step.
 
     Each run matches `gptjax.train` (or `gptjax.finetune`) of its config up to rounding: it has the same initialisation,
-    data order, dropout and schedule. No files are written. If `gptjax.train` would have stopped a run, after
-    `train.max_nonfinite` consecutive non-finite steps, its row in the result has `stopped` set and no losses.
+    data order, dropout and schedule. No files are written. A run with `train.max_nonfinite` consecutive
+    non-finite steps, which `gptjax.train` would have stopped, is trained to its last step, but in its row `stopped` is
+    True and all metrics are None.
 
     Args:
         axes: config keys to list in the rows of the result. None: all keys that differ between runs.
-        at_once: number of runs to train at the same time. None: as many runs as fit into `free_bytes()` on each device,
-            next to the frozen parameters that all runs share. One run is assumed to take `bytes_per_run(..)` of memory.
+        at_once: number of runs to train at the same time. None: as many runs as fit into memory, at least one per
+            device. Of the `free_bytes()` of a device, the frozen parameters take one copy, which the runs share, and
+            every run takes `bytes_per_run(..)`.
         validate: whether to evaluate on the validation set. False: the rows of the result have only the training loss.
         progress: a `training.progress.Progress`. None: nothing is printed.
 
@@ -460,8 +468,8 @@ def table(rows: Sequence[dict[str, Any]], axes: Sequence[str]) -> list[dict[str,
     """Aggregates the rows over seeds: one dict per combination of the other axes' values, sorted by validation loss.
 
     Each dict has `n` (number of runs), `stopped` (number of stopped runs), and for every metric its mean over the seeds
-    and a 95 % t interval, `NAME/low` and `NAME/high`. The mean is None if a run lacks the metric, because the run was
-    stopped or the metric is not finite.
+    under the name of the metric, and the ends of the 95 % t confidence interval of the mean under `NAME/low` and
+    `NAME/high`. The mean is None if a run lacks the metric, because the run was stopped or the metric is not finite.
     """
     names = [key for key in axes if key != "seed"]
     groups: dict[tuple, list[dict[str, Any]]] = {}
