@@ -31,14 +31,15 @@ def steps_per_call(cfg: Config, n_params: int, start: int = 0, hooks: Sequence[i
     The number of steps per call divides max_steps and all intervals shorter than max_steps: eval_every,
     checkpoint_every, log_every and those of the hooks. Evaluations, checkpoints and hooks can only run between two
     calls. If train.steps_per_call is None, the number of steps per call is 1 for models with more than 20 million
-    parameters; for other models it is the largest number up to 10 that divides `start`, max_steps and these intervals.
+    parameters; for smaller models it is the largest number up to 10 that divides `start`, max_steps and every interval
+    shorter than max_steps.
 
     Args:
         start: the step from which the run is resumed.
         hooks: the intervals of the hooks, in steps.
 
     Raises:
-        UserError: train.steps_per_call does not divide max_steps or one of the intervals.
+        UserError: train.steps_per_call does not divide max_steps, or an interval shorter than max_steps.
     """
     settings = cfg.train
     names = ("eval_every", "checkpoint_every", "log_every")
