@@ -78,8 +78,8 @@ def from_base(cfg: Config) -> tuple[Config, weights.Model | None]:
     """Open the base model of continued pretraining, and adapt the config to it.
 
     Returns:
-        The config with the architecture, tokenizer and window of the base model; and the base model, whose tensors are
-        not read yet. Without `pretrain.base`, the result is (cfg, None).
+        The config with the base model's architecture and tokenizer, and with the window length filled in; and the base
+        model, whose tensors are not read yet. If `pretrain.base` is None, returns (cfg, None).
 
     Raises:
         UserError: the base model does not exist, is a classifier, or has a context shorter than the window.

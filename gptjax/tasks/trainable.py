@@ -26,7 +26,7 @@ from gptjax.weights import families
 
 
 class Trainable(NamedTuple):
-    """A model whose params are partitioned into trained and frozen params.
+    """The params of a model, partitioned into trained and frozen ones, and functions that combine and save them.
 
     params    the trainable params: {"adapter": .., "cls_head": ..}, a subset of the model's params, or all its params
     frozen    the other params, which the optimizer does not update

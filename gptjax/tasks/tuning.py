@@ -60,8 +60,8 @@ def base_model(cfg: Config) -> weights.Model:
 
 
 def styled(base: weights.Model, style: chat.Style | None) -> tuple[Tokenizer, list[str]]:
-    """Returns the base model's tokenizer with the chat template of `style`, and the lines of text with which
-    `chat.describe_style` describes the style."""
+    """Returns the base model's tokenizer with the chat template of `style`, and the log lines about this style that
+    `chat.describe_style` returns."""
     tokenizer = base.tokenizer()
     return chat.styled(tokenizer, style), chat.describe_style(tokenizer, style)
 

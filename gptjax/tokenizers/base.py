@@ -183,8 +183,10 @@ class Base(ABC):
         return np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
 
     def _split_special(self, text: str, allowed: Special, disallowed: Special) -> Iterator[tuple[str, int | None]]:
-        """Yield the parts of a text in order, each as (ordinary text, None) or (special or added token, id of the
-        token)."""
+        """Split a text into special tokens, added tokens and the ordinary text between them.
+
+        Yields the parts in order, as pairs: (text, None) for ordinary text, (name, id) for a token.
+        """
         allowed = self._allowed(text, allowed, disallowed)
         whole = {**{name: self.special_tokens[name] for name in allowed}, **self.added_tokens}
         start = 0

@@ -100,8 +100,8 @@ def last_merges(ranks: Mapping[bytes, int]) -> dict[bytes, tuple[bytes, bytes]]:
 
 
 def ranks(merges: Sequence[str]) -> dict[bytes, int]:
-    """Return a dict from token to id, for the 256 bytes and the tokens that the merges make. A merge is written as its
-    two tokens, such as `Ġ t`.
+    """Return a dict that maps the 256 bytes, and the tokens built by the merges, to their ids. A merge is written as
+    its two tokens, such as `Ġ t`.
 
     Raises:
         UserError: a merge uses a token that no earlier merge makes, or makes a token a second time; the message lists

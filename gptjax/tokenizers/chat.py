@@ -204,8 +204,8 @@ def with_end(tokenizer: Tokenizer) -> Tokenizer:
 
 
 def answer_ends(tokenizer: Tokenizer) -> list[int]:
-    """Return the ids of the tokens that end an answer: those of `stop_ids`, and the token that the chat template writes
-    after an answer."""
+    """Return the ids of the tokens that end an answer: the ids that `stop_ids` returns, and the id of the token that
+    the chat template writes after an answer."""
     end = end_of_answer(tokenizer)
     return list(dict.fromkeys([*stop_ids(tokenizer), *([whole_tokens(tokenizer)[end]] if end else [])]))
 

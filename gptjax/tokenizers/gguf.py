@@ -38,8 +38,8 @@ END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>")  # tokens
 
 
 class Pre(NamedTuple):
-    """gptjax's equivalent of a llama.cpp pre-tokenizer: a key of `patterns.SCHEMES`, and settings that a GGUF file does
-    not store."""
+    """The equivalent of a llama.cpp pre-tokenizer in gptjax: `scheme`, which is a key of `patterns.SCHEMES`, and two
+    settings that a GGUF file does not store."""
 
     scheme: str
     nfc: bool = False  # whether the model's own tokenizer normalises texts to Unicode NFC; llama.cpp does not
@@ -177,8 +177,8 @@ def _per_token(metadata: Mapping[str, Any], key: str, kinds: str, n: int, proble
 
 
 def _chars(tokens: list[str], types: list[int]) -> Chars | None:
-    """Return a `Chars` tokenizer if the tokens are characters followed by special tokens, as `to_metadata` writes them;
-    else None."""
+    """Return a `Chars` tokenizer if the vocabulary consists of single characters followed by special tokens, as in the
+    metadata that `to_metadata` writes for a `Chars` tokenizer; otherwise None."""
     n = types.count(NORMAL)
     if types[:n] != [NORMAL] * n or not set(types[n:]) <= set(SPECIAL) or foreign(tokens[:n], ""):
         return None
@@ -258,8 +258,8 @@ def _blanks(prefix: bool) -> dict[str, Any]:
 
 
 def to_metadata(tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return the GGUF metadata with which llama.cpp gives the same ids as the tokenizer. Each value of the metadata is
-    a list of str, a numpy array, an int, a bool or a str.
+    """Return GGUF metadata that make llama.cpp encode any text to the same ids as the tokenizer. Each value of the
+    metadata is a list of str, a numpy array, an int, a bool or a str.
 
     If the tokenizer has no end-of-text token, llama.cpp stops at the token with id 11, its default for `gpt2`. A chars
     tokenizer has no end-of-text token, but `tokenizers.extend` can add one.
@@ -368,8 +368,8 @@ MODELS: dict[str, Callable[[Any], Vocabulary]] = {
 
 
 def _prefix(data: Mapping[str, Any]) -> bool | None:
-    """Return whether the tokenizer adds a space before a text, or None if it does not write spaces as `▁`, or if it
-    splits the text at spaces.
+    """Return whether the tokenizer adds a space before a text. Return None if its normalizer and pre-tokenizer have no
+    equivalent in llama.cpp, for example because they do not replace spaces by `▁`, or split the text at spaces.
 
     The pre-tokenizer Metaspace differs from llama.cpp and SentencePiece: it adds no space to a text that begins with a
     space, and with the prepend_scheme "first" it adds no space after a special token.

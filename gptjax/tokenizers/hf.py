@@ -340,8 +340,15 @@ def _growth(step: Any) -> int:
 
 
 def _roles(named: Mapping[str, Any]) -> tuple[dict[str, str], set[str]]:
-    """Return the special tokens that the content of a tokenizer_config.json names: a dict from ROLES to names, such as
-    {"eos_token": "</s>"}, and the set of all names."""
+    """Return the special tokens that a tokenizer_config.json lists.
+
+    Args:
+        named: the content of the tokenizer_config.json.
+
+    Returns:
+        A dict from roles (see ROLES) to names of tokens, such as {"eos_token": "</s>"}; and the set of the names of all
+        listed special tokens, with or without a role.
+    """
 
     def text(token: Any) -> Any:
         return token.get("content") if isinstance(token, dict) else token
@@ -387,8 +394,8 @@ def _byte_level(data: dict[str, Any], ids: dict[str, int]) -> BPE | None:
 
 
 def _scheme(data: dict[str, Any]) -> str | None:
-    """Return the key of the file's pre-tokenizer in SCHEMES, or None if a `BPE` does not support the file's normalizer,
-    pre-tokenizer, decoder or model."""
+    """Return the key in SCHEMES of the pre-tokenizer in a tokenizer.json. Return None if `BPE` does not support the
+    normalizer, pre-tokenizer, decoder or model of this tokenizer.json."""
     model = data["model"]
     before: Any = data.get("pre_tokenizer")
     steps = before.get("pretokenizers") if _type(before) == "Sequence" else [before]
@@ -580,8 +587,8 @@ def rust(location: str) -> Iterator[None]:
 
 
 def to_hf(tokenizer: Tokenizer) -> dict[str, str]:
-    """Return the files of a Hugging Face folder with which transformers' AutoTokenizer gives the same ids as the
-    tokenizer, as a dict from file name to text.
+    """Convert a tokenizer to the files of a Hugging Face folder, as a dict from file name to text. A tokenizer that
+    transformers' AutoTokenizer loads from these files gives the same ids.
 
     Raises:
         UserError: no tokenizer.json is exactly equivalent to this kind of tokenizer.

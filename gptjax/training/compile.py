@@ -61,8 +61,8 @@ def steps_per_call(cfg: Config, n_params: int, start: int = 0, hooks: Sequence[i
 
 
 def make_call(run: Run) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
-    """Returns the jitted function that runs run.k training steps. It takes the state and the batches of these steps,
-    returns the new state and the metrics, and is compiled at its first call."""
+    """Returns a jitted function that runs run.k training steps. The function takes the state and the batches of all
+    run.k steps, and returns the new state and the metrics; it is compiled when it is first called."""
     loss, combine, optimizer = run.rules
     step = make_train_step(loss, optimizer, combine=combine, accumulation=run.cfg.train.accumulation)
     return parallel.jit_step(step if run.k == 1 else make_multi_step(step), run.mesh, run.state)
@@ -98,8 +98,10 @@ def first_call(run: Run, call: Callable[[TrainState, Any], tuple[TrainState, Met
 
 
 def _leave(run: Run) -> None:
-    """End the process after a signal, because XLA cannot be interrupted. No steps are lost, because none has run since
-    the last checkpoint."""
+    """End the process after a signal, because XLA cannot be interrupted; in a notebook, raise Stopped instead.
+
+    No steps are lost: compilation precedes the first step of this process, so the last checkpoint is still up to date.
+    """
     code = run.signals.code
     run.progress.say(f"{signal_name(code)} while compiling: nothing to save, {run.saved:,} steps are on disk")
     if "ipykernel" in sys.modules:

@@ -16,7 +16,7 @@ MARGIN = 0.85  # maximum fraction of the device's memory that an estimate may fi
 WORKSPACE_BYTES = 2**30
 _PROGRAM_BYTES = 2**28
 _WEIGHT, _GRADIENT, _MOMENTS = 4, 4, 8  # bytes per trained parameter, all in float32; AdamW keeps two moments
-_FROZEN = {"none": 4.0, "int8": 1.0, "nf4": 0.52}  # bytes per frozen parameter, by finetune.quantize
+_FROZEN = {"none": 4.0, "int8": 1.0, "nf4": 0.52}  # bytes per frozen parameter for each finetune.quantize
 
 Shape = tuple[int, int, int, int]  # sizes of the mesh axes data, fsdp, tensor and context
 
@@ -64,7 +64,8 @@ def chip_bytes(cfg: Config, n_params: int, width: int, shape: Shape) -> float:
 
 def param_bytes(cfg: Config, *, accumulation: int = 1) -> float:
     """Returns the bytes per parameter: its weight, its gradient, AdamW's two moments and, with gradient accumulation,
-    the sum of its gradients. With LoRA, only the frozen weights are counted, which may be quantised."""
+    the sum of its gradients. With LoRA, returns the bytes per frozen weight, which depend on finetune.quantize, and
+    neglects the adapter."""
     if cfg.task != "pretrain" and cfg.finetune.trainable == "lora":
         return _FROZEN[cfg.finetune.quantize]
     return _WEIGHT + _GRADIENT + _MOMENTS + (_GRADIENT if accumulation > 1 else 0)
