@@ -33,7 +33,8 @@ RESULTS = "test.json"
 
 
 class HeldOut(NamedTuple):
-    """The test pairs and their reference log-probabilities, which are None if the loss does not need them."""
+    """The test pairs, and the log-probabilities of their answers under the reference model. If the loss needs no
+    reference model, `reference` is None."""
 
     rows: PairRows
     reference: np.ndarray | None
@@ -46,7 +47,8 @@ def evaluate(result: TrainResult, held_out: HeldOut | None, say: Callable[[str],
     Writes test.json; if test.json exists, only prints its summary.
 
     Args:
-        held_out: the test pairs, or None to prepare them again, with the base model as the reference.
+        held_out: the test pairs. None: this function reads the data again, and computes the reference
+            log-probabilities again with the base model.
     """
     file = Path(result.run_dir) / RESULTS
     if not file.exists():
@@ -166,6 +168,7 @@ def plan(cfg: Config) -> list[str]:
 
 
 def __getattr__(name: str) -> Any:
-    """Returns the object that a deprecated name of this module refers to, which has moved to `gptjax.losses`."""
+    """Returns the object that a deprecated name of this module stands for. For the name `task`, returns the function
+    that `old_task` builds."""
     new = moved_name(__name__, name)
     return old_task(new, init_params) if name == "task" else new

@@ -78,8 +78,8 @@ def from_base(cfg: Config) -> tuple[Config, weights.Model | None]:
     """Open the base model of continued pretraining, and adapt the config to it.
 
     Returns:
-        The config with the architecture, tokenizer and window of the base model; and the base model, whose tensors are
-        not read yet. Without `pretrain.base`, the result is (cfg, None).
+        The config with the base model's architecture and tokenizer, and with the window length filled in; and the base
+        model, whose tensors are not read yet. If `pretrain.base` is None, returns (cfg, None).
 
     Raises:
         UserError: the base model does not exist, is a classifier, or has a context shorter than the window.
@@ -114,8 +114,8 @@ def _task(cfg: Config, ready: data.Prepared, base: weights.Model | None) -> Task
 
     rows = max(settings.batch_size // settings.accumulation, EVAL_TOKENS // cfg.window)
     n_batches = -(-(len(val) - 1) // (rows * cfg.window))
-    # Use at least two batches, because the time of the first batch includes compilation, so that only the later batches
-    # are timed.
+    # Evaluate at least two batches. The time per batch is measured without the first batch, whose time includes
+    # compilation.
     first_batches = min(n_batches, max(2, FIRST_EVAL_TOKENS // (rows * cfg.window)))
 
     def eval_batches(first: bool) -> Iterator[Batch]:
@@ -187,7 +187,7 @@ def sampling(cfg: Config, tokenizer: Tokenizer, prompts: list[list[int]]) -> Cal
 
 
 def __getattr__(name: str) -> Any:
-    """Returns the function that a deprecated name of this module stands for: a function of `gptjax.losses`, or for
-    `task` the result of `old_task`."""
+    """Returns the function of `gptjax.losses` that a deprecated name of this module stands for. For the name `task`,
+    returns the function that `old_task` builds."""
     new = moved_name(__name__, name)
     return old_task(new, init_params) if name == "task" else new

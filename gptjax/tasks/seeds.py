@@ -58,8 +58,8 @@ def refuse(cfg: Config) -> bool:
     """Run the checks of `over_seeds` that need no data. Returns whether all runs are finished already.
 
     Raises:
-        UserError: a check of `resume.refuse` failed, or the folder holds files that do not belong to the runs of the
-            seeds.
+        UserError: `resume.refuse` finds a problem in the config or in a run directory, or the folder of the seeds is
+            not writable or holds files that do not belong to their runs.
     """
     folder = RunDir(cfg.run_dir or "runs/default")
     if not folder.exists():
@@ -69,7 +69,7 @@ def refuse(cfg: Config) -> bool:
         return resume.refuse(cfg, tuning.refuse_missing)
     finished = [
         resume.refuse(_seed_config(cfg, seed), tuning.refuse_missing) for seed in _seeds(cfg)
-    ]  # a list instead of a generator, because `all` would not check the seeds after the first unfinished run
+    ]  # a list, so that every seed is checked: with a generator, `all` would stop at the first unfinished run
     return all(finished)
 
 
@@ -122,8 +122,8 @@ def stacked(cfg: Config, prepare: Prepare, progress: Progress) -> Ready:
 
     Trained params and batches have a leading seed axis, frozen params do not.
 
-    Each adapter has its own initialisation, data order and split, gradient, clipping and optimizer state, as in a
-    separate run. If the loss or gradient of one seed is not finite, all seeds skip the step. All seeds train for as
+    Initialisation, data split, data order, gradient, gradient clipping and optimizer state are computed per seed, as in
+    a separate run. If the loss or gradient of one seed is not finite, all seeds skip the step. All seeds train for as
     many steps as the first seed.
     """
     seed_tasks: list[Task] = []
@@ -147,7 +147,8 @@ def stacked(cfg: Config, prepare: Prepare, progress: Progress) -> Ready:
 
     def write(folder: Path, trained: Any, frozen: Any, files: dict[str, str]) -> None:
         runs = [(i, folder.parent / f"seed-{resolved.seed}" / folder.name) for i, resolved in enumerate(configs)]
-        for i, run_folder in [*runs, (0, folder)]:  # the shared folder is last, because it marks the run as complete
+        # Write the shared folder last: once it exists, the folders of all seeds must be complete.
+        for i, run_folder in [*runs, (0, folder)]:
             params = jax.tree.map(lambda leaf, i=i: leaf[i], trained)
             write_fns[i](run_folder, params, frozen, files | {"config.yaml": config.to_yaml(configs[i])})
 

@@ -26,7 +26,7 @@ from gptjax.weights import families
 
 
 class Trainable(NamedTuple):
-    """A model whose params are partitioned into trained and frozen params.
+    """The params of a model, partitioned into trained and frozen ones, and functions that combine and save them.
 
     params    the trainable params: {"adapter": .., "cls_head": ..}, a subset of the model's params, or all its params
     frozen    the other params, which the optimizer does not update
@@ -166,13 +166,14 @@ def _adapted(
         adapter, config = trained["adapter"], settings
         if start is not None:
             adapter = lora.to_lora(adapter, start)
-            # `to_lora` doubles the rank; alpha is multiplied by the factor that keeps the adapter's scale unchanged.
+            # `to_lora` returns an adapter of twice the rank. The scale depends on alpha and the rank, so alpha is
+            # multiplied by the factor that keeps the scale unchanged.
             scaling = {"alpha/r": 2, "alpha/sqrt(r)": 2**0.5, "alpha": 1}
             alpha = settings.alpha * scaling[settings.scaling]
             config = dataclasses.replace(settings, init="lora", rank=2 * settings.rank, alpha=alpha)
         head = trained.get("cls_head")
         if head and "bias" in head:
-            head = None  # not exported, because peft supports no head with a bias
+            head = None  # the head is not exported, because peft's format supports no head with a bias
         weights.export_peft(folder, adapter, config, body, head=head, base=fingerprint, base_name=cfg.finetune.base)
 
     # `fits`: whether peft's format can represent this adapter; if not, the adapter is not exported to this format.

@@ -60,8 +60,8 @@ def base_model(cfg: Config) -> weights.Model:
 
 
 def styled(base: weights.Model, style: chat.Style | None) -> tuple[Tokenizer, list[str]]:
-    """Returns the base model's tokenizer with the chat template of `style`, and the lines of text with which
-    `chat.describe_style` describes the style."""
+    """Returns the base model's tokenizer with the chat template of `style`, and the log lines about this style that
+    `chat.describe_style` returns."""
     tokenizer = base.tokenizer()
     return chat.styled(tokenizer, style), chat.describe_style(tokenizer, style)
 
@@ -115,7 +115,7 @@ def make_task(
         cfg: the resolved config.
         trainable: the base model, partitioned into trained and frozen params.
         fingerprint: hash of the base model's weights.
-        loss: function that builds the loss function from a config, whose dropout rate may be a tracer.
+        loss: function that builds the loss function from a config; the config's dropout rate may be a tracer.
         batch: function that maps a step to the batch of this step.
         eval_batches: function that returns the validation batches.
         width: number of tokens per row.
@@ -164,7 +164,8 @@ def make_task(
 
 
 def _base_reference(cfg: Config, fingerprint: str) -> dict[str, Any] | None:
-    """Returns the fields of `weights.native.Base`, which name the base model of a saved adapter, as a dict.
+    """Returns a dict with the fields of `weights.native.Base`, which are saved with an adapter to identify its base
+    model.
 
     Returns None if all weights of the model are saved instead of an adapter.
     """

@@ -1,9 +1,9 @@
 """The tokenizer interface, and the base class of all tokenizers.
 
 A tokenizer maps text to ids in 0 .. vocab_size-1 and back. Special tokens such as `<|endoftext|>` are never produced
-from ordinary text: `encode` refuses a text that contains one, unless the caller says how to encode it. Added tokens,
-which only the vocabularies of loaded models have, are not refused: their text is always encoded as their id and never
-split into other tokens.
+from ordinary text: `encode` refuses a text that contains one, unless the caller says how to encode it. The vocabulary
+of a loaded model may also have added tokens, which are not special. `encode` accepts a text that contains an added
+token, encodes it as its id, and never splits it into other tokens.
 
     encode("a<|endoftext|>b")                                      raises UserError, which names these two options:
     encode("a<|endoftext|>b", allowed_special={"<|endoftext|>"})   encodes <|endoftext|> as its id
@@ -183,8 +183,10 @@ class Base(ABC):
         return np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
 
     def _split_special(self, text: str, allowed: Special, disallowed: Special) -> Iterator[tuple[str, int | None]]:
-        """Yield the parts of a text in order, each as (ordinary text, None) or (special or added token, id of the
-        token)."""
+        """Split a text into special tokens, added tokens and the ordinary text between them.
+
+        Yields the parts in order, as pairs: (text, None) for ordinary text, (name, id) for a token.
+        """
         allowed = self._allowed(text, allowed, disallowed)
         whole = {**{name: self.special_tokens[name] for name in allowed}, **self.added_tokens}
         start = 0
@@ -197,8 +199,8 @@ class Base(ABC):
             yield text[start:], None
 
     def _allowed(self, text: str, allowed: Special, disallowed: Special) -> set[str]:
-        """Return the special tokens whose text is encoded as their ids. Raises UserError if the text contains a
-        disallowed special token."""
+        """Return the special tokens that `encode` maps to their ids instead of encoding them as ordinary text. Raises
+        UserError if the text contains a disallowed special token."""
         if not isinstance(text, str):
             raise UserError(f"encode: expected text (str), got {type(text).__name__}")
         try:
@@ -337,14 +339,14 @@ def _is_utf8(text: str) -> bool:
 
 
 def found_in(text: str, names: Iterable[str]) -> set[str]:
-    """Return the set of those `names` that occur in the text. Where several names match at one position, only the
-    longest name counts."""
+    """Return the set of all names in `names` that occur in the text. If several names match at one position, only the
+    longest of them is counted."""
     names = frozenset(names)
     return set(_alternatives(names).findall(text)) if names else set()
 
 
 def first_of(text: str, names: Iterable[str]) -> str | None:
-    """Return the one of `names` that occurs first in the text, or None if none of them occurs."""
+    """Return the name in `names` that occurs first in the text, or None if the text contains no name."""
     names = frozenset(names)
     match = _alternatives(names).search(text) if names else None
     return match and match[0]
@@ -378,8 +380,8 @@ def parse_json(text: str, location: str) -> Any:
 def begin_id(tokenizer: Tokenizer) -> int | None:
     """Return the id of the token that starts a document in training and replaces an empty prompt.
 
-    The id is bos_id if add_bos is true. Otherwise the id is eot_id, because the previous document ends with that token,
-    as in GPT-2. The result is None if the tokenizer has no token that can start a document.
+    The id is bos_id if add_bos is true. Otherwise the id is eot_id: as in GPT-2's training data, the token that ends a
+    document also precedes the next document. The result is None if the tokenizer has neither of these tokens.
     """
     return tokenizer.bos_id if tokenizer.add_bos and tokenizer.bos_id is not None else tokenizer.eot_id
 

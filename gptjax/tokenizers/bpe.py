@@ -10,9 +10,9 @@ GPT-2's printable alphabet; a space is `Ġ`. The first 256 ids are the bytes in 
 are the tokens that the merges make, and the last ids are the special tokens. The vocabulary of a loaded model may have
 another order; the tokenizer is then saved as the list of its tokens, in the order of their ids, instead of its merges.
 
-The library tiktoken does the encoding. tiktoken uses no list of merges: it merges any adjacent pair whose concatenation
-is a token, in ascending order of the ids of these tokens, and does not split a word that is itself a token. `hf.py`
-states when this gives the same ids as a list of merges.
+The library tiktoken does the encoding. tiktoken uses no list of merges. It keeps a word that is itself a token; it
+splits any other word into bytes, and repeatedly merges the adjacent pair whose concatenation is the token with the
+smallest id. `hf.py` states the conditions under which this procedure and a list of merges give the same ids.
 
 Source: Sennrich et al. 2016, arXiv:1508.07909; Radford et al. 2019 (GPT-2).
 """
@@ -38,9 +38,10 @@ from gptjax.tokenizers.patterns import SCHEMES
 PATTERN = SCHEMES["gpt2"].pattern
 MAX_VOCAB = 1 << 24
 
-# tiktoken's regular expressions fail on a run of a million whitespace characters before a letter. Splitting a text
-# before the last whitespace character of a long run gives the same ids, because a word of other characters begins with
-# at most one whitespace character.
+# tiktoken's regular expressions fail on a run of a million whitespace characters before a letter. Therefore a text is
+# split before the last character of each run of BLANKS or more whitespace characters. The ids stay the same, because of
+# all the whitespace before a word, only the last character can be part of the word. `Scheme.cut` returns False for runs
+# that must not be split, such as whitespace before a digit with the pre-tokenizer smollm.
 BLANKS = 512
 _BLANK_RUN = re.compile(rf"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]{{{BLANKS},}}")
 
@@ -61,7 +62,7 @@ def token_bytes(token: str) -> bytes:
 
 
 def printable(token: bytes) -> str:
-    """Return the token that the bytes make, in GPT-2's printable alphabet; inverts `token_bytes`: b" the" -> `Ġthe`."""
+    """Return a token, given as bytes, in GPT-2's printable alphabet: b" the" -> `Ġthe`. Inverse of `token_bytes`."""
     return token.decode("latin-1").translate(_printable())
 
 
@@ -78,11 +79,11 @@ def foreign(tokens: Iterable[str], what: str) -> list[str]:
 
 
 def last_merges(ranks: Mapping[bytes, int]) -> dict[bytes, tuple[bytes, bytes]]:
-    """Return a dict from each token to the last merge by which tiktoken makes it, a pair (left, right) of tokens.
-    Tokens that tiktoken cannot make by merges are omitted.
+    """Return a dict from each token to the pair (left, right) of tokens that tiktoken merges last when it builds the
+    token from its bytes. Tokens that tiktoken cannot build by merges are omitted.
 
-    Byte-pair encoding with exactly the returned merges, in the order of the ids of their tokens, gives the same ids as
-    tiktoken.
+    The pairs are sorted by the id of the merged token. Byte-pair encoding with this list of merges gives the same ids
+    as tiktoken.
     """
     merges = {}
     for token in sorted(ranks, key=ranks.__getitem__):
@@ -99,8 +100,8 @@ def last_merges(ranks: Mapping[bytes, int]) -> dict[bytes, tuple[bytes, bytes]]:
 
 
 def ranks(merges: Sequence[str]) -> dict[bytes, int]:
-    """Return a dict from token to id, for the 256 bytes and the tokens that the merges make. A merge is written as its
-    two tokens, such as `Ġ t`.
+    """Return a dict that maps the 256 bytes, and the tokens built by the merges, to their ids. A merge is written as
+    its two tokens, such as `Ġ t`.
 
     Raises:
         UserError: a merge uses a token that no earlier merge makes, or makes a token a second time; the message lists
@@ -140,10 +141,10 @@ class BPE(Base):
         """Build the tokenizer from either `merges` or `tokens`.
 
         Args:
-            special: names of the special tokens, whose ids follow those of the merges. With `tokens`, `special` is a
-                dict from names to ids instead.
-            tokens: all tokens except the special and added ones, written in GPT-2's alphabet. These tokens get, in
-                their order, the ids that `special` and `added` do not use.
+            special: with `merges`, the names of the special tokens, whose ids follow the ids of all other tokens; with
+                `tokens`, a dict from the name of each special token to its id.
+            tokens: all tokens except the special and added ones, written in GPT-2's alphabet and sorted by id. They
+                get all ids that are not in `special` or `added`, in ascending order.
             added: the added tokens, as a dict from names to ids; only with `tokens`.
             scheme: the pre-tokenizer, a key of `patterns.SCHEMES`.
             nfc: whether a text is normalised to Unicode NFC before it is encoded.
@@ -242,7 +243,8 @@ class BPE(Base):
         if self.nfc:
             text = unicodedata.normalize("NFC", text)
         blocks = (text[i : i + BLANKS // 2] for i in range(0, len(text), BLANKS // 2))
-        # A block has BLANKS // 2 characters, so a run of BLANKS whitespace characters contains at least one block.
+        # A fast check for long runs: a run of BLANKS whitespace characters always contains a whole block of BLANKS // 2
+        # characters. If no block is all whitespace, the text has no long run.
         if not any(block.isspace() for block in blocks):
             return [text]
         cut = SCHEMES[self.scheme].cut

@@ -5,9 +5,9 @@
     encode_chat(tok, messages)   the token ids of that text; special tokens are encoded as their ids
 
 A chat template is a Jinja program that comes with the model, so it is not trusted: `_render.py` renders it in a
-separate process with limits on time and memory, which takes about 0.1 s. The templates in BUILTIN are trusted and
-rendered in this process. Messages are not trusted: `encode_chat` refuses a message that contains a special token, since
-that token could end the user's turn and begin another (prompt injection).
+separate process with limits on time and memory. Starting this process and rendering take about 0.1 s. The templates in
+BUILTIN are trusted and rendered in the calling process. Messages are not trusted: `encode_chat` refuses a message that
+contains a special token, since that token could end the user's turn and begin another (prompt injection).
 
     end_of_answer(tok)           the token that the template writes after every answer, such as "<|im_end|>"
     with_end(tok)                a copy of the tokenizer whose template ends every answer with one of its eos_ids
@@ -130,7 +130,7 @@ def is_builtin(template: str) -> bool:
 def end_of_answer(tokenizer: Tokenizer) -> str | None:
     """Return the token that the tokenizer's chat template writes after every answer, or None if it writes none.
 
-    The token is also returned if the template omits it only after the last answer of a conversation.
+    Some templates omit the token after the last answer of a conversation; the token is then returned nevertheless.
 
         ..<|im_start|>assistant\\nHello!<|im_end|>\\n                       "<|im_end|>"
         ..<|assistant|>\\nHello!<|end|>\\n<|endoftext|>                     "<|end|>"; <|endoftext|> ends the whole text
@@ -204,8 +204,8 @@ def with_end(tokenizer: Tokenizer) -> Tokenizer:
 
 
 def answer_ends(tokenizer: Tokenizer) -> list[int]:
-    """Return the ids of the tokens that end an answer: those of `stop_ids`, and the token that the chat template writes
-    after an answer."""
+    """Return the ids of the tokens that end an answer: the ids that `stop_ids` returns, and the id of the token that
+    the chat template writes after an answer."""
     end = end_of_answer(tokenizer)
     return list(dict.fromkeys([*stop_ids(tokenizer), *([whole_tokens(tokenizer)[end]] if end else [])]))
 
@@ -214,7 +214,7 @@ def plain_text(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
     """Return the text of an answer without special tokens, so that `encode_chat` accepts it as a message."""
     special = set(tokenizer.special_tokens.values())
     text = tokenizer.decode([i for i in ids if i not in special])
-    # Several ordinary tokens together can also spell the name of a special token.
+    # Remove names of special tokens from the text too, because several ordinary tokens together can spell such a name.
     while names := found_in(text, tokenizer.special_tokens):
         for name in names:
             text = text.replace(name, "")
@@ -307,10 +307,11 @@ def encode_chat(
     """Return the token ids of the text that `apply` renders; special tokens are encoded as their ids.
 
     Args:
-        allow_special_in_content: whether messages may contain special tokens, which may then end a turn.
+        allow_special_in_content: whether messages and tools may contain special tokens. They are encoded as their ids,
+            so a special token in a message may end the turn.
 
     Raises:
-        UserError: a message or a tool contains a special token.
+        UserError: a message or a tool contains a special token, and allow_special_in_content is false.
     """
     text = apply(tokenizer, messages, template, **options)
     if not allow_special_in_content:

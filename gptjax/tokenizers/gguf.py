@@ -30,16 +30,16 @@ from gptjax.tokenizers.chars import Chars
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # token types
 SPECIAL = (UNKNOWN, CONTROL, UNUSED)
 BLANK = "▁"
-# Limits on the number of characters in one token and in all tokens. 262,144 tokens of 8 characters have 2 million
-# characters.
+# Limits on the number of characters in one token, and in all tokens together. The second limit is twice what a large
+# vocabulary needs: 262,144 tokens of 8 characters are 2 million characters.
 MAX_TOKEN, MAX_TEXT = 512, 4 << 20
 MAX_PAIRS = 1 << 20  # limit on the pairs of tokens whose concatenation is a token; Gemma has 0.6 million
 END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>")  # tokens that also end generation in llama.cpp
 
 
 class Pre(NamedTuple):
-    """gptjax's equivalent of a llama.cpp pre-tokenizer: a key of `patterns.SCHEMES`, and settings that a GGUF file does
-    not store."""
+    """The equivalent of a llama.cpp pre-tokenizer in gptjax: `scheme`, which is a key of `patterns.SCHEMES`, and two
+    settings that a GGUF file does not store."""
 
     scheme: str
     nfc: bool = False  # whether the model's own tokenizer normalises texts to Unicode NFC; llama.cpp does not
@@ -132,7 +132,8 @@ def _without_padding(metadata: Mapping[str, Any]) -> dict[str, Any]:
     flat = all(isinstance(items, list) or (isinstance(items, np.ndarray) and items.ndim == 1) for items in lists[:2])
     n = len(tokens) if flat else 0
     if not flat or any(np.shape(items)[:1] != (n,) for items in lists[1:] if items is not None):
-        return dict(metadata)  # unchanged; `_tokens` and `_per_token` report lists of a wrong type or length
+        # A list has the wrong type or length. `_tokens` and `_per_token` will report this as an error.
+        return dict(metadata)
     while n and tokens[n - 1] == _PADDING.format(i=n - 1) and types[n - 1] == UNUSED:
         n -= 1
     entries = zip(_PER_TOKEN, lists, strict=True)
@@ -176,8 +177,8 @@ def _per_token(metadata: Mapping[str, Any], key: str, kinds: str, n: int, proble
 
 
 def _chars(tokens: list[str], types: list[int]) -> Chars | None:
-    """Return a `Chars` tokenizer if the tokens are characters followed by special tokens, as `to_metadata` writes them;
-    else None."""
+    """Return a `Chars` tokenizer if the vocabulary consists of single characters followed by special tokens, as in the
+    metadata that `to_metadata` writes for a `Chars` tokenizer; otherwise None."""
     n = types.count(NORMAL)
     if types[:n] != [NORMAL] * n or not set(types[n:]) <= set(SPECIAL) or foreign(tokens[:n], ""):
         return None
@@ -241,7 +242,7 @@ def _blanks(prefix: bool) -> dict[str, Any]:
     tokenizer.json.
 
     Args:
-        prefix: whether the normalizer adds a space before the text, which the decoder removes.
+        prefix: whether the normalizer adds a space before the text, and the decoder removes this space again.
     """
     before = [{"type": "Prepend", "prepend": BLANK}] * prefix
     after = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] * prefix
@@ -257,8 +258,8 @@ def _blanks(prefix: bool) -> dict[str, Any]:
 
 
 def to_metadata(tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return the GGUF metadata with which llama.cpp gives the same ids as the tokenizer. Each value of the metadata is
-    a list of str, a numpy array, an int, a bool or a str.
+    """Return GGUF metadata that make llama.cpp encode any text to the same ids as the tokenizer. Each value of the
+    metadata is a list of str, a numpy array, an int, a bool or a str.
 
     If the tokenizer has no end-of-text token, llama.cpp stops at the token with id 11, its default for `gpt2`. A chars
     tokenizer has no end-of-text token, but `tokenizers.extend` can add one.
@@ -319,16 +320,19 @@ def _from_bpe(tokenizer: BPE) -> Vocabulary:
 
 
 def _from_chars(tokenizer: Chars) -> Vocabulary:
-    """Return the vocabulary of a chars tokenizer. A character of several bytes becomes a token of several characters of
-    GPT-2's alphabet, and merges are added that make this token."""
+    """Return the GGUF metadata and the ids of a chars tokenizer. A character of several bytes becomes a token of
+    several characters of GPT-2's alphabet, and merges are added that build this token from its bytes."""
     ids = {printable(char.encode()): i for i, char in enumerate(tokenizer.chars)}
     merges = {f"{token[:i]} {token[i]}": None for token in ids for i in range(1, len(token))}
     return _gpt2("gpt-2", list(merges), ids)
 
 
 def _from_hf(tokenizer: hf.HF) -> Vocabulary:
-    """Return the vocabulary of a SentencePiece BPE tokenizer. The scores of the tokens follow from the order of the
-    merges."""
+    """Return the GGUF metadata and the ids of a SentencePiece BPE tokenizer.
+
+    The tokens that merges build have the scores 0, -1, -2, .. in the order of the merges; all other tokens have the
+    lowest score.
+    """
     data = tokenizer.data()["tokenizer"]
     model, prefix, ids = data["model"], _prefix(data), hf.check(data)
     refusal = UserError(
@@ -354,7 +358,7 @@ def _from_hf(tokenizer: hf.HF) -> Vocabulary:
     return {f"tokenizer.ggml.{key}": value for key, value in names.items()}, ordinary
 
 
-# Maps each kind of tokenizer to the function that returns its vocabulary.
+# Maps each kind of tokenizer to the function that returns its `Vocabulary`.
 MODELS: dict[str, Callable[[Any], Vocabulary]] = {
     "bpe": _from_bpe,
     "bytes": lambda tokenizer: _gpt2("gpt-2", [], dict(alphabet())),
@@ -364,8 +368,8 @@ MODELS: dict[str, Callable[[Any], Vocabulary]] = {
 
 
 def _prefix(data: Mapping[str, Any]) -> bool | None:
-    """Return whether the tokenizer adds a space before a text, or None if it does not write spaces as `▁`, or if it
-    splits the text at spaces.
+    """Return whether the tokenizer adds a space before a text. Return None if its normalizer and pre-tokenizer have no
+    equivalent in llama.cpp, for example because they do not replace spaces by `▁`, or split the text at spaces.
 
     The pre-tokenizer Metaspace differs from llama.cpp and SentencePiece: it adds no space to a text that begins with a
     space, and with the prepend_scheme "first" it adds no space after a special token.
@@ -379,7 +383,7 @@ def _prefix(data: Mapping[str, Any]) -> bool | None:
     return None
 
 
-# Gemma's pre-tokenizer, which splits at spaces; it splits nothing, because the normalizer has replaced them by `▁`.
+# Gemma's pre-tokenizer splits a text at spaces. It has no effect: the normalizer has already replaced them by `▁`.
 _AT_BLANKS = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
 _METASPACE = {"type": "Metaspace", "replacement": BLANK, "split": False}
 _PREFIX = {"never": False, "first": True, "always": True}

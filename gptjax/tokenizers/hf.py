@@ -10,7 +10,8 @@ any adjacent pair that makes a token; `tokenizers` merges only the pairs in the 
 same ids under three conditions:
 
     The tokens that the listed merges make have ascending ids, in the order of the list.
-    Encoding a token with the listed merges never gives exactly two pieces, because tiktoken would merge these two.
+    Encoding a token with the listed merges never gives exactly two pieces: tiktoken would merge two such pieces,
+    whereas `tokenizers` would not.
     The listed merges make every token, or `ignore_merges` is set, so that a word that is itself a token is not split.
 
 Proof: suppose that both libraries have made the same merges so far, and that tiktoken next merges the adjacent pieces x
@@ -115,7 +116,7 @@ class HF(Base):
             added = [token | {"special": token["content"] in names} for token in self._data["added_tokens"]]
             reader = _runner(self._data | {"added_tokens": added})
             reader.encode_special_tokens = True
-            # Only the four newest readers are kept, because each may take 200 MB.
+            # Keep only the four most recently built tokenizers, because each of them may take 200 MB.
             self._readers = dict([*self._readers.items()][-3:]) | {names: reader}
         return self._readers[names]
 
@@ -273,9 +274,9 @@ def _id_problems(ids: dict[str, int]) -> list[str]:
     return problems
 
 
-MAX_STEPS, MAX_DEPTH = 32, 4  # limits on the number of steps of one entry of CHAINS, and on their nesting depth
+MAX_STEPS, MAX_DEPTH = 32, 4  # limits for each entry in CHAINS: number of steps, and nesting depth of sequences
 MAX_GROWTH = 1024  # limit on the number of characters that all steps together may make from one character
-# Those entries of a tokenizer.json that may be a sequence of steps, and the keys of the lists of these steps.
+# Maps each entry of a tokenizer.json that may be a Sequence of steps to the key under which a Sequence lists its steps.
 CHAINS = {
     "normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "decoder": "decoders",
     "post_processor": "processors",
@@ -284,8 +285,9 @@ GROWTH = {"ByteLevel": 2, "Metaspace": 2, "BertNormalizer": 3, "Precompiled": 4}
 
 
 def _chain_problems(data: dict[str, Any]) -> Iterator[str]:
-    """Yield an error message for each entry of CHAINS that has too many steps, or whose output could be too large: 12
-    steps that each replace a letter by ten letters make a terabyte from one letter."""
+    """Yield an error message for each normalizer, pre-tokenizer, decoder or post-processor that has too many steps or
+    whose output could be too large: 12 steps that each replace a letter by ten letters make a terabyte from one
+    letter."""
     growth = {}
     for name, key in CHAINS.items():
         steps, depth = _steps(data.get(name), key)
@@ -300,8 +302,15 @@ def _chain_problems(data: dict[str, Any]) -> Iterator[str]:
 
 
 def _steps(chain: Any, key: str) -> tuple[list[Any], int]:
-    """Return the steps of an entry of CHAINS, including those of nested sequences, and the nesting depth. The function
-    stops counting beyond MAX_STEPS steps or MAX_DEPTH levels."""
+    """Return all steps of a normalizer, pre-tokenizer, decoder or post-processor, and the nesting depth of its
+    sequences.
+
+    Counting stops beyond MAX_STEPS steps or MAX_DEPTH levels.
+
+    Args:
+        chain: a single step, or a Sequence of steps, some of which may be sequences themselves.
+        key: the key under which a Sequence lists its steps.
+    """
     steps: list[Any] = []
     level, depth = [chain], 0
     while level and len(steps) <= MAX_STEPS and depth <= MAX_DEPTH:
@@ -331,8 +340,15 @@ def _growth(step: Any) -> int:
 
 
 def _roles(named: Mapping[str, Any]) -> tuple[dict[str, str], set[str]]:
-    """Return the special tokens that the content of a tokenizer_config.json names: a dict from ROLES to names, such as
-    {"eos_token": "</s>"}, and the set of all names."""
+    """Return the special tokens that a tokenizer_config.json lists.
+
+    Args:
+        named: the content of the tokenizer_config.json.
+
+    Returns:
+        A dict from roles (see ROLES) to names of tokens, such as {"eos_token": "</s>"}; and the set of the names of all
+        listed special tokens, with or without a role.
+    """
 
     def text(token: Any) -> Any:
         return token.get("content") if isinstance(token, dict) else token
@@ -378,8 +394,8 @@ def _byte_level(data: dict[str, Any], ids: dict[str, int]) -> BPE | None:
 
 
 def _scheme(data: dict[str, Any]) -> str | None:
-    """Return the key of the file's pre-tokenizer in SCHEMES, or None if a `BPE` does not support the file's normalizer,
-    pre-tokenizer, decoder or model."""
+    """Return the key in SCHEMES of the pre-tokenizer in a tokenizer.json. Return None if `BPE` does not support the
+    normalizer, pre-tokenizer, decoder or model of this tokenizer.json."""
     model = data["model"]
     before: Any = data.get("pre_tokenizer")
     steps = before.get("pretokenizers") if _type(before) == "Sequence" else [before]
@@ -422,8 +438,11 @@ def _same_in_tiktoken(model: dict[str, Any], ids: dict[str, int], tokens: list[s
 
 
 def piece_counts(ids: dict[str, int], merges: list[tuple[str, str]], tokens: Iterable[str]) -> set[int]:
-    """Encode each of the tokens with the merges, and return the set of the numbers of pieces: {1} if the merges make
-    every token."""
+    """Encode the text of each token with the merges, and count the resulting pieces.
+
+    Returns:
+        The set of the counts that occur; it is {1} if the merges build every token.
+    """
     from tokenizers import models
 
     with rust("model"):
@@ -477,8 +496,8 @@ def _slow_files(folder: Path, named: Mapping[str, Any], model_type: Any) -> dict
     """Return the tokenizer.json that is equivalent to vocab.json and merges.txt, with the pre-tokenizer of the
     tokenizer class.
 
-    The tokenizer class is tokenizer_class in `named`. If tokenizer_class is absent, the tokenizer class is the one that
-    belongs to `model_type`, or GPT2Tokenizer if `model_type` is None.
+    The tokenizer class is named["tokenizer_class"]. If this key is absent, `model_type` determines the tokenizer class;
+    if `model_type` is None, the class is GPT2Tokenizer.
     """
     kind = named.get("tokenizer_class")
     kind = kind or ("GPT2Tokenizer" if model_type is None else _CLASS_OF.get(str(model_type)))
@@ -568,8 +587,8 @@ def rust(location: str) -> Iterator[None]:
 
 
 def to_hf(tokenizer: Tokenizer) -> dict[str, str]:
-    """Return the files of a Hugging Face folder with which transformers' AutoTokenizer gives the same ids as the
-    tokenizer, as a dict from file name to text.
+    """Convert a tokenizer to the files of a Hugging Face folder, as a dict from file name to text. A tokenizer that
+    transformers' AutoTokenizer loads from these files gives the same ids.
 
     Raises:
         UserError: no tokenizer.json is exactly equivalent to this kind of tokenizer.
@@ -597,8 +616,8 @@ def _from_bpe(tokenizer: BPE) -> dict[str, Any]:
     ordinary = {printable(token): i for token, i in tokenizer.ranks.items()}
     merges = [merge.split(" ") for merge in tokenizer.merges]
     whole = len(set(map("".join, merges))) < sum(len(token) > 1 for token in tokenizer.ranks)
-    # Special and added tokens with ids below that of the last ordinary token must be in the model's vocabulary, because
-    # `tokenizers` gives added tokens that are not in this vocabulary the ids after it.
+    # `tokenizers` assigns new ids, after those of the model's vocabulary, to all added tokens that are not in this
+    # vocabulary. Special and added tokens with smaller ids than the last ordinary token must therefore be in it.
     last = max(ordinary.values())
     low = {name: i for name, i in whole_tokens(tokenizer).items() if i < last}
     vocab = dict(sorted((ordinary | low).items(), key=lambda item: item[1]))

@@ -22,8 +22,8 @@ class Scheme:
 
     pattern: the regular expression for tiktoken, with possessive quantifiers where they do not change the result.
     split: the equivalent regular expression of the Split step in a Hugging Face tokenizer.json, spelled exactly as in
-        the files of published models, because `hf.py` compares the two strings. None: the tokenizer.json has no Split
-        step.
+        the files of published models, because `hf.py` recognises a pre-tokenizer by comparing this string with the
+        string in the file. None: the tokenizer.json has no Split step.
     cut: function (last, after) that returns True if a long run of whitespace may be split before its last character.
         `last` is that character, `after` is the character that follows the run.
     """
@@ -34,7 +34,7 @@ class Scheme:
 
 
 def _cl100k_like(digits: str, possessive: str) -> Scheme:
-    """Return a scheme like that of GPT-4's cl100k_base.
+    """Return a pre-tokenizer like that of GPT-4's encoding cl100k_base.
 
     A word of letters may begin with one character that is neither a letter nor a digit nor a line end, such as a space.
     Line ends belong to the same word as the punctuation or whitespace before them.

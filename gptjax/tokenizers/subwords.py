@@ -1,15 +1,15 @@
 """WordPiece and Unigram subword tokenizers. The library `tokenizers` trains them; this module encodes and decodes
 texts.
 
-WordPiece  greedy longest match: the next piece is the longest in the vocabulary that the rest of the word begins with.
+WordPiece  greedy longest match: the next piece is the longest piece that is a prefix of the rest of the word.
            A piece that does not begin a word is written with `##`:   "lower" -> low ##er
 Unigram    every piece has a probability, and a word is split in the most probable way (Viterbi algorithm):
                                                          "lower" -> lo wer   if log p(lo) + log p(wer) is the largest
 
 The WordPiece and Unigram tokenizers work on bytes in GPT-2's printable alphabet (`bpe.alphabet`). Every single byte is
-a piece, so every text can be encoded and decoding is exact. The tokenizers of BERT and T5 differ from these: they drop
-whitespace and have an [UNK] token. Words have at most 64 characters, plus the space before them, so that encoding takes
-linear time even for a text without spaces.
+a piece, so every text can be encoded and decoding is exact. In contrast, the tokenizers of BERT (WordPiece) and
+T5 (Unigram) drop whitespace and have an unknown token. Words have at most 64 characters, plus the space before them, so
+that encoding takes linear time even for a text without spaces.
 
 Source: Schuster and Nakajima 2012 (WordPiece); Kudo 2018, arXiv:1804.10959 (Unigram).
 """

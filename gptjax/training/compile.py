@@ -31,14 +31,15 @@ def steps_per_call(cfg: Config, n_params: int, start: int = 0, hooks: Sequence[i
     The number of steps per call divides max_steps and all intervals shorter than max_steps: eval_every,
     checkpoint_every, log_every and those of the hooks. Evaluations, checkpoints and hooks can only run between two
     calls. If train.steps_per_call is None, the number of steps per call is 1 for models with more than 20 million
-    parameters; for other models it is the largest number up to 10 that divides `start`, max_steps and these intervals.
+    parameters; for smaller models it is the largest number up to 10 that divides `start`, max_steps and every interval
+    shorter than max_steps.
 
     Args:
         start: the step from which the run is resumed.
         hooks: the intervals of the hooks, in steps.
 
     Raises:
-        UserError: train.steps_per_call does not divide max_steps or one of the intervals.
+        UserError: train.steps_per_call does not divide max_steps, or an interval shorter than max_steps.
     """
     settings = cfg.train
     names = ("eval_every", "checkpoint_every", "log_every")
@@ -60,8 +61,8 @@ def steps_per_call(cfg: Config, n_params: int, start: int = 0, hooks: Sequence[i
 
 
 def make_call(run: Run) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
-    """Returns the jitted function that runs run.k training steps. It takes the state and the batches of these steps,
-    returns the new state and the metrics, and is compiled at its first call."""
+    """Returns a jitted function that runs run.k training steps. The function takes the state and the batches of all
+    run.k steps, and returns the new state and the metrics; it is compiled when it is first called."""
     loss, combine, optimizer = run.rules
     step = make_train_step(loss, optimizer, combine=combine, accumulation=run.cfg.train.accumulation)
     return parallel.jit_step(step if run.k == 1 else make_multi_step(step), run.mesh, run.state)
@@ -97,8 +98,10 @@ def first_call(run: Run, call: Callable[[TrainState, Any], tuple[TrainState, Met
 
 
 def _leave(run: Run) -> None:
-    """End the process after a signal, because XLA cannot be interrupted. No steps are lost, because none has run since
-    the last checkpoint."""
+    """End the process after a signal, because XLA cannot be interrupted; in a notebook, raise Stopped instead.
+
+    No steps are lost: compilation precedes the first step of this process, so the last checkpoint is still up to date.
+    """
     code = run.signals.code
     run.progress.say(f"{signal_name(code)} while compiling: nothing to save, {run.saved:,} steps are on disk")
     if "ipykernel" in sys.modules:

@@ -34,8 +34,11 @@ def evaluator(meter: Meter) -> Callable[[Run], None]:
     plotted_at = 0.0
 
     def polled(run: Run) -> Iterator[Any]:
-        """Yields the validation batches, and records when each is requested. Since `mean_over` requests a batch only
-        once it has the loss of the previous batch, these times show how long the evaluation of a batch takes."""
+        """Yields the validation batches, and records the time at which each is requested.
+
+        `mean_over` requests a batch only once it has the loss of the previous batch, so the difference between two
+        successive times is the duration of the evaluation of one batch.
+        """
         requested.clear()
         for batch in run.task.validation.batches(run.step == 0):
             run.poll()

@@ -12,10 +12,11 @@ Remat = Literal["none", "dots", "full", "offload"]
 SMALLER_REMAT: dict[Remat, tuple[Remat, ...]] = {"none": ("dots", "full"), "dots": ("full",)}  # keep fewer activations
 _MAX_SHARE = 0.75  # a change of the config is proposed only if it shrinks the activations to this fraction or less
 MARGIN = 0.85  # maximum fraction of the device's memory that an estimate may fill
-WORKSPACE_BYTES = 2**30  # memory for the logits of one chunk of the loss, their exponentials and their gradients
+# memory for logits, their exponentials and their gradients: the loss is computed in chunks of tokens, one at a time
+WORKSPACE_BYTES = 2**30
 _PROGRAM_BYTES = 2**28
 _WEIGHT, _GRADIENT, _MOMENTS = 4, 4, 8  # bytes per trained parameter, all in float32; AdamW keeps two moments
-_FROZEN = {"none": 4.0, "int8": 1.0, "nf4": 0.52}  # bytes per frozen parameter, by finetune.quantize
+_FROZEN = {"none": 4.0, "int8": 1.0, "nf4": 0.52}  # bytes per frozen parameter for each finetune.quantize
 
 Shape = tuple[int, int, int, int]  # sizes of the mesh axes data, fsdp, tensor and context
 
@@ -63,7 +64,8 @@ def chip_bytes(cfg: Config, n_params: int, width: int, shape: Shape) -> float:
 
 def param_bytes(cfg: Config, *, accumulation: int = 1) -> float:
     """Returns the bytes per parameter: its weight, its gradient, AdamW's two moments and, with gradient accumulation,
-    the sum of its gradients. With LoRA, only the frozen weights are counted, which may be quantised."""
+    the sum of its gradients. With LoRA, returns the bytes per frozen weight, which depend on finetune.quantize, and
+    neglects the adapter."""
     if cfg.task != "pretrain" and cfg.finetune.trainable == "lora":
         return _FROZEN[cfg.finetune.quantize]
     return _WEIGHT + _GRADIENT + _MOMENTS + (_GRADIENT if accumulation > 1 else 0)
@@ -129,7 +131,7 @@ def what_fits(cfg: Config, width: int, *, rows_per_device: int, lasting_bytes: i
         width: number of tokens per row.
         rows_per_device: number of rows of a micro-batch on one device.
         lasting_bytes: bytes of weights, gradients and optimizer state on one device.
-        limit: memory of the device in bytes, or 0 if it is unknown; if it is 0, each change at least halves the
+        limit: memory of the device in bytes. 0: the memory is unknown, and each change at least halves the
             activations.
 
     Returns:
