@@ -20,7 +20,7 @@ from gptjax.types import Metrics
 
 
 class Meter:
-    """Reads the metrics of the compiled calls, and logs them every log_every steps.
+    """Reads the metrics of the compiled calls, and logs them every `train.log_every` steps.
 
     The metrics of a call are read only after the next call has been started, so that the device does not wait for the
     host.
@@ -42,16 +42,18 @@ class Meter:
             others = [loggers.LOGGERS[name](run.dir.path, run.cfg) for name in run.cfg.train.loggers]
             self.loggers = [self.file, *others]
         self.busy_s, self.busy_tokens = 0.0, 0  # seconds and tokens of training since the last row of metrics
-        self.mark = 0.0  # time at which the metrics of a compiled call were last read
+        self.mark = 0.0  # time at which the current compiled call began on the device
         self.rate = 0.0  # tokens per second, as in the last row of metrics
-        self.eval_s = self.sample_s = 0.0  # estimated seconds of a full evaluation and of sampling, without compilation
+        # estimated seconds of a full evaluation and of sampling, excluding compilation
+        self.eval_s = self.sample_s = 0.0
         self.pending: tuple[int, Metrics] | None = None
         self.compiled = False
 
     def start(self) -> None:
         """Record the time at which a compiled call is started.
 
-        If the device is still busy with the previous call, `_read` records the time at which that call ends instead.
+        If the device is still busy with the previous call, nothing is recorded here: the new call begins on the device
+        only when the previous one ends, and `_read` records that time.
         """
         if self.pending is None:
             self.mark = time.monotonic()
@@ -61,7 +63,7 @@ class Meter:
 
         Args:
             end: the last step of the call that was just started.
-            metrics: the metrics of this call, which the device may still be computing.
+            metrics: the metrics of the call that was just started, which the device may still be computing.
         """
         before, self.pending = self.pending, (end, metrics)
         if before:

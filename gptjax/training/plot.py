@@ -12,8 +12,11 @@ from gptjax._moved import moved_name
 from gptjax.files import replacing
 from gptjax.show import log_ticks
 
-MAX_LABELS, MAX_LABEL_LENGTH = 12, 60  # maximum number and length of legend entries; more would hide the curves
-MAX_NEIGHBOURS = 50  # maximum number of neighbours on each side of a point over which its training loss is averaged
+# The figure of a sweep has no legend if it would have more than MAX_LABELS entries or an entry of more than
+# MAX_LABEL_LENGTH characters, because such a legend would hide the curves.
+MAX_LABELS, MAX_LABEL_LENGTH = 12, 60
+# A smoothed loss is the mean of a loss, of at most MAX_NEIGHBOURS losses before it and of as many after it.
+MAX_NEIGHBOURS = 50
 
 
 def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
@@ -62,10 +65,11 @@ def draw_sweep(
 ) -> None:
     """Plot the results of a sweep in two panels.
 
-    The left panel plots the validation loss against one setting: the first of `names` that has several values, all of
-    them numbers. Each run is a dot. For each combination of the other settings, a line connects the losses averaged
-    over the seeds, and error bars show their 95 % confidence intervals. The right panel plots the training loss against
-    the step, smoothed and averaged over the seeds, with one curve for each combination of all settings.
+    The left panel plots the validation loss against one setting: the first setting in `names` that has at least two
+    different values and only numbers as values. Each run is a dot. For each combination of the other settings, a line
+    connects the losses averaged over the seeds, and error bars show their 95 % confidence intervals. The right panel
+    plots the training loss against the step, smoothed and averaged over the seeds, with one curve for each combination
+    of all settings.
 
     Args:
         rows: a dict per run, with its settings and losses.
@@ -146,12 +150,14 @@ def _series(rows: list[dict[str, Any]], key: str) -> list[tuple[int, float]]:
 
 
 def _smooth(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    """Average each loss with its neighbours on both sides, so that the smoothed curve does not lag behind."""
+    """Average each loss with its neighbours on both sides. An average over earlier losses only would make the smoothed
+    curve lag behind the losses."""
     width = min(MAX_NEIGHBOURS, len(points) // 20)
     losses = [loss for _, loss in points]
     out = []
     for i, (step, _) in enumerate(points):
-        # The window stays symmetric near the ends, where neighbours on one side only would bias the mean.
+        # Near the ends of the curve, the window shrinks on both sides, because a window with more losses on one side
+        # than on the other would bias the mean.
         reach = min(width, i, len(points) - 1 - i)
         window = losses[i - reach : i + reach + 1]
         out.append((step, sum(window) / len(window)))

@@ -12,7 +12,7 @@ from typing import Any
 
 from gptjax.training.chips import peak_flops as peak_flops
 
-LINE_EVERY_S = 5.0  # seconds between plain progress lines, which replace the progress bar
+LINE_EVERY_S = 5.0  # minimum seconds between progress lines, which are printed if the output is not a terminal
 SILENCE_S = 8.0  # seconds without output until a heartbeat line is printed, because some CI systems kill silent jobs
 
 
@@ -21,7 +21,7 @@ class Progress:
 
     Args:
         write: function that is called with each line for log.txt.
-        log: function that is called with each line instead of printing it, or None to print the lines.
+        log: function that is called with each line, which is then not printed; if None, the lines are printed.
         alive: function that is called about once per second, for as long as the process is alive.
     """
 
@@ -76,7 +76,9 @@ class Progress:
                 self._bar.start()
             self._bar.update(self._task, completed=step, description=line)
         elif (now := time.monotonic()) - self._told >= LINE_EVERY_S:
-            self._told = now  # heartbeat lines do not reset this timer, so slow runs print progress lines, too
+            # The interval is measured from the last progress line, not from the last heartbeat line; otherwise,
+            # frequent heartbeat lines of a slow run would suppress its progress lines.
+            self._told = now
             self.say(line)
 
     @contextmanager

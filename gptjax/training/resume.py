@@ -41,8 +41,8 @@ def refuse(written: Config, missing: Callable[[Config], None]) -> bool:
             is finished.
 
     Returns:
-        True if the run is finished: final/ was written after `train.max_steps` steps or more, and `written` asks for no
-        further steps.
+        True if the run is finished: final/ was written at step `train.max_steps` of the stored config or later, and
+        `written` has no more steps or epochs than the stored config.
 
     Raises:
         UserError: a check failed; the message lists all problems.
@@ -129,7 +129,7 @@ def begin(ready: Ready, dir: RunDir, mesh: Mesh | None, progress: Progress, sign
 
 
 def checkpointer(meter: Meter) -> Callable[[Run], None]:
-    """Returns the function of the hook that saves a checkpoint.
+    """Returns a hook function that saves a checkpoint of the run.
 
     A checkpoint holds the state, the counters, the data hashes, the config and the environment. When the run is
     resumed, hashes, config and environment are compared with the current ones.
@@ -159,7 +159,7 @@ def checkpointer(meter: Meter) -> Callable[[Run], None]:
 
 
 def hashes(task: Task) -> dict[str, str]:
-    """Returns a dict with the name and the hash of all data and weights that a checkpoint depends on."""
+    """Returns a dict that maps the names of the data and weights that a checkpoint depends on to their hashes."""
     return {name: digest for name, (digest, _) in task.fingerprints.items()}
 
 

@@ -37,7 +37,9 @@ except ImportError:  # Windows has no fcntl, so only the lock file's age shows w
     fcntl = None  # type: ignore[assignment]
 
 OF_THE_END = ("test.json", "responses.jsonl", "confusion.png")  # files with the test results of a fine-tuned model
-LOCK_STALE_S = 180  # age in seconds of an abandoned lock file; its owner touches it at least every 10 s
+# A lock file that has not been modified for LOCK_STALE_S seconds counts as abandoned. The process that holds the lock
+# updates the file's modification time at least every 10 s.
+LOCK_STALE_S = 180
 
 # Settings that may differ when a run is resumed. They do not affect the trained weights.
 MAY_CHANGE = (
@@ -166,7 +168,8 @@ class RunDir:
             os.utime(self.path / ".lock")
 
     def begin(self, cfg: Config, environment: dict[str, Any]) -> None:
-        """Write config.yaml and environment.json. If `cfg` adds steps to the run, delete its old test results."""
+        """Write config.yaml and environment.json. If `cfg` has more steps than the stored config, delete the test
+        results of the shorter run."""
         stored = self.stored() if self.config.exists() else None
         if stored is None:
             write_text(self.config, config.to_yaml(cfg))
@@ -246,8 +249,8 @@ def _refuse_owner(path: Path, lock: TextIO) -> None:
     except (ValueError, RecursionError):
         owner = {}
     owner = owner if isinstance(owner, dict) else {}
-    # On this machine, the system releases the lock of a process that has ended. For a process on another machine, the
-    # age of the lock file shows whether the process still runs.
+    # On this machine, the operating system releases the lock of a process that has ended. For a process on another
+    # machine, only the age of the lock file shows whether the process has ended.
     other_host = bool(owner) and (not fcntl or owner.get("host") != socket.gethostname())
     if held or (other_host and time.time() - os.fstat(lock.fileno()).st_mtime < LOCK_STALE_S):
         process = f"process {owner.get('pid', '?')} on {owner.get('host', '?')}"

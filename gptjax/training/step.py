@@ -134,7 +134,8 @@ def make_train_step(
         norm = optax.tree.norm(grads) * scale
         finite = jnp.isfinite(mean.total) & jnp.isfinite(norm)
 
-        def update(operands):  # gradients are scaled in here, so that XLA fuses the scaling with the optimizer
+        def update(operands):
+            # The gradients are scaled inside this function, so that XLA fuses the scaling with the optimizer's update.
             grads, scale, norm, params, opt_state = operands
             grads = jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
             updates, opt_state = tx.update(grads, opt_state, params, grad_norm=norm)
@@ -142,7 +143,8 @@ def make_train_step(
 
         operands = (grads, scale, norm, state.params, state.opt_state)
         # On a GPU, lax.cond would copy the whole state and make the host wait for `finite`, so jnp.where is used.
-        # jnp.where does not work on optimizer state in host memory (optim.offload), which can only be copied.
+        # If the optimizer state is in host memory (optim.offload), lax.cond is used on a GPU, too, because arrays in
+        # host memory can only be copied: jnp.where does not work on them.
         spaces = (str(getattr(jax.typeof(m), "memory_space", "")).lower() for m in jax.tree.leaves(state.opt_state))
         if platform() == "gpu" and not any("host" in space for space in spaces):
             params, opt_state = jax.tree.map(
@@ -191,7 +193,8 @@ def evaluate(loss: Loss, params: Any, batches: Iterable[Any]) -> tuple[Mean, Met
     mean, in which a short last batch has a smaller weight. `loss` should be jitted by the caller.
 
     Returns:
-        The `Mean` of the loss over all batches, and a dict with the `Mean` of each metric whose values are `Mean`s.
+        The `Mean` of the loss over all batches, and a dict that maps the name of each metric that `loss` returns as a
+        `Mean` to the `Mean` of this metric over all batches.
     """
     sums: dict[str, Mean] = {"": Mean(0.0, 0.0)}
     for batch in batches:

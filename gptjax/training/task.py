@@ -36,7 +36,7 @@ class StepFunctions(NamedTuple):
 
 
 class Validation(NamedTuple):
-    """The validation data, by whose loss the best model is chosen.
+    """The validation data. The model with the lowest validation loss is saved as the best model.
 
     batches          function (first) that returns the validation batches: all of them or, if `first` is True, a part of
                      them; `first` is True only for the evaluation before the first step
@@ -63,8 +63,8 @@ class Task(NamedTuple):
     start             the trained params before the first step, or a function (key) that initialises them
     frozen            params that the loss reads and the optimizer does not update
     flops_per_token   FLOPs per token of a training step, for MFU
-    fingerprints      dict that maps a name to the hash of data or weights that a checkpoint depends on, and the setting
-                      that selects them
+    fingerprints      dict of the data and weights that a checkpoint depends on; it maps the name of each to the pair
+                      (hash, name of the setting that selects the data or weights)
     describe          function (number of trained parameters) that returns lines of text about data and model, which are
                       printed before the first step
     write             function (folder, trained, frozen, text files) that writes a self-contained model folder
@@ -95,19 +95,19 @@ class Task(NamedTuple):
 
 
 def resolve(written: Config, model: ModelConfig, size: int, per_step: int) -> Config:
-    """Returns the config with the values that depend on the data filled in: the model, and the number of steps.
+    """Returns the config `written` with `model` as its model config, and with the number of training steps.
 
-    If `train.epochs` is set, the number of steps is computed from `size`, the number of training tokens (in
-    fine-tuning: of training rows), and `per_step`, the number of them in the batch of one step.
+    If `train.epochs` is set, the number of steps is computed from `size` and `per_step`. In pretraining, they are the
+    numbers of tokens in the training data and in the batch of one step; in fine-tuning, they are the numbers of rows.
     """
     train = dataclasses.replace(written.train, max_steps=written.train.steps(size, per_step))
     return dataclasses.replace(written, model=model, train=train)
 
 
 def short_run(cfg: Config) -> str:
-    """Returns a warning if the run ends before the warmup of the learning rate does; otherwise "".
+    """Returns a warning if the run has no more steps than the warmup of the learning rate; otherwise "".
 
-    This happens if `train.epochs` of a small dataset take few steps.
+    If `train.epochs` is set, for example, a run on a small dataset may have only a few steps.
     """
     steps, warmup = cfg.train.max_steps, cfg.optim.warmup_steps
     if warmup < steps:

@@ -103,13 +103,14 @@ def as_one(functions: StepFunctions, n: int) -> StepFunctions:
         trained, frozen = params
         mean, metrics = losses(trained, None, frozen, batch, None if key is None else jax.random.split(key, n))
         metrics = {k: Mean(v.total.sum(), v.weight.sum()) for k, v in metrics.items() if isinstance(v, Mean)}
-        # `key` is None in validation, where totals and weights are summed over all batches before the division.
+        # `key` is None in validation. The caller adds up the totals and the weights of all batches before it divides,
+        # so the total of one batch must not be divided here.
         if key is None:
             return Mean(mean.total.sum(), mean.weight.sum()), metrics
         return Mean((mean.total / jnp.maximum(mean.weight, 1e-9)).sum(), jnp.float32(n)), metrics
 
     def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        """Update each run separately, so that gradients are clipped by the gradient norm of the run.
+        """Update each run separately, so that the gradients of a run are clipped by the norm of its own gradients.
 
         The gradients are first multiplied by n, because the training step has divided them by the loss's weight n.
         """
@@ -123,7 +124,7 @@ def as_one(functions: StepFunctions, n: int) -> StepFunctions:
 def stack(batches: Sequence[Any], axis: int = 0) -> Any:
     """Stack the batches of N runs along a new axis.
 
-    Smaller leaves are padded with zeros, because zeros mean padding in the batches of all tasks.
+    Leaves are padded with zeros to the size of the largest, because zeros mean padding in the batches of all tasks.
     """
 
     def padded(*leaves: np.ndarray) -> np.ndarray:

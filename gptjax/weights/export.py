@@ -158,8 +158,8 @@ def export_gguf(
 def _name_for_llama_cpp(name: str, tokens: list[str]) -> str:
     """Returns a model name that llama.cpp accepts together with these tokens.
 
-    If the name contains phi-3, llama.cpp requires Phi-3's special tokens. For a model without them, phi-3 is replaced
-    by phi.
+    If the name contains "phi-3", llama.cpp requires Phi-3's special tokens. If the model lacks these tokens, "phi-3" in
+    the name is replaced by "phi".
     """
     if {"</s>", "<unk>", "<s>", "<|endoftext|>"} <= {*tokens}:
         return name

@@ -75,8 +75,8 @@ def from_metadata(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, .
     if not isinstance(name, str) or name not in ARCHITECTURES:
         raise UserError(f"{location}: general.architecture={name!r:.60} is unknown, known: {', '.join(ARCHITECTURES)}")
     gguf = ARCHITECTURES[name]
-    # An array is an error under every key read here. It becomes a short list, because the comparison of arrays gives no
-    # bool.
+    # No attribute that is read here may be an array, and `Attributes` reports arrays as errors. They are converted to
+    # lists, because comparing numpy arrays does not return a bool. Their first elements are enough for the message.
     values = {
         key.removeprefix(f"{name}."): value[:9].tolist() if isinstance(value, np.ndarray) else value
         for key, value in metadata.items()
@@ -124,8 +124,12 @@ def _rounded(x: float) -> float:
 
 
 def with_rope_factors(cfg: ModelConfig, factors: np.ndarray, location: str) -> ModelConfig:
-    """Returns the config with the four parameters of Llama 3's RoPE scaling. These parameters are recovered from
-    `factors`, one per frequency, because a GGUF file stores nothing else of the scaling."""
+    """Returns the config with the four parameters of Llama 3's RoPE scaling.
+
+    A GGUF file does not store these parameters, only `factors`, the divisors of the RoPE frequencies. rope_slow = 1 and
+    rope_fast = 4 are assumed; for rope_factor and rope_original_context, common values are tried until the parameters
+    give these divisors.
+    """
     if factors.shape != (cfg.head_dim // 2,):
         raise UserError(f"{location}: rope_freqs.weight is {list(factors.shape)}, expected [{cfg.head_dim // 2}]")
     if cfg.rope_scaling != "none":
@@ -157,7 +161,7 @@ def _has_rope(gguf: Gguf) -> bool:
 
 
 def to_metadata(cfg: ModelConfig, name: str) -> dict[str, Any]:
-    """Returns the GGUF metadata that describe a model as one of llama.cpp's architecture `name`.
+    """Returns the GGUF metadata that describe a model in llama.cpp's architecture `name`.
 
     The metadata of the tokenizer are not included.
     """

@@ -6,8 +6,9 @@ writes gptjax_sha256.json, which holds the hashes of both files.
 
 PEFT adapts GPT-2's q, k and v as one matrix; gptjax adapts them as three. The three adapters of gptjax are exported as
 one adapter of three times the rank with a block-diagonal B. An adapter that PEFT trained is read as three adapters with
-the same matrix a, and is exported unchanged. The names, the shapes, and which attributes change the result are taken
-from PEFT's tuners/lora, version 0.21.
+the same matrix a; if all three still have the same a, they are exported as one adapter of the original rank.
+
+Source: PEFT's tuners/lora, version 0.21 (names and shapes of the tensors, attributes that change the result).
 """
 
 from __future__ import annotations
@@ -325,10 +326,10 @@ def _config(body: dict[str, Any], location: str) -> tuple[LoraConfig, Callable[[
     a.end(location)
 
     def pattern(table: dict[str, T], default: T) -> Callable[[str], T]:
-        """Returns a function that returns the value of a module in `table`, given the module's name.
+        """Returns a function that looks up the value of a module in `table`, given the module's name.
 
-        The keys of `table` are regular expressions. As in PEFT, the first that matches the whole name or the part after
-        one of its dots is used; if none does, the value is `default`.
+        The keys of `table` are regular expressions. As in PEFT, the value is that of the first key that matches the
+        whole name or the part of the name after one of its dots; if no key matches, the value is `default`.
         """
 
         def value(module: str) -> T:

@@ -111,8 +111,8 @@ def _their_shape(tensor: Tensor, ours: Mapping[str, Any], optional: dict[str, Sh
 
 
 def optional_shapes(cfg: ModelConfig) -> dict[str, Shape]:
-    """Returns a dict with the path and the shape, without the layer axis, of the biases and norm vectors that a model
-    may lack."""
+    """Returns a dict that maps the paths of the biases and norm vectors that a model may lack to their shapes, without
+    the layer axis."""
     D, F, H = cfg.d_model, cfg.d_ff, cfg.head_dim
     bias_sizes = {"q": cfg.n_head * H, "k": cfg.n_kv_head * H, "v": cfg.n_kv_head * H, "o": D}
     shapes: dict[str, Shape] = {f"blocks/attn/{name}/bias": (size,) for name, size in bias_sizes.items()}
@@ -217,7 +217,8 @@ def _chunks(source: Source, name: str, rule: Rule, shape: Shape) -> Iterator[tup
 
 
 def shardings_by_path(shardings: Any, ours: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a dict that maps the paths of the parameters `ours` to their shardings; None is the default device."""
+    """Returns a dict that maps the paths of the parameters `ours` to their shardings, or to None for the default
+    device."""
     if shardings is None or isinstance(shardings, jax.sharding.Sharding):
         return dict.fromkeys(ours, shardings)
     return tree.flatten(shardings)

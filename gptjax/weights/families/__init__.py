@@ -37,7 +37,8 @@ MAX_SIZE = 1 << 24  # upper bound of every size in a foreign file; the longest c
 
 
 def from_hf(values: dict[str, Any], location: str) -> tuple[Family, ModelConfig, str]:
-    """Returns the family and the ModelConfig of a config.json, and a summary of its sizes for `with_summary`.
+    """Returns the family and the ModelConfig that a config.json describes, and a summary of the model's sizes, which
+    `with_summary` adds to error messages.
 
     Raises:
         UserError: the model type is unknown, or attributes are not supported; one message lists them.
@@ -99,7 +100,7 @@ def class_names(values: dict[str, Any], location: str) -> list[str]:
 
 
 def model_config(fields: dict[str, Any], location: str) -> ModelConfig:
-    """Builds a validated ModelConfig. Raises UserError, which names the file, if values are out of range."""
+    """Builds a ModelConfig from its fields. Raises UserError, which names the file, if a field has an invalid value."""
     sizes = {key: value for key, value in fields.items() if type(value) is int}
     problems = [f"{key}={size}, expected at most {MAX_SIZE}" for key, size in sizes.items() if size > MAX_SIZE]
     problems += ["n_kv_head=0, expected 1 or more"] * (sizes.get("n_kv_head") == 0)
@@ -123,8 +124,8 @@ def _stored(cfg: ModelConfig) -> dict[str, Any]:
     fields."""
     fields = {key: value for key, value in config.flat(cfg).items() if key not in _NOT_STORED}
     fields["head_dim"] = cfg.head_dim
-    # A window at least as long as the context has no effect, so it becomes 0, which means no window. With a local RoPE
-    # base, it is kept, because layers with a window use that base.
+    # A window at least as long as the context has no effect, so it becomes 0, which means no window. If the model has a
+    # local RoPE base, the window is kept, because the layers with a window use the local base.
     full = cfg.context_length if cfg.rope_local_base is None else math.inf
     fields["windows"] = tuple(0 if w >= full else w for w in cfg.windows)
     fields["attention_scale"] = round((cfg.attention_scale or cfg.head_dim**-0.5) ** -2, 6)

@@ -34,8 +34,8 @@ _REQUIRED = object()
 
 
 class Attributes:
-    """Reads the attributes of a config.json one at a time, and removes each that was read. Attributes that have not
-    been read when `end` is called are errors.
+    """Reads attributes, such as those of a config.json, one at a time, and removes each that was read. Attributes that
+    have not been read when `end` is called are errors.
 
     Args:
         neutral: names of attributes that are ignored.
@@ -72,7 +72,7 @@ class Attributes:
         return kind(value) if kind is float else value
 
     def must(self, name: str, *allowed: Any) -> None:
-        """Removes an attribute that must be absent, null or one of the values `allowed`; otherwise records an error."""
+        """Removes an attribute, and records an error unless it was absent, null or one of the values `allowed`."""
         value = self.left.pop(name, None)
         if value is not None and value not in allowed:
             self.problems.append(f"{name}={value!r:.60} is not supported here: only {' or '.join(map(repr, allowed))}")

@@ -38,7 +38,8 @@ class Family(NamedTuple):
     """A model type of Hugging Face, and the llama.cpp architecture of the same models.
 
     defaults  default values of transformers' config class; a value None is computed from other attributes
-    gguf      llama.cpp's architecture, or None if another family has the same one or llama.cpp has none
+    gguf      llama.cpp's architecture for the family; None if llama.cpp has none for it, or if the architecture is
+              already the `gguf` of another family
     """
 
     name: str  # model_type

@@ -140,5 +140,7 @@ FAMILY = Family(
         lambda cfg: [*gguf.ENDS, *gguf.QKV, *gguf.OUT, *gguf.MLP, *gguf.PRE, *gguf.POST, *gguf.QK_NORMS],
         rope_base=1_000_000.0, to_config=_from_metadata, to_metadata=_to_metadata,
     ),
-    placeholder=IMAGE,  # the text models come with the tokenizer of the multimodal models, which has this token
+    # The text models use the tokenizer of the multimodal models. Its last token is the placeholder for images; the
+    # embedding of a text model may have no row for it.
+    placeholder=IMAGE,
 )  # fmt: skip

@@ -9,7 +9,8 @@ from gptjax.weights.families.attributes import Attributes
 from gptjax.weights.families.family import biases, kernels, scales
 from gptjax.weights.rules import Form, Rule, identity, transposed
 
-MAX_LAYERS = 1 << 12  # limit on the computation of the window pattern, if a file gives a huge num_hidden_layers
+# The window pattern is computed for at most this number of layers, because a file may give a huge num_hidden_layers.
+MAX_LAYERS = 1 << 12
 
 # Default values of transformers' config classes. None: the value is computed from other attributes.
 SIZES: dict[str, Any] = dict(
