@@ -44,8 +44,8 @@ def resolve(
     leaves: Iterable[Leaf] = (),
     defaults: Iterable[Leaf] = (),
 ) -> tuple[Config, Provenance]:
-    """Loads a config like `load_config`, and also returns where each value was set. The commands of the command line
-    use `uses.resolve` instead, which also refuses settings that the command's task does not read.
+    """Loads a config like `load_config`, and also returns where each value was set. The command-line
+    interface uses `uses.resolve` instead, which also refuses settings that the command's task does not read.
 
     Args:
         leaves: further settings, already parsed, which take precedence over `overrides`.

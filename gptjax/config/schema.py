@@ -617,10 +617,10 @@ class ClassifyConfig:
 
     source: Optional[str] = setting(None, "Labelled texts: .csv, .tsv, .jsonl, .json, .parquet or hf:org/name.")
     text_field: Optional[str] = setting(
-        None, "Column of the texts. null: the only column with a usual name, such as text."
+        None, "Column of the texts. null: detect it by its name, such as text; exactly one must match."
     )
     label_field: Optional[str] = setting(
-        None, "Column of the labels. null: the only column with a usual name, such as label."
+        None, "Column of the labels. null: detect it by its name, such as label; exactly one must match."
     )
     labels: tuple[str, ...] = setting(
         (), "Names of the classes, in order. []: the labels that occur in the data, sorted."

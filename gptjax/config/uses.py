@@ -137,8 +137,9 @@ def _unread(leaves: list[Leaf], task: str, verb: str, also: Sequence[str]) -> li
 def _without_adapter(user_leaves: list[Leaf], all_leaves: list[Leaf], task: str) -> list[str]:
     """Returns an error text for each lora.* setting of the user if finetune.trainable trains no adapter.
 
-    A lora.* setting is allowed if finetune.trainable is set after it, in another file or on the command line. For
-    example, a file may set finetune.trainable=lora and lora.rank, and the command line finetune.trainable=all.
+    A lora.* setting is not an error if a later file or the command line sets finetune.trainable to a value without an
+    adapter. For example, a file may set finetune.trainable=lora and lora.rank, and the command line
+    finetune.trainable=all.
     """
     trainable = next((leaf for leaf in reversed(all_leaves) if leaf.key == "finetune.trainable"), None)
     if trainable is None or _reads_lora(task, trainable.value):

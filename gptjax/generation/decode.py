@@ -189,7 +189,7 @@ def stop_array(stop: Sequence[int]) -> jax.Array:
 
 
 def drawable_ids(vocab_size: int | None, cfg: ModelConfig) -> int:
-    """Returns the number of ids that may be drawn, which are the first `vocab_size` ids of the model's vocabulary."""
+    """Returns n, the number of token ids that may be sampled: the ids 0 to n - 1. None: all ids of the model."""
     if vocab_size is None:
         return cfg.vocab_size
     if vocab_size < 1:

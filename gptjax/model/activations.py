@@ -148,8 +148,8 @@ def paths(patterns: Iterable[str], cfg: ModelConfig) -> tuple[str, ...]:
 def place(patches: Patches | None, cfg: ModelConfig) -> Placed:
     """Matches the patterns in `patches` against the paths of activations, and returns the patches of each matched path.
 
-    The function is idempotent. Patches of the same path are applied in the given order. In each layer, the patches of
-    all layers are applied before the patches of this layer only.
+    The function is idempotent. Patches of the same path are applied in the given order. In each layer, patches
+    that apply to every layer are applied first, then the patches of that layer alone.
 
     Raises:
         UserError: a pattern matches no activation, or an array of a patch for all layers lacks the leading axis L.

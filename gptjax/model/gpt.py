@@ -295,7 +295,7 @@ def grow_vocabulary(
             If `used` is None, all existing rows are kept.
 
     Raises:
-        UserError: `vocab_size` is below `used`, or `used` is above the model's number of rows.
+        UserError: `vocab_size` is below `used`, or `used` is above the number of rows of the token embedding.
     """
     used = min(cfg.vocab_size, vocab_size) if used is None else used
     if not 1 <= used <= min(cfg.vocab_size, vocab_size):

@@ -184,9 +184,9 @@ def _collective(instruction: Instruction, comp_name: str) -> str | None:
 def _overlapped(instruction: Instruction, comp_name: str) -> tuple[str, str, tuple[Array, ...]] | None:
     """Returns a key that identifies a collective that overlaps other work, or None for any other collective.
 
-    TPU programs repeat a collective that overlaps other work, with the same channel id, in the fusion that starts it,
-    in the fusions that run at the same time, and in the fusion that ends it. The repetitions have the same key, so that
-    `work` counts the collective only once.
+    In TPU programs, an asynchronous collective appears several times with the same channel id: in the fusion that
+    starts it, in each fusion that runs while it is in flight, and in the fusion that ends it. All of these have the
+    same key, so that `work` counts the collective once.
     """
     channel = re.search(r"channel_id=(\d+)", instruction.rest)
     if channel is None or not ("fused_computation" in comp_name or "collective_fusion" in comp_name):

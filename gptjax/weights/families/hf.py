@@ -20,7 +20,7 @@ SIZES: dict[str, Any] = dict(
 
 
 def sizes(a: Attributes) -> dict[str, Any]:
-    """Reads the sizes of a model, under the attribute names that all families but GPT-2 use."""
+    """Reads a model's dimensions from its config.json, by the attribute names that all families but GPT-2 share."""
     n_head = a.take("num_attention_heads", int)
     return dict(
         arch="llama",
