@@ -6,7 +6,6 @@ import shlex
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 
 import pytest
@@ -195,7 +194,7 @@ def test_an_example_is_understood(line, here, capsys):
 
 
 SHELL = 'gptjax() { "$PYTHON" -m gptjax "$@"; }; set -e -o pipefail\n'
-QUICK = ("tokenizer", "tokenizer encode", "presets", "presets ls", "presets show", "presets cp", "help", "completion")
+QUICK = ("presets", "presets ls", "presets show", "presets cp", "help", "completion")
 
 
 @pytest.fixture(scope="module")
@@ -235,12 +234,11 @@ def test_all_other_examples_run(name, run_examples):
     run_examples(name)
 
 
-def test_help_is_fast_and_imports_no_jax():
+def test_help_imports_no_jax():
     for args in (["--help"], ["pretrain", "--help"], ["help", "runs"], ["completion", "--words", "pretrain", ""]):
         code = f"import sys; from gptjax.__main__ import main; main({args}); sys.exit('jax' in sys.modules)"
-        start = time.monotonic()
         done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL)
-        assert done.returncode == 0 and time.monotonic() - start < 5, args
+        assert done.returncode == 0, args
 
 
 def test_readme_lists_the_verbs_that_do_something():
