@@ -112,10 +112,11 @@ def missing(name: str) -> str:
     """
     if name.startswith("hf:") or name in assets.ASSETS or user_path(name, "data.source").exists():
         return ""
-    hint = did_you_mean(name, assets.ASSETS, " Did you mean {!r}?")
+    texts = [key for key, asset in assets.ASSETS.items() if not asset.file.endswith((".bpe", ".gguf"))]
+    hint = did_you_mean(name, texts, " Did you mean {!r}?")
     return (
         f"data.source={name}: no such file, folder or asset.{hint} "
-        f"Assets: {', '.join(assets.ASSETS)}; other kinds: a .txt, .md, .jsonl, .csv or .parquet file, "
+        f"Assets: {', '.join(texts)}; other kinds: a .txt, .md, .jsonl, .csv or .parquet file, "
         "a folder, hf:org/name"
     )
 

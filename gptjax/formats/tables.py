@@ -284,9 +284,12 @@ def hub(repo: str, config: str, split: str, **options: Any) -> Any:
 def names(keys: Iterable[object]) -> str:
     """Returns up to 20 keys or column names as a comma-separated list, and the number of further names.
 
-    A name is quoted if it is empty, starts or ends with whitespace, or contains a comma or an unprintable character.
+    A name is quoted if it is empty, starts or ends with whitespace, or contains a comma or an unprintable character. A
+    single name with semicolons or tabs is probably the header of a file with another separator than the comma.
     """
     keys = list(keys)
+    if len(keys) == 1 and (separator := next((c for c in ";\t" if c in str(keys[0])), "")):
+        return f"{str(keys[0])[:80]!r}, one column: is the separator {separator!r}? A .csv file needs commas"
     more = f" and {len(keys) - 20:,} more" if len(keys) > 20 else ""
     return ", ".join(map(quoted, keys[:20])) + more
 

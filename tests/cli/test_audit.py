@@ -68,7 +68,7 @@ def test_a_checkpoint_is_the_model_that_was_saved(folder):
         ([], "which run?"),
         (["absent"], "absent: no such run"),
         (["a.txt"], "a.txt"),
-        (["run", "out=a.txt/b"], "cannot create folder a.txt"),
+        (["run", "out=a.txt/b"], "cannot create the folder a.txt"),
         (["run", "rwos=3"], "did you mean rows?"),
         (["run", "rows=few"], "expected a whole number"),
         (["run", "alpha=2"], "between 0 and 1"),

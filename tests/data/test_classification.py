@@ -50,6 +50,13 @@ def test_a_label_that_differs_in_every_row_is_questioned(tmp_path):
         classification.read(str(path), text="said", label="ticket")
 
 
+def test_another_separator_is_named(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("said;label\nx;y\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"'said;label', one column: is the separator ';'\?"):
+        classification.read(str(path))
+
+
 def test_all_missing_columns_are_named(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("a,b\nx,y\n", encoding="utf-8")
