@@ -7,6 +7,7 @@ from pathlib import Path
 
 from gptjax.config import config_file, presets
 from gptjax.config.leaves import read_text
+from gptjax.config.uses import verb_of
 from gptjax.errors import UserError, did_you_mean
 
 ACTIONS = ("ls", "show", "cp")
@@ -15,9 +16,9 @@ ACTIONS = ("ls", "show", "cp")
 def run(args: list[str]) -> int:
     action, *rest = args or ["ls"]
     if action == "ls" and not rest:
-        for verb, group in itertools.groupby(presets(), _verb):
-            print(f"{verb} PRESET")
-            for name in group:
+        for task, group in itertools.groupby(presets().items(), lambda item: item[1].parent.name):
+            print(f"gptjax {verb_of(task)} PRESET")
+            for name, _ in group:
                 print(f"  {name:<24} {_read(name).partition(chr(10))[0].removeprefix('#').strip()}")
     elif action == "show" and len(rest) == 1:
         print(_read(rest[0]), end="")
@@ -30,19 +31,13 @@ def run(args: list[str]) -> int:
                 out.write(text)
         except FileExistsError:
             raise UserError(f"{path} exists already: choose another name") from None
-        print(f"{path}  (run it: {_verb(rest[0])} {path})")
+        preset = presets().get(rest[0])  # None: a file or a run directory was copied
+        print(f"{path}  (run it: gptjax {verb_of(preset.parent.name)} {path})" if preset else path)
     elif action not in ACTIONS:
         raise UserError(f"presets {action}: expected {', '.join(ACTIONS)}{did_you_mean(action, ACTIONS)}")
     else:
         raise UserError("expected: gptjax presets ls | show PRESET | cp PRESET FILE.yaml")
     return 0
-
-
-def _verb(name: str) -> str:
-    """Returns the command that runs a preset, such as `gptjax pretrain`. The folder that holds the preset's file has
-    the name of the task, and the task determines the command."""
-    task = config_file(name).parent.name
-    return f"gptjax {task}" if task == "pretrain" else f"gptjax finetune {task}"
 
 
 def _read(name: str) -> str:

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from gptjax._moved import moved_name
 from gptjax.data import loader, packing
-from gptjax.errors import UserError
+from gptjax.errors import UserError, complaints
 from gptjax.formats import tables
 from gptjax.tokenizers import Tokenizer
 
@@ -140,16 +141,12 @@ def _columns(row: dict[str, Any], text: str | None, label: str | None, source: s
 
     If `text` or `label` is None, finds the column whose name is in `tables.TEXT` or `tables.LABEL`, respectively.
     """
-    settings = ((text, tables.TEXT, "text"), (label, tables.LABEL, "label"))
-    columns, problems = [], []
-    for column, known, content in settings:
-        try:
-            columns.append(column or _column(row, known, content, f"classify.{content}_field", source))
-        except UserError as error:
-            problems.append(str(error))
-    if problems:
+    find_text = partial(_column, row, tables.TEXT, "text", "classify.text_field", source)
+    find_label = partial(_column, row, tables.LABEL, "label", "classify.label_field", source)
+    missing = [find for column, find in ((text, find_text), (label, find_label)) if not column]
+    if problems := [line for find in missing for line in complaints(find)]:
         raise UserError.all(problems)
-    return columns[0], columns[1]
+    return text or find_text(), label or find_label()
 
 
 def _column(row: dict[str, Any], known: Sequence[str], content: str, setting: str, source: str) -> str:

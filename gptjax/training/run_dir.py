@@ -28,6 +28,7 @@ from typing import Any, TextIO
 
 from gptjax import config
 from gptjax.config import Config
+from gptjax.config.uses import verb_of
 from gptjax.errors import UserError
 from gptjax.files import user_path, write_text
 
@@ -316,9 +317,8 @@ def train_further(stored: Config, path: Path) -> str:
     """Returns advice on how to train the model of a finished run further if the run itself cannot be extended."""
     if stored.task == "classify":
         return "for more steps run the same command with another run_dir=FOLDER"
-    if stored.task == "pretrain":
-        return f"to train the model further: gptjax pretrain pretrain.base={path} run_dir=FOLDER"
-    return f"to train the model further: gptjax finetune {stored.task} finetune.base={path} run_dir=FOLDER"
+    key = "pretrain.base" if stored.task == "pretrain" else "finetune.base"
+    return f"to train the model further: gptjax {verb_of(stored.task)} {key}={path} run_dir=FOLDER"
 
 
 def longer(stored: Config, cfg: Config) -> bool:

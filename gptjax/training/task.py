@@ -107,15 +107,14 @@ def resolve(written: Config, model: ModelConfig, size: int, per_step: int) -> Co
 def short_run(cfg: Config) -> str:
     """Returns a warning if the run has no more steps than the warmup of the learning rate; otherwise "".
 
-    If `train.epochs` is set, for example, a run on a small dataset may have only a few steps.
+    A small dataset has few steps per epoch. (Without `train.epochs`, `config.check` refuses such a run.)
     """
     steps, warmup = cfg.train.max_steps, cfg.optim.warmup_steps
     if warmup < steps:
         return ""
-    more = "train.max_steps" if cfg.train.epochs is None else "train.epochs"
     return (
         f"warning: the run has {steps:,} steps, but the warmup of the learning rate takes {warmup:,} "
-        f"(optim.warmup_steps): set a larger {more}, or optim.warmup_steps=0"
+        f"(optim.warmup_steps): set a larger train.epochs, or optim.warmup_steps=0"
     )
 
 
