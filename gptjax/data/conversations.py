@@ -25,7 +25,7 @@ from gptjax.formats import tables
 from gptjax.tokenizers import chat
 from gptjax.tokenizers.base import Tokenizer, found_in
 
-ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}  # usual names of ShareGPT's roles
+ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}  # the role for each role name of ShareGPT
 MAX_PROBLEMS = 20
 # number of texts rendered per subprocess: starting a subprocess takes 0.1 s, rendering a text less than 1 ms
 RENDER_BATCH = 2048
@@ -37,7 +37,7 @@ class Conversation(NamedTuple):
 
     messages     messages {"role": .., "content": ..}, with the roles [system,] user, assistant, user, assistant, ..
                  in this order. If an Alpaca record has a non-empty "input", its user message has the key "input",
-                 too. An answer with "learn" False is excluded from the loss.
+                 too. An answer whose key "learn" is False is excluded from the loss.
     where        location of the conversation in its source, such as rows.jsonl:3
     constraints  verifiable constraints on the answer, see `evaluation.generation_metrics`
     tools        JSON schemas of functions, for chat templates that support tools
@@ -71,11 +71,11 @@ def read(source: str, notes: list[str] | None = None) -> list[Conversation]:
     """Reads the conversations of a .json (array), .jsonl, .parquet or .csv file, or of hf:org/name[:config][@split].
 
     Each record has one of the formats in `FORMATS`. Optional keys of a record are system (or system_prompt or
-    system_message), tools, constraints, and history, which is [[question, answer], ..]. Optional keys of a message are
-    weight (0 or 1) and train (or training or loss; true or false), which include an answer in the loss or exclude it
-    from the loss. If the prompt is a list of messages, the answers in the prompt are excluded from the loss. Keys in
-    METADATA and keys with empty values are ignored. Keys in UNUSABLE raise an error, because they would change the
-    prompt or the loss in an unsupported way.
+    system_message), tools, constraints, and history, which is [[question, answer], ..]. An optional key of a message
+    says whether an answer is in the loss: weight (1 or 0), or train, training or loss (true or false). If the prompt
+    is a list of messages, the answers in the prompt are excluded from the loss. Keys in METADATA and keys with empty
+    values are ignored. Keys in UNUSABLE raise an error, because they would change the prompt or the loss in an
+    unsupported way.
 
     Args:
         notes: list to which a line of text is appended if keys that are not in METADATA were ignored; the line names
@@ -147,7 +147,7 @@ def _keys(record: dict) -> str:
 Turns = list[tuple[str, dict[str, Any]]]  # for each turn, its location in the record and the unvalidated message
 Parsed = Turns | str  # the turns of one conversation, or an error message
 Parse = Callable[[tables.Record], Parsed | tuple[Parsed, ...]]
-# for each record format, given by the required keys of a record: an example of a record, and the parser
+# maps the keys that a record of a format must have to an example of such a record, and the parser of the format
 Formats = dict[tuple[str, ...], tuple[str, Parse]]
 
 # Keys that are ignored silently, because metadata is part of neither the prompt nor the answer.
@@ -319,7 +319,10 @@ def _learn(message: dict[str, Any]) -> bool:
 
 
 def _messages(turns: Turns) -> tuple[dict[str, Any], ...]:
-    """Returns the messages up to the last answer in the loss, because later messages do not change the loss."""
+    """Returns the messages up to and including the last answer that is in the loss.
+
+    Later messages are left out, because they do not change the loss.
+    """
     last = max(i for i, (_, m) in enumerate(turns) if m["role"] == "assistant" and _learn(m))
     messages = []
     for _, message in turns[: last + 1]:
@@ -374,7 +377,8 @@ def turns(key: str) -> Callable[[tables.Record], Parsed]:
 def _one_of(turn: dict, names: tuple[str, str]) -> str | None:
     """Returns which of two synonymous keys a message has.
 
-    If the message has both keys, returns the one whose value is not null.
+    If the message has both keys, returns the one whose value is not null. Returns None if the message has neither key,
+    or both keys with values that are not null.
     """
     present = [name for name in names if name in turn]
     if len(present) == 2:
@@ -447,7 +451,7 @@ def render(conversation: Conversation, tokenizer: Tokenizer, style: chat.Style |
         UserError: one of the following is true.
             - `chat.styled` raises an error for the tokenizer or the style.
             - A message contains the text of a special token, which could end a turn.
-            - With the chat template, the text of earlier turns depends on the turns that follow.
+            - The chat template writes a turn differently if other turns follow it.
             - The conversation has tools, but the chat template does not support tools.
     """
     return render_all([conversation], tokenizer, style)[0]
@@ -488,7 +492,8 @@ def _encode_spans(texts: list[tuple[str, bool]], tokenizer: Tokenizer) -> list[S
     the earlier spans from the front. If the encoding does not begin with the ids of the earlier spans, the text of the
     span is encoded on its own instead.
 
-        <s>[INST] Hi [/INST] | Hello</s>     Hello is "▁Hello" in the whole text, "▁ ▁Hello" if encoded on its own
+        <s>[INST] Hi [/INST] | Hello</s>     two spans, separated by "|": Hello is encoded as "▁Hello" together with
+                                             the first span, but as "▁ ▁Hello" on its own
     """
     spans: list[Span] = []
     prefix, ids = "", list[int]()
@@ -522,9 +527,9 @@ def _chat(conversations: Sequence[Conversation], tokenizer: Tokenizer, end: str)
 
     An answer is the text that the template adds to the prompt, up to and including the end token.
 
-    prompt  <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n
-    full    <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\nHello!<|im_end|>\\n
-    answer                                                         Hello!<|im_end|>
+    prompt       <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n
+    with answer  <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\nHello!<|im_end|>\\n
+    answer                                                              Hello!<|im_end|>
     """
     jobs = []
     for talk in conversations:
@@ -577,10 +582,11 @@ def _spans(turns: list[tuple[str, str, bool]], tokenizer: Tokenizer, end: str) -
 
 
 def _render_all(tokenizer: Tokenizer, jobs: list[_Job]) -> list[str]:
-    """Renders the messages of each job as text with `chat.apply`, many jobs per subprocess.
+    """Returns the text of each job: its messages, rendered with `chat.apply`, many jobs per subprocess.
 
-    Each answer of a conversation has two jobs: the messages before the answer, and the messages up to and including the
-    answer. If rendering a batch of jobs fails, the batch is halved repeatedly, to find the jobs that cause the error.
+    A job is a list of messages to render. Each answer of a conversation needs two jobs: the messages before the answer,
+    and the messages up to and including the answer. If rendering a batch of jobs fails, the batch is halved repeatedly,
+    to find the jobs that cause the error.
     """
     problems: dict[str, None] = {}
     # built-in templates are trusted, so `chat.apply` renders them without a subprocess, and batching saves no time
@@ -614,7 +620,8 @@ def _render_all(tokenizer: Tokenizer, jobs: list[_Job]) -> list[str]:
 def _limits(jobs: list[_Job]) -> dict[str, Any]:
     """Returns limits on the rendering time in seconds and on the number of characters of the output.
 
-    Both limits grow with the number of jobs and the length of their messages.
+    Both limits grow with the number of jobs. The limit on the characters also grows with the length of the messages
+    and tools of the jobs.
     """
     n_chars = sum(len(message["content"]) for job in jobs for message in job.messages)
     n_chars += sum(len(text) + 64 for job in jobs for text in chat.strings(job.tools))
@@ -663,8 +670,8 @@ def encode(
     Args:
         style: the chat style, see `chat.styled`.
         loss_on: "response" computes the loss on the answers and their end tokens, "all" on every token.
-        because: text that is added after the context length in the error message if no conversation fits; it names the
-            setting from which the context length comes, such as " (instruct.context_length)".
+        because: text that the error message adds to "no conversation fits a context of .. tokens": the setting that the
+            context length comes from, such as " (instruct.context_length)".
 
     Raises:
         UserError: a conversation cannot be rendered, for a reason that `render` lists (the message names up to 20 such
