@@ -58,7 +58,7 @@ class Outliers(NamedTuple):
 
 
 class Prompt(NamedTuple):
-    """The answers of the base model and of the tuned model to one prompt; the other fields are as in `Drift`."""
+    """The answers of the base and the tuned model to one prompt; kl, agree, before and after are as in `Drift`."""
 
     prompt: str
     base: str
