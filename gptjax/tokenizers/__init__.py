@@ -93,9 +93,9 @@ def train(name: str, texts: Iterable[str], vocab_size: int | None = None, **opti
     Args:
         name: the kind of tokenizer: chars, words, bpe, wordpiece or unigram.
         texts: the documents to train on; they are read once.
-        vocab_size: size of the vocabulary, special tokens included. `vocab_size` is required for bpe, wordpiece and
-            unigram tokenizers. If it is None, a `words` tokenizer keeps every word. A `chars` tokenizer ignores
-            `vocab_size` and keeps every character.
+        vocab_size: size of the vocabulary, special tokens included. bpe, wordpiece and unigram tokenizers require it. A
+            `words` tokenizer keeps every word if `vocab_size` is None. A `chars` tokenizer ignores `vocab_size` and
+            keeps every character.
         options: `special`, the names of the special tokens; only for `words` and `bpe`.
     """
     texts = _strings(texts)
@@ -130,7 +130,8 @@ def extend(tokenizer: Tokenizer, names: Sequence[str]) -> Tokenizer:
     their ids.
 
     Raises:
-        UserError: a name is in the vocabulary already, is empty, or is repeated.
+        UserError: a name is a special or added token already, is a word of a `words` tokenizer, is empty, or is
+            repeated.
     """
     problems: list[str] = []
     string_list(list(_strings(names)), "names", problems)
