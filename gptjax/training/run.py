@@ -56,7 +56,8 @@ class Counters:
 class Run:
     """One training run. `state`, `step` and `counters` change as it trains.
 
-    cfg, task         the resolved config and the task; task.start and task.frozen are None once the state holds them
+    cfg               the config, with the values that depend on the data filled in
+    task              the task; its `start` and `frozen` are None once `state` holds these arrays
     rules             the `StepFunctions` of the task
     dir               the run directory
     mesh              the device mesh, or None on one device
@@ -103,7 +104,7 @@ class Run:
         return round(time.monotonic() - self.began, 3)
 
     def poll(self) -> None:
-        """Raises Interrupted if this process or another one has received a signal."""
+        """Raises Interrupted if this process or another process of the run has received a signal."""
         if code := distributed.agree(self.signals.code):
             self.signals.code = code
             raise Interrupted
