@@ -367,7 +367,7 @@ PAGES: dict[str, Page] = {
                 "--decode",
                 "",
                 "Plan the decoding of one token instead of a training step, with a KV cache of the whole context and"
-                " sample.batch_size rows per data shard.",
+                " sample.batch_size rows per group of devices that shares one copy of the model.",
             ),
             Option(
                 "tokens=",

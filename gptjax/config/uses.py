@@ -69,7 +69,7 @@ def resolve(
         verb: name of the command, for error messages.
         task: the task of the command. None: the command takes any task; the task is read from `leaves` or, if they do
             not set it, from `source`; if neither sets it, the task is pretrain.
-        also: patterns of further settings that the command reads.
+        also: patterns of settings that the command reads besides those of its task.
 
     Raises:
         UserError: `task`, `source` and `leaves` do not agree on the task; or the user's files or `leaves` contain

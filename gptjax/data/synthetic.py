@@ -1,7 +1,7 @@
 """Synthetic questions with exact answers, used for instruction fine-tuning if `instruct.source` is not set.
 
     skills(4, seed=0)[2]                user: "What is g i r l backwards?"   assistant: "l r i g"
-    skills(4, seed=0, held_out=True)    similar questions, about words and numbers that are not in the training data
+    skills(4, seed=0, held_out=True)    similar questions, about other words and sums than the training data
 
 A skill is a type of question, such as forming a plural. A question is about words, a sum, a difference, three numbers
 to sort, or a measure such as 7 meters. A hash of each of these subjects decides, independently of the seed, whether the
@@ -201,7 +201,7 @@ def skills(n: int, seed: int, held_out: bool = False, turns: int = 1) -> list[Co
     repeated only if `ATTEMPTS` consecutive random draws gave questions that are already used.
 
     Args:
-        held_out: whether to ask about the held-out words and numbers instead of the words and numbers for training.
+        held_out: whether to ask about the held-out subjects (words, sums, measures) instead of those for training.
         turns: maximum number of questions per conversation; the number is drawn uniformly from 1 .. turns.
 
     Raises:

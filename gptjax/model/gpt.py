@@ -342,7 +342,7 @@ def for_decoding(params: Params, cfg: ModelConfig) -> Params:
     unless the matrices differ in type. The matrices of unstacked layers are stored transposed, so that each column is
     contiguous, if their type supports this layout.
 
-    On a CPU the stacked layers are kept as well, because prefill of a long prompt is faster with stacked layers.
+    On a CPU the stacked layers are kept as well: prefill of a short prompt uses them, because it then compiles faster.
 
     On a GPU the stacked layers are not kept; if memory is short, delete `params` after this call. A model of more than
     48 layers is not unstacked on a GPU. If cfg.dtype is bfloat16, matrices are cast to bfloat16 on a GPU, because they

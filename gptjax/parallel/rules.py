@@ -64,9 +64,9 @@ def _rule(path: str) -> tuple | None:
 
 
 def product_axes(path: str) -> tuple[str | None, ...] | None:
-    """Returns the mesh axes that shard the kernel [in, out] at `path` during its matrix product.
+    """Returns the mesh axes that shard the weight matrix [in, out] at `path` during its matrix product.
 
-    For the product, the kernel is all-gathered over `fsdp` and stays sharded over `tensor` as in `RULES`. Returns
+    For the product, the matrix is all-gathered over `fsdp` and stays sharded over `tensor` as in `RULES`. Returns
     None if `RULES` has no rule for the path, or if the rule does not have two entries, one for `in` and one for `out`.
     """
     spec = _rule(path)

@@ -112,7 +112,7 @@ def make_task(
     """Build the `Task` of a fine-tuning run.
 
     Args:
-        cfg: the resolved config.
+        cfg: the config, with the values filled in that depend on the data.
         trainable: the base model, partitioned into trained and frozen params.
         fingerprint: hash of the base model's weights.
         loss: function that builds the loss function from a config; the config's dropout rate may be a tracer.

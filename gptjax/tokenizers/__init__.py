@@ -4,7 +4,7 @@ tok = tokenizers.load("gpt2")               loads a built-in tokenizer: gpt2 or 
 tok = tokenizers.train("bpe", texts, 4096)  trains a new tokenizer: chars, words, bpe, wordpiece or unigram
 tok.save("here"); tokenizers.load("here")   saves and loads one file, here/tokenizer.json
 tok = tokenizers.load("SmolLM2-135M")       loads a Hugging Face folder: tokenizer.json, or vocab.json and merges.txt
-tok = tokenizers.load("model.gguf")         loads the tokenizer of a GGUF file, given its path or the name of an asset
+tok = tokenizers.load("model.gguf")         loads the tokenizer of a GGUF file: a path, or a model of `gptjax.assets`
 ids = tok.encode("Every effort moves you")  -> [6109, 3626, 6100, 345]
 """
 
@@ -130,8 +130,8 @@ def extend(tokenizer: Tokenizer, names: Sequence[str]) -> Tokenizer:
     their ids.
 
     Raises:
-        UserError: a name is a special or added token already, is a word of a `words` tokenizer, is empty, or is
-            repeated.
+        UserError: a name is a special or added token already, is an ordinary token of a `words` tokenizer or of one
+            from Hugging Face, is empty, or is repeated.
     """
     problems: list[str] = []
     string_list(list(_strings(names)), "names", problems)

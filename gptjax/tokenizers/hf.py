@@ -85,6 +85,8 @@ class HF(Base):
         if not isinstance(inner, dict):
             raise UserError(f"hf tokenizer: tokenizer: expected the object of a tokenizer.json, got {inner!r:.60}")
         ids = check(inner)
+        other = {name: ids[name] for name, i in data["special_tokens"].items() if ids.get(name, i) != i}
+        refuse("hf", [f"{name!r:.60} is a token already, its id is {i}" for name, i in other.items()])
         inner = _with_special(inner, set(), ids)
         new = [added_token(name, i, True) for name, i in data["special_tokens"].items() if name not in ids]
         return cls(inner | {"added_tokens": [*inner["added_tokens"], *sorted(new, key=lambda token: token["id"])]})

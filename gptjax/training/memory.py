@@ -113,8 +113,8 @@ def activation_elements(model: ModelConfig, width: int, *, tensor: int = 1, scor
 def block_elements(model: ModelConfig) -> int:
     """Returns the number of activation elements per token and block that tensor parallelism shards.
 
-    The queries, keys and values count twice, the hidden units of the feed-forward layer three times (four times if it
-    is gated), and 4 d_model elements are added.
+    These are the activations that the backward pass keeps: two copies of the queries, keys and values, three copies of
+    the hidden units of the feed-forward layer (four if it is gated), and 4 x d_model further elements.
     """
     projected = (model.n_head + 2 * model.n_kv_head) * model.head_dim
     return 4 * model.d_model + 2 * projected + (4 if model.gated else 3) * model.d_ff

@@ -191,7 +191,7 @@ def to_metadata(cfg: ModelConfig, name: str) -> dict[str, Any]:
 
 
 def family_of(cfg: ModelConfig) -> str:
-    """Returns the name of the llama.cpp architecture that represents this model exactly.
+    """Returns the name of the llama.cpp architecture that computes the same function as this model.
 
     Raises:
         UserError: no architecture represents the model; the message lists the fields that the closest one cannot

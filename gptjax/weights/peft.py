@@ -74,8 +74,8 @@ def export_peft(
 
     Raises:
         UserError: the adapter was initialised by `lora.init_from_weights` (export the result of `lora.to_lora`
-            instead), PEFT or the model family cannot represent the weights, the head has a bias, or the folder is not
-            empty.
+            instead); PEFT's format or the model's Hugging Face architecture has no place for some of the weights; the
+            head has a bias; or the folder is not empty.
     """
     if head is not None:
         refuse_bias(head)
@@ -145,8 +145,9 @@ def load_peft(
             one.
 
     Raises:
-        UserError: attributes that change the result are unknown, tensors are unknown, missing or of a wrong shape, the
-            base model is not the one that the adapter was trained on, or files have changed since gptjax wrote them.
+        UserError: adapter_config.json has a setting that is not supported here and would change the outputs; a tensor
+            is unknown, missing or of a wrong shape; the base model is not the one that the adapter was trained on; or
+            files have changed since gptjax wrote them.
     """
     folder = Path(folder)
     if not (folder / CONFIG).is_file():

@@ -127,7 +127,7 @@ def bytes_per_run(cfg: Config, n_trained: int, width: int) -> int:
 
     The logits are those of a micro-batch or of a validation batch, whichever are larger. The estimate counts at most
     256 MiB of logits, because the loss computes larger logits in chunks of this size. It ignores that chunks are larger
-    on GPUs with more than 8 GiB of memory: 1/32 of the memory, but at most 1 GiB.
+    on GPUs of which JAX may use more than 8 GiB: 1/32 of that memory, but at most 1 GiB.
     """
     tokens = max(cfg.train.batch_size // cfg.train.accumulation * width, EVAL_TOKENS)
     sized = with_hyperparameters(cfg, {"model.context_length": width})
@@ -215,7 +215,7 @@ class _Prepared(NamedTuple):
 
     tasks: list[Task]
     task_of: dict[int, int]  # maps the index of a run to the index of its task in `tasks`
-    configs: dict[int, Config]  # maps the index of a run to its resolved config
+    configs: dict[int, Config]  # maps the index of a run to its config, with the values that depend on the data
     frozen: Any
     max_rank: int
 
@@ -356,7 +356,7 @@ class _Program:
         """
         cfg, (chunk, n_chunks, number) = self.cfg, place
         configs = [prepared.configs[i] for i in group]
-        # Runs with the same seed share their data, even if their adapters differ in rank.
+        # Runs with the same seed are trained on the same batches, so they use the task of one of these runs.
         seed_tasks = {prepared.configs[i].seed: prepared.tasks[prepared.task_of[i]] for i in group}
         tasks = [seed_tasks[c.seed] for c in configs] if self.by_seed else [self.task]
         flat = [config.flat(c) for c in configs]

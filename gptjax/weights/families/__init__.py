@@ -156,7 +156,7 @@ def differences(cfg: ModelConfig, other: ModelConfig, allowed: frozenset[str] = 
 
 
 def family_of(cfg: ModelConfig) -> Family:
-    """Returns the Hugging Face family that represents this model exactly.
+    """Returns the Hugging Face architecture (a `Family`) that computes the same function as this model.
 
     Raises:
         UserError: no family represents the model; the message lists the fields that the closest family cannot
