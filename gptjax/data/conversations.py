@@ -632,7 +632,7 @@ def _render_together(tokenizer: Tokenizer, jobs: list[_Job]) -> list[str]:
     """Renders all jobs at once, with one template that loops over the jobs and contains the tokenizer's own template.
 
     The jobs are passed to this template in the variable `tools`, because `chat.apply` passes no other variable that can
-    hold a list of jobs. The output of the template is a line of JSON per job.
+    hold a list of jobs. The template writes the text of each job as a line of JSON.
     """
     wrapper = (
         "{% for job_ in tools %}"

@@ -366,7 +366,8 @@ def split_records(
     and test (a word, "3 + 4", "7 meters") never occur in training.
 
     Args:
-        read: function (source, notes) that returns the records in the file `source`.
+        read: function (source, notes) that returns the records in the file `source`, and appends lines of text about
+            ignored keys to the list `notes`.
         made: function (n, seed, held_out) that returns n synthetic records. With held_out=True the records are about
             the subjects that are held out from training, see `is_held_out`.
         notes: list to which a line about ignored keys is appended, see `conversations.read`.

@@ -7,9 +7,9 @@
 A table consists of blocks of sorted (key, value) pairs, an index block with the locations of these blocks, and a footer
 of 48 bytes with the location of the index block. In a block, keys are prefix-compressed: a key is stored as the length
 of the prefix that it shares with the previous key, and the key's remaining bytes. Each block is followed by a
-compression byte and a checksum. The values in the table are protocol buffers. Every length is checked, and every block
-and tensor is compared with its checksum. Only one tensor is in memory at a time. The data is read, not memory-mapped,
-because this process would be killed if another process truncated a mapped file.
+compression byte and a checksum. The values of the index file are protocol buffers. Every length is checked, and every
+block and tensor is compared with its checksum. Only one tensor is in memory at a time. The data is read, not
+memory-mapped, because this process would be killed if another process truncated a mapped file.
 
 Source: table_format.txt of LevelDB; tensor_bundle.proto of TensorFlow; RFC 3720, appendix B.4, for the checksum.
 """

@@ -78,10 +78,10 @@ def _(leaf: LoraWeight) -> jax.Array:
 def _(leaf: LoraWeight, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns two plain arrays whose product is the output of the adapted weight for the input x.
 
-    Without dropout the arrays are x and the materialised weight. Dropout is applied to the input of `a` but not to the
-    input of `w`. With dropout the first array therefore consists of x and dropout(x) @ a, concatenated along the last
-    axis, and the second of w and scale * b, concatenated along the first axis. DoRA rescales the columns of the second
-    array.
+    Without dropout the two arrays are x and the materialised weight. Dropout is applied to the input of `a` but not to
+    the input of `w`. With dropout the first array therefore consists of x and dropout(x) @ a, concatenated along the
+    last axis, and the second of w and scale * b, concatenated along the first axis. DoRA rescales the columns of the
+    second array.
     """
     if leaf.rate is None or leaf.key is None:
         return x, dense(leaf)

@@ -122,7 +122,7 @@ def answer_log_probs(
     is the frozen model: to compute its log-probabilities, pass the params without the adapter.
 
     Args:
-        batch: the `PairBatch`, of which tokens, targets, weights and segment_ids [B, T], and present [B, P], are used.
+        batch: the `PairBatch`, whose arrays tokens, targets, weights, segment_ids [B, T] and present [B, P] are used.
             Segment 2 p + 1 is the chosen answer of pair p, and segment 2 p + 2 the rejected answer.
     """
     log_probs = token_log_probs(params, batch, cfg, key)

@@ -134,8 +134,8 @@ def splash(
 def _splash_kernel(T: int, n_heads: int, q_shards: int, window: int, interpret: bool) -> Any:
     """Returns the splash kernel for the `n_heads` heads of one device and the T queries of all devices together.
 
-    The kernel contains arrays that describe the mask. They cover all T queries, because the caller shards them over the
-    devices in the same way as the queries.
+    The kernel contains arrays that describe the mask of all T queries. The caller shards these arrays over the devices
+    in the same way as the queries.
     """
     from jax.experimental.pallas.ops.tpu import splash_attention as pallas
 

@@ -16,9 +16,10 @@ from gptjax.ops.precision import custom_vjp
 from gptjax.types import Mean
 
 _CHUNK_BYTES = 256 * 2**20  # size of the float32 logits of a chunk of tokens; GPUs with much memory use larger chunks
-# Largest size of a chunk's logits, used if JAX may use 32 GiB or more of a GPU. With this size, the training step of
-# GPT-2 124M, compiled for an H100, needs 7.6 GiB of memory and has 64.8 GB of memory traffic. Chunks of twice this size
-# would need 8.7 GiB, and have nearly the same traffic, 63.9 GB (tests/bench/gpu_program.py).
+# Upper limit on the size of a chunk's logits, reached if JAX can use 32 GiB or more of a GPU. At this size, the
+# training step of GPT-2 124M, compiled for an H100, needs 7.6 GiB of memory and has 64.8 GB of memory traffic. With
+# chunks of twice this size the step would need 8.7 GiB and have nearly the same traffic, 63.9 GB
+# (tests/bench/gpu_program.py).
 _GPU_CHUNK_BYTES = 2**30
 _NO_TOKEN = -1e15  # logit of a padding column; not -inf, because the gradient of the softcap squares the logits
 

@@ -86,7 +86,7 @@ def load_base(
 ) -> tuple[Trainable, str]:
     """Load the base model's weights, and partition them and the new heads by `finetune.trainable`.
 
-    Returns the partitioned model, and the fingerprint of the base model's weights.
+    Returns the trained and frozen params (a `Trainable`), and the fingerprint of the base model's weights.
     """
     with progress.phase("loading the base"):
         params = base.params("float32", None)

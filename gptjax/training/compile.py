@@ -39,7 +39,8 @@ def steps_per_call(cfg: Config, n_params: int, start: int = 0, hooks: Sequence[i
         hooks: the intervals of the hooks, in steps.
 
     Raises:
-        UserError: train.steps_per_call does not divide max_steps, or an interval shorter than max_steps.
+        UserError: train.steps_per_call does not divide max_steps, or one of the intervals (of evaluation, checkpoints,
+            logging, hooks) that are shorter than the run.
     """
     settings = cfg.train
     names = ("eval_every", "checkpoint_every", "log_every")

@@ -62,7 +62,7 @@ class Run:
     dir               the run directory
     mesh              the device mesh, or None on one device
     writes            whether this process writes files
-    state, step       TrainState and step after the last compiled call that was started
+    state, step       TrainState and step after the last call of the compiled function; it may still be running
     saved             step of the last checkpoint, or 0 if there is none
     k                 steps per compiled call
     n_params          number of trained parameters

@@ -34,7 +34,7 @@ class Row(NamedTuple):
 
     where  location of the row, as text for the report
     start  index of the row's first token in the token store
-    text   excerpt of the row
+    text   the row's text; of a long text only its beginning and its end
     """
 
     where: str
