@@ -213,7 +213,8 @@ def main() -> None:
     if case in OTHERS:
         result = OTHERS[case]()
     else:
-        result = equal(case, [tuple(map(int, shape.split(","))) for shape in shapes] or MESHES)
+        third = shapes == ["third"]
+        result = equal(case, MESHES[::3] if third else [tuple(map(int, s.split(","))) for s in shapes] or MESHES)
     print(json.dumps(result))
 
 
