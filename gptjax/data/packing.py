@@ -7,16 +7,19 @@ example:
     tokens        a b c d p q . .          both examples in one row of 8 tokens
     targets       b c d E q E . .
     segment_ids   1 1 1 1 2 2 0 0          0: padding, with weight 0
+
+An example may also be a token tree (`data.token_tree`). Rows then have positions and subtree_end, too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from gptjax.data.loader import epoch_rows
+from gptjax.data.token_tree import TokenTree
 from gptjax.errors import UserError
 from gptjax.types import Batch
 
@@ -27,20 +30,31 @@ class Encoded(NamedTuple):
     rows     token ids of each example, [n] int32
     weights  loss weight of each id as a target, [n] float32; the first weight is not used, as the first id is no target
     dropped  number of examples left out because they are longer than the context
+    trees    further examples that are token trees; they come after the examples in `rows`
     """
 
     rows: list[np.ndarray]
     weights: list[np.ndarray]
     dropped: int
+    trees: Sequence[TokenTree] = ()
 
 
 class Rows(NamedTuple):
-    """Packed or padded examples: n rows of T tokens; all arrays are [n, T]."""
+    """Packed or padded examples: n rows of T tokens; all arrays are [n, T].
+
+    positions and subtree_end are None if no example is a token tree. The model then derives the positions from
+    segment_ids.
+    """
 
     tokens: np.ndarray  # int32
     targets: np.ndarray  # int32
     weights: np.ndarray  # float32
     segment_ids: np.ndarray  # int32: 1, 2, .. for the examples of a row, 0 for padding
+    positions: np.ndarray | None = None  # int32
+    subtree_end: np.ndarray | None = None  # int32, index in the row
+
+    def arrays(self) -> list[np.ndarray]:
+        return [array for array in self if array is not None]
 
 
 def packed(encoded: Encoded, context_length: int) -> Rows:
@@ -90,8 +104,8 @@ def first_fit(lengths: np.ndarray, context_length: int) -> list[tuple[int, int]]
 
 
 def _lengths(encoded: Encoded, context_length: int | None) -> np.ndarray:
-    """Returns the number of inputs of each example, which is one less than the number of its ids."""
-    lengths = np.array([len(row) - 1 for row in encoded.rows])
+    """Returns the number of inputs of each example: one less than the number of its ids, or the size of its tree."""
+    lengths = np.array([len(row) - 1 for row in encoded.rows] + [len(tree.tokens) for tree in encoded.trees])
     if not len(lengths):
         raise UserError("no examples to make rows of")
     if lengths.min() < 1:
@@ -118,20 +132,34 @@ def _fill(encoded: Encoded, places: list[tuple[int, int]], length: int) -> Rows:
     places[i] is the row of example i and the position in the row at which the example starts. There are no gaps between
     the examples of a row; all padding is at the end of the row.
     """
-    rows = empty(1 + max(row for row, _ in places), length)
-    examples = zip(places, encoded.rows, encoded.weights, strict=True)
-    for (row, start), ids, weights in sorted(examples, key=lambda example: example[0]):
-        span = slice(start, start + len(ids) - 1)
-        rows.tokens[row, span] = ids[:-1]
-        rows.targets[row, span] = ids[1:]
-        rows.weights[row, span] = weights[1:]
+    rows = empty(1 + max(row for row, _ in places), length, trees=bool(encoded.trees))
+    n_plain = len(encoded.rows)
+    for i in sorted(range(len(places)), key=lambda i: places[i]):
+        row, start = places[i]
+        if i < n_plain:
+            ids, weights = encoded.rows[i], encoded.weights[i]
+            n = len(ids) - 1
+            example = TokenTree(ids[:-1], ids[1:], weights[1:], np.arange(n), np.full(n, n))  # a tree of one path
+        else:
+            example = encoded.trees[i - n_plain]
+        span = slice(start, start + len(example.tokens))
+        rows.tokens[row, span] = example.tokens
+        rows.targets[row, span] = example.targets
+        rows.weights[row, span] = example.weights
         rows.segment_ids[row, span] = rows.segment_ids[row, start - 1] + 1 if start else 1
+        if rows.positions is not None and rows.subtree_end is not None:
+            rows.positions[row, span] = example.positions
+            rows.subtree_end[row, span] = start + example.subtree_end
     return rows
 
 
-def empty(n: int, length: int) -> Rows:
-    """Returns n rows of padding."""
-    return Rows(*(np.zeros((n, length), kind) for kind in (np.int32, np.int32, np.float32, np.int32)))
+def empty(n: int, length: int, trees: bool = False) -> Rows:
+    """Returns n rows of padding. `trees` adds the arrays that token trees need."""
+    ids, targets, segment_ids = (np.zeros((n, length), np.int32) for _ in range(3))
+    rows = Rows(ids, targets, np.zeros((n, length), np.float32), segment_ids)
+    if not trees:
+        return rows
+    return rows._replace(positions=np.zeros((n, length), np.int32), subtree_end=np.full((n, length), length, np.int32))
 
 
 def batch(rows: Rows, step: int, *, batch_size: int, seed: int) -> Batch:
@@ -145,17 +173,17 @@ def batch(rows: Rows, step: int, *, batch_size: int, seed: int) -> Batch:
 def eval_batches(rows: Rows, batch_size: int) -> Iterator[Batch]:
     """Yields batches that contain every row once, in order; the last batch is padded with rows of weight 0."""
     n = len(rows.tokens)
-    filler = empty(-n % batch_size, rows.tokens.shape[1])
+    filler = empty(-n % batch_size, rows.tokens.shape[1], trees=rows.subtree_end is not None)
     for first in range(0, n, batch_size):
         batch = _batch(rows, np.arange(first, min(first + batch_size, n)))
         if len(batch.tokens) < batch_size:
-            batch = batch._replace(**{k: np.concatenate([getattr(batch, k), x]) for k, x in filler._asdict().items()})
+            padding = filler._asdict().items()
+            batch = batch._replace(
+                **{name: np.concatenate([getattr(batch, name), x]) for name, x in padding if x is not None}
+            )
         yield batch
 
 
 def _batch(rows: Rows, index: np.ndarray) -> Batch:
-    """Returns the batch of the rows with indices `index`.
-
-    `positions` of the batch is None, because the model derives the positions from segment_ids.
-    """
-    return Batch(**{name: leaf[index] for name, leaf in rows._asdict().items()})
+    """Returns the batch of the rows with indices `index`."""
+    return Batch(**{name: None if leaf is None else leaf[index] for name, leaf in rows._asdict().items()})

@@ -218,11 +218,11 @@ def encode(
             the context.
     """
     talks = [getattr(pair, response) for pair in pairs for response in RESPONSES]
-    encoded = conversations.encode(talks, tokenizer, style=style, context_length=1 << 30)
     examples = []
-    for ids, weights in zip(encoded.rows, encoded.weights, strict=True):
-        last = np.flatnonzero(np.diff(weights, prepend=0) > 0)[-1]  # index of the first token of the last answer
-        examples.append((ids, np.where(np.arange(len(weights)) < last, 0, weights).astype(np.float32)))
+    for turns in conversations.turns_of(talks, tokenizer, style):
+        prompt, answer, _ = turns[-1]
+        weights = np.repeat(np.array([0, 1], np.float32), [len(prompt), len(answer)])
+        examples.append((np.array(prompt + answer, np.int32), weights))
     all_pairs = list(zip(examples[::2], examples[1::2], strict=True))
     lengths = [sum(len(ids) - 1 for ids, _ in pair) for pair in all_pairs]
     fitting = [pair for pair, length in zip(all_pairs, lengths, strict=True) if length <= context_length]
@@ -253,7 +253,7 @@ def rows(encoded: EncodedPairs, context_length: int | None = None, packed: bool 
                 out.tokens[row, span], out.targets[row, span], out.weights[row, span] = ids[:-1], ids[1:], weights[1:]
                 out.segment_ids[row, span] = 2 * p + 1 + rejected
                 start = span.stop
-    return PairRows(*out, index)
+    return PairRows(out.tokens, out.targets, out.weights, out.segment_ids, index)
 
 
 def batch(rows: PairRows, step: int, *, batch_size: int, seed: int, reference: np.ndarray | None = None) -> PairBatch:
