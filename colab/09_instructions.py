@@ -97,9 +97,9 @@ for value, expected in ((two, 1.1269), (all_three, 0.7936), (without, 1.1269)):
 # %% [markdown]
 # ## Conversations
 #
-# Without a file of your own the data are synthetic skills: every question has one right answer, and the words and
-# numbers of the test questions never occur in training. A training conversation asks several questions, so that the
-# beginning of the template is read once for all of them.
+# Without a file of your own the data are synthetic skills: every question has one right answer, and the words,
+# sums and measures of the test questions never occur in training. A training conversation asks several questions, so
+# that the beginning of the template is read once for all of them.
 
 # %%
 NAMES = ("plural", "first_word", "last_word", "count_letters", "uppercase")

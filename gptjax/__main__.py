@@ -54,7 +54,8 @@ def _set_up_process() -> None:
 
         ask_for_huge_pages()
     if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, HEARD)  # unblocks the signals that `ask_for_huge_pages` blocked
+        # `ask_for_huge_pages` blocks Ctrl-C and SIGTERM while it restarts the program; here they are unblocked again
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, HEARD)
     for stream in (sys.stdout, sys.stderr):  # print ? in place of characters that the terminal cannot encode
         with suppress(AttributeError):
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # not every TextIO has it
@@ -64,7 +65,7 @@ def _leave(code: int) -> None:
     """End the process at once with this exit code, without the interpreter's normal exit.
 
     The interpreter's normal exit can block, because it may wait for other processes. The normal exit can also replace
-    the exit code: if a KeyboardInterrupt was raised in Python code that an extension module called, the interpreter
+    the exit code: if a KeyboardInterrupt was raised in code that `exec` or `eval` ran from a string, `python -m gptjax`
     ends by sending SIGINT to its own process.
     """
     for stream in (sys.stdout, sys.stderr):
@@ -78,7 +79,7 @@ def _explain(error: BaseException) -> int | None:
     a bug."""
     if isinstance(error, UserError):
         return _complain(str(error))
-    if isinstance(error, SystemExit):  # for example a `Stopped`: training ended before its last step
+    if isinstance(error, SystemExit):  # such as `Stopped`, raised if training ends before its last step
         return error.code if isinstance(error.code, int) else USER_ERROR
     if isinstance(error, BrokenPipeError):
         # A closed pipe, as after `gptjax presets ls | head -1`, is not an error. Replacing stdout keeps Python from
@@ -111,7 +112,7 @@ def _dispatch(argv: list[str]) -> int:
 
         hint = did_you_mean(PEERS.get(name.removeprefix("--"), name), ALL_VERBS)
         raise UserError(f"no command {name!r}{hint}\n  commands: {', '.join(ALL_VERBS)}; `gptjax --help` explains each")
-    completes = name == "completion" and args[:1] == ["--words"]  # true if the shell asks how to complete a command
+    completes = name == "completion" and args[:1] == ["--words"]  # then --help is a word to complete
     if _asks_for_help(args) and not completes:
         from gptjax.cli.help import verb_help
 
@@ -133,7 +134,7 @@ PEERS = {
 
 
 def _complain(message: str) -> int:
-    # An indented line continues the message of the error before it, so it is not counted as an error.
+    # Each line is an error, except indented lines: they continue the error above them.
     many = sum(not line.startswith(" ") for line in message.splitlines()) > 1
     print(f"errors:\n{message}" if many else f"error: {message}", file=sys.stderr)
     return USER_ERROR

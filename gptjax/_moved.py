@@ -177,8 +177,8 @@ class _Finder:
         if not hasattr(found, "__path__") and not any(row.startswith(f"{old}.") for row in (*MOVED, *NAMES)):
             sys.modules[old] = found  # after `exec_module`, the import system returns sys.modules[old]
             return
-        # The `__path__` makes the module a package, so that submodules can be imported from the old path. The
-        # submodules may have moved to different packages.
+        # `module` is not replaced with `found`, because what it contained may have moved to different modules. The
+        # `__path__` makes `module` a package, so that its submodules can be imported from their old paths.
         module.__path__ = []
 
         def __getattr__(name: str) -> Any:
@@ -199,7 +199,7 @@ def install() -> None:
 
 
 def moved_name(module: str, name: str) -> Any:
-    """Returns the object at the new path that NAMES gives for `name` in `module`, and issues a DeprecationWarning."""
+    """Returns the object that NAMES lists under the old path `module.name`, and issues a DeprecationWarning."""
     old = f"{module}.{name}"
     if old not in NAMES:
         raise AttributeError(f"module {module!r} has no attribute {name!r}")

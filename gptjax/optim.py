@@ -37,9 +37,9 @@ def groups(params: Params) -> Params:
 
 
 def make_schedule(cfg: OptimConfig, max_steps: int) -> optax.Schedule:
-    """Returns the learning rate schedule, a function that takes the step.
+    """Returns the learning rate schedule, a function of the step.
 
-    The function returns the factor by which the peak learning rate is multiplied. The factor warms up linearly from
+    Its result is the factor by which the peak learning rate is multiplied. The factor warms up linearly from
     initial_lr_ratio to 1 over warmup_steps. Then, with the schedule
 
     cosine    decays to min_lr_ratio over all remaining steps (arXiv:1608.03983)
@@ -69,10 +69,10 @@ def make_optimizer(cfg: OptimConfig, max_steps: int) -> optax.GradientTransforma
     """Returns an optimizer that clips gradients by global norm, then applies the update rule of each parameter group
     (`GROUPS`).
 
-    adamw: AdamW (arXiv:1711.05101) for all parameters, with a learning rate per group.
-    muon: Muon (Jordan 2024; arXiv:2502.16982) for the matrices of the blocks, AdamW for all other parameters. Each
-    [in, out] slice of stacked layers is orthogonalised separately. Updates are scaled to a root mean square of 0.2,
-    that of AdamW's updates, so that AdamW's learning rates can be used.
+    cfg.name="adamw": AdamW (arXiv:1711.05101) for all parameters, with a learning rate per group.
+    cfg.name="muon": Muon (Jordan 2024; arXiv:2502.16982) for the matrices of the blocks, AdamW for all other
+    parameters. Each [in, out] slice of stacked layers is orthogonalised separately. Muon's updates are scaled to a root
+    mean square of 0.2, that of AdamW's updates, so that AdamW's learning rates can be used.
 
     The A and B matrices of a LoRA adapter are always updated by AdamW, with learning rate lr and the weight decay of
     matrices (arXiv:2106.09685), as in peft. DoRA's magnitude vector m is in the group `vector`.

@@ -23,7 +23,7 @@ from gptjax.errors import UserError
 from gptjax.tokenizers import Tokenizer
 
 _PASTELS = ("#c6dbef", "#fdd0a2", "#c7e9c0", "#dadaeb", "#fcbba1", "#e7e1a0")
-_MOST_ANNOTATED = 144  # maximum number of cells of a heatmap that shows the value of each cell
+_MOST_ANNOTATED = 144  # heatmaps with more cells than this do not show the values
 _MOST_TICKS = 12  # maximum number of given tick positions that are labelled on a logarithmic axis
 _LEAST_GAP = 0.07  # minimum distance between two labelled ticks, as a fraction of the axis length
 
@@ -39,7 +39,7 @@ class Html:
 
 
 class Picture:
-    """A matplotlib figure that a notebook displays, with any backend. `figure` is the figure; `save` writes a file."""
+    """A matplotlib figure that a notebook displays, with any matplotlib backend; `save` writes it to a file."""
 
     def __init__(self, figure: Any) -> None:
         self.figure = figure
@@ -175,9 +175,9 @@ def log_ticks(axis: Any, places: ArrayLike = ()) -> None:
 
     Args:
         places: tick positions. If 1 to 12 positions are given, ticks are placed at them, except at positions too close
-            to the previous tick. If no positions or more than 12 are given, the ticks depend on the length of the axis:
-            round values on an axis shorter than one decade, 1, 2 and 5 times powers of ten on an axis shorter than
-            three decades, and powers of ten on a longer axis.
+            to the previous tick. If no positions or more than 12 are given, the ticks depend on the range of the axis.
+            They are round values if the range is below one decade, powers of ten and their multiples by 2 and 5 if it
+            is below three decades, and powers of ten otherwise.
     """
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 

@@ -1,11 +1,11 @@
 """Handling of Ctrl-C (SIGINT) and SIGTERM.
 
 While the training loop polls `Signals.code` after every call of the training step, a signal only sets this code.
-Outside the training loop, a signal raises KeyboardInterrupt or Terminated. An exception raised by a signal handler can
-be lost, because Python drops exceptions that are raised in a callback of the garbage collector (JAX has one) or in a
-destructor, and calls no signal handler while C code runs. Therefore `raise_if_any` is called between the stages of a
-run, and `catch_signals(program=True)` starts a thread that ends the process if it still runs `GRACE_S` seconds after
-the signal.
+Outside the training loop, a signal raises KeyboardInterrupt or Terminated. This can fail in two ways: Python drops
+exceptions that are raised in a callback of the garbage collector (JAX has one) or in a destructor, and it calls no
+signal handler while C code runs. Therefore `raise_if_any` is called between the stages of a run. In addition,
+`catch_signals(program=True)` starts a thread that ends the process if a signal is not acted on within `GRACE_S`
+seconds.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ GRACE_S = 5.0
 class Stopped(SystemExit):
     """Raised if training ends before its last step; `code` is the exit code, and `str()` gives the reason.
 
-    The exit code is 3 if the loss is not finite, and 130 after Ctrl-C or 143 after SIGTERM, once a checkpoint is saved.
-    `Stopped` is a SystemExit, so that a program that calls `train` ends with this exit code.
+    The exit code is 130 after Ctrl-C and 143 after SIGTERM; in both cases all finished steps are saved first. It is 3
+    after train.max_nonfinite consecutive steps with a loss or gradient that is not finite. `Stopped` is a SystemExit,
+    so that a program that calls `train` ends with this exit code.
     """
 
     def __init__(self, code: int, why: str):

@@ -1,7 +1,7 @@
 """Functions that address leaves of a pytree by their paths: to match patterns, label or split leaves, count elements.
 
-The path of a leaf is its keys, joined by "/", such as "blocks/attn/q/kernel". A pattern is a shell glob over the whole
-path, where "*" also matches "/"; alternatives are joined by "|": "wte/* | lm_head/*".
+The path of a leaf is its keys, joined by "/", such as "blocks/attn/q/kernel". A pattern is a shell glob that must match
+the path from beginning to end. "*" also matches "/"; alternatives are joined by "|": "wte/* | lm_head/*".
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ class Page(NamedTuple):
 
     Attributes:
         about: what the command does, in one or two sentences.
-        usage: the form of the command line.
+        usage: the syntax of the command line.
         examples: pairs (command line, what this command line does).
         needs: command lines that create the files and runs that the examples use.
         options: the options of the command that are not settings of the schema.
@@ -367,7 +367,7 @@ PAGES: dict[str, Page] = {
                 "--decode",
                 "",
                 "Plan the decoding of one token instead of a training step, with a KV cache of the whole context and"
-                " sample.batch_size rows per data shard.",
+                " sample.batch_size rows per group of devices that shares one copy of the model.",
             ),
             Option(
                 "tokens=",

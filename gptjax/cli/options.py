@@ -84,7 +84,7 @@ def configure(
         default: the preset that is used if `args` name no preset, or None for the default settings of gptjax.
         verb: name of the command, for error messages.
         task: the task of the command, or None if the preset or the settings name the task.
-        also: patterns of further settings that the command reads.
+        also: patterns of settings that the command reads in addition to those of its task.
     """
     source = args.words[0] if args.words else default
     leaves = args.leaves
@@ -158,7 +158,7 @@ def show_only(
     if not (args.print_config or args.dry_run):
         return False
     keys = uses.keys_of(cfg) if keys is None else keys
-    # the report is computed before anything is printed, because `report` may raise UserError, as the run would
+    # the report is computed before anything is printed, because `report` may raise UserError
     lines = report(cfg) if args.dry_run else []
     if not args.print_config:
         values, defaults = flat(cfg), flat(Config())

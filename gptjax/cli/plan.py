@@ -58,7 +58,7 @@ def run(args: list[str]) -> int:
     if len(plans) > 1:
         print("\n".join([*report.comparison(plans), ""]))
     best = plans[0]
-    # with train.epochs, the number of steps depends on the size of the data, which is not read here
+    # if train.epochs is set, the number of steps depends on the size of the data; `plan` does not read the data
     unknown = opts.decode or cfg.train.epochs is not None
     tokens = opts.tokens or (None if unknown else float(cfg.train.max_steps) * best.tokens)
     print("\n".join(report.table(best, tokens=tokens, hours=opts.hours)))
@@ -112,14 +112,15 @@ def _number(name: str, text: str) -> float:
 
 
 def with_shape(cfg: Config) -> Config:
-    """Returns `cfg` with all sizes of the model set.
+    """Returns `cfg` with every size of the model filled in.
 
-    With pretrain.base, or for fine-tuning with model.vocab_size=0, the sizes are read from the config of the base
-    model, without reading its tensors. For pretraining from scratch with model.vocab_size=0, the vocabulary size is
-    that of the tokenizer.
+    If pretrain.base is set, or for fine-tuning with model.vocab_size=0, the sizes are read from the config of the base
+    model; its tensors are not read. For pretraining from scratch with model.vocab_size=0, the vocabulary size is that
+    of the tokenizer.
 
     Raises:
-        UserError: the base model does not exist, or the vocabulary size is unknown until the tokenizer is trained.
+        UserError: the base model does not exist, or the vocabulary size does not follow from the tokenizer's settings,
+            as for chars, words or a saved tokenizer.
     """
     if cfg.pretrain.base is not None:
         from gptjax.tasks.pretrain import from_base

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from gptjax.data import Prepared
     from gptjax.weights import Model
 
-# If the command line names no preset, FROM_BASE is used if it sets pretrain.base, otherwise DEFAULT.
+# The presets for a command line that names none: FROM_BASE if the command line sets pretrain.base, otherwise DEFAULT.
 DEFAULT, FROM_BASE = "shakespeare-char", "continue"
 
 

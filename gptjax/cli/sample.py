@@ -190,7 +190,7 @@ def write(
 
 
 def _completion(new: list[int], until: Until | None, max_new_tokens: int) -> Completion:
-    """Truncates generated tokens at a stop condition, which `speculate` does not support during generation.
+    """Truncates the output of `speculate` after the first stop string, because `speculate` knows only stop tokens.
 
     Returns:
         The shortest prefix of the tokens `new` for which `until` is true, or all tokens if there is no such prefix, as

@@ -18,7 +18,7 @@ SHOWN = 20  # maximum number of rows of the table that are printed
 
 def run(args: list[str]) -> int:
     parsed = options.parse(args, words=1)
-    # at_once is an option of `gptjax sweep`, not a setting of the schema
+    # at_once is read and checked here, because it is an option of `gptjax sweep` and not a setting of the schema
     values = [leaf.value for leaf in parsed.leaves if leaf.key == "at_once"]
     if values and not (values[-1].isdecimal() and int(values[-1]) >= 1):
         raise UserError(f"at_once={values[-1]}: expected a whole number of runs, at least 1")

@@ -3,9 +3,9 @@ as a preset and the command line, and are then validated together. No module of 
 
 schema: defines the settings as dataclasses, whose fields have a help text and a valid range
 leaves: reads YAML, arguments such as `a.b=c`, and dicts into leaves (key, value, and where the value was set)
-load: finds presets, builds a `Config` from leaves, and writes a `Config` as YAML
+load: finds presets, builds a `Config` from such leaves, and converts a `Config` to YAML
 check: checks the ranges of settings, and rules about combinations of settings
-aliases: suggests a key for an unknown key, by the names of settings in other tools and by the nearest spelling
+aliases: suggests for an unknown key gptjax's key for another tool's setting, or the key with the nearest spelling
 uses: lists the settings that each command and task reads
 
 The attribute `gptjax.config.schema` is the function `schema`, not the module of the same name. To import from the

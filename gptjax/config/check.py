@@ -70,7 +70,7 @@ def _ranges(values: dict[str, object]) -> Iterator[Complaint]:
             if isinstance(number, bool) or not isinstance(number, int | float):
                 continue
             limits = setting["range"]
-            # a larger integer would overflow a uint32 array, and a very large one cannot be converted to a float
+            # integers above 2**32 - 1 overflow a uint32 array, and very large ones cannot be converted to a float
             if isinstance(number, int):
                 limits = dataclasses.replace(limits, high=min(limits.high, 2**32 - 1))
             if number not in limits or number == math.inf:
@@ -260,10 +260,9 @@ RULES: tuple[Rule, ...] = (
     ),
 )  # fmt: skip
 
-# Each entry is about some settings that have no effect with certain values of another setting. The entry has the keys
-# of these settings (or prefixes of their keys), the key of the other setting, and a function that takes the value of
-# the other setting and returns True if the settings have no effect with this value. In this case, a config is refused
-# if one of the settings was set on the command line or in the overrides of `load_config`.
+# Tuples (keys or prefixes of keys, key of another setting, function). The function takes the value of the other setting
+# and returns True if, with this value, the settings with these keys have no effect. A config is then refused if one of
+# these settings was set on the command line or in the overrides of `load_config`.
 WITHOUT_EFFECT: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] = (
     (("optim.momentum",), "optim.name", lambda value: value != "muon"),
     (("optim.decay_fraction",), "optim.schedule", lambda value: value != "wsd"),

@@ -28,8 +28,8 @@ def load_config(source: Optional[str | os.PathLike[str]] = None, *overrides: str
     """Loads the config of a preset, YAML file or run directory, with overrides such as "optim.lr=3e-4".
 
     Args:
-        source: name of a preset, a YAML file or a run directory, or None for the default settings of gptjax. A text
-            with `=` that is not the path of an existing file is an override of the default settings.
+        source: name of a preset, a YAML file or a run directory, or None for the default settings of gptjax. If
+            `source` contains `=` and is not the path of an existing file, it is an override of the default settings.
         overrides: settings as strings "key=value".
 
     Raises:
@@ -70,7 +70,8 @@ def file_layers(source: Optional[str | os.PathLike[str]]) -> list[Leaf]:
     if source is None:
         return []
     layers = _file_leaves(source)
-    if (Path(source) / "config.yaml").is_file():  # overrides run_dir in the file, which is wrong if the run was moved
+    # if the run was moved, the run_dir in its config.yaml is wrong, so it is overridden
+    if (Path(source) / "config.yaml").is_file():
         layers.append(Leaf("run_dir", str(source), "the run's own folder"))
     return layers
 
@@ -225,8 +226,9 @@ def build(leaves: list[Leaf], run_dir: Optional[str] = None, problems: Iterable[
     return cfg, provenance
 
 
-# Pairs of settings (a, b) where b takes precedence over a, or depends on a. If a later layer sets a, then b from an
-# earlier layer is dropped, so that b has its default again.
+# Pairs of settings (a, b): b takes precedence over a, as train.epochs does over train.max_steps, or b only makes sense
+# for one value of a, as data.split does for data.source. If a later layer sets a, the value of b from an earlier layer
+# is dropped, so that b has its default again.
 RULED = (
     ("train.max_steps", "train.epochs"), ("data.source", "data.split"), ("data.source", "data.val_source"),
     ("data.split", "data.val_source"), ("data.val_fraction", "data.val_source"),

@@ -222,7 +222,7 @@ class Architecture:
 
 @dataclass(frozen=True)
 class Computation:
-    """The settings for the initialisation and the computation of a model.
+    """Settings of a model besides its architecture: dropout, dtype, precision, rematerialisation and initialisation.
 
     These settings are not stored with a trained model: fine-tuning takes the `Architecture` from the base model, but
     the `Computation` from the config of the fine-tuning run.
@@ -254,7 +254,7 @@ class Computation:
 
 @dataclass(frozen=True)
 class ModelConfig(Computation, Architecture):
-    """A decoder-only transformer: its architecture, and how it is computed.
+    """A decoder-only transformer: its architecture, and settings such as dropout, dtype and initialisation.
 
     At construction, each field in `ARCHS` that is None is set to the value in `ARCHS[arch]`. If n_kv_head is None, it
     is set to n_head; if d_ff is None, it is set to 4 * d_model. A printed config therefore shows the values that are
@@ -267,8 +267,8 @@ class ModelConfig(Computation, Architecture):
 
     def __new__(cls, *args: Any, **given: Any) -> "ModelConfig":
         self = object.__new__(cls)
-        # `dataclasses.replace` passes the fields that its caller changes first, and then the fields that it copies from
-        # the old config. The first copied field is `_derived`; the caller changed neither it nor any field after it
+        # `dataclasses.replace` passes two groups of fields: first those that its caller changes, then those that it
+        # copies from the old config. `_derived` is the first field of the second group.
         names = list(given)
         copied = names[names.index("_derived") :] if "_derived" in given else ()
         object.__setattr__(self, "_copied", copied)
@@ -335,25 +335,25 @@ class DataConfig:
         "How validation text is held out from each source: whole documents, whole files, or the tail of each file."
         " auto: document if the source has at least 10 documents, otherwise tail.",
     )
-    order: Literal["shuffle", "sequential"] = setting("shuffle", "Order of the training windows.")
+    order: Literal["shuffle", "sequential"] = setting(
+        "shuffle", "Order of the training windows; a window is a sequence of consecutive tokens, one row of a batch."
+    )
     stride: Optional[int] = setting(
         None,
-        "Number of tokens between the starts of consecutive training windows. null: context_length; with"
-        " order=shuffle, each epoch also starts at a random offset.",
+        "Number of tokens between the starts of consecutive training windows. null: the length of a window, and with"
+        " order=shuffle, each epoch starts at a random offset.",
         COUNT,
     )
-    document_mask: bool = setting(
-        True, "Keep the tokens of a document from attending to other documents in the same window."
-    )
+    document_mask: bool = setting(True, "Document masking: tokens do not attend to other documents in the same window.")
     mask_tokens: int = setting(
         0,
         "Number of input tokens per window, at most 3, that are replaced with random other tokens, to reduce"
         " memorisation.",
         Range(0, 3),
     )
-    max_documents: Optional[int] = setting(None, "Maximum number of documents to read. null: all.", COUNT)
+    max_documents: Optional[int] = setting(None, "Maximum number of documents to read per source. null: all.", COUNT)
     streaming: bool = setting(
-        False, "Read hf: sources row by row, up to max_documents, instead of downloading whole data sets."
+        False, "Read hf: sources row by row, up to max_documents rows, instead of downloading whole data sets."
     )
     cache_dir: Optional[str] = setting(
         None, "Folder in which the tokenised data is cached. null: the user's cache folder."
@@ -483,7 +483,7 @@ class DistributedConfig:
     process_id: Optional[int] = setting(None, "Index of this process, from 0.")
     timeout_s: int = setting(300, "Seconds to wait for the other processes at startup.", COUNT)
     heartbeat_s: int = setting(
-        100, "Seconds without a heartbeat from a process after which the other processes stop with an error.", COUNT
+        100, "If a process sends no heartbeat for this many seconds, the other processes stop with an error.", COUNT
     )
 
 
@@ -505,7 +505,8 @@ class SampleConfig:
     top_k: int = setting(0, "Top-k sampling: sample from the k most likely tokens. 0: off.")
     top_p: float = setting(
         1.0,
-        "Nucleus (top-p) sampling: sample from the smallest set of tokens with this total probability. 1: off.",
+        "Nucleus (top-p) sampling: sample from the smallest set of most likely tokens with at least this total"
+        " probability. 1: off.",
         SHARE,
     )
     min_p: float = setting(
@@ -527,8 +528,8 @@ class SampleConfig:
     )
     draft: Optional[str] = setting(
         None,
-        "Speculative decoding: the draft model, or ngram to propose tokens that followed the same n-gram earlier in"
-        " the text. null: off.",
+        "Speculative decoding: a draft model, or ngram for prompt lookup, which proposes the tokens that followed an"
+        " earlier occurrence of the last tokens. null: off.",
     )
     ahead: int = setting(4, "Speculative decoding: number of draft tokens proposed per step.", COUNT)
     seed: int = setting(0, "Random seed of sampling.", SEED)
@@ -576,7 +577,9 @@ class PretrainConfig:
         "Base model: a run, model folder, .gguf file, smollm2-135m-instruct or hf:org/name. null: train from scratch.",
     )
     context_length: Optional[int] = setting(
-        None, "Tokens per training window. null: the model's context length, with a base model at most 1024.", COUNT
+        None,
+        "Tokens per training window. null: the model's context length, but at most 1024 if pretrain.base is set.",
+        COUNT,
     )
 
 
@@ -596,9 +599,9 @@ class FinetuneConfig:
     )
     save_merged: Optional[bool] = setting(
         None,
-        "Whether to save the adapter merged into the full weights. false: save the adapter only, which cannot be"
-        " loaded without its base model. null: true, unless the base model can be fetched again"
-        " (smollm2-135m-instruct or hf:org/name).",
+        "Whether to merge the adapter into the base model's weights and save the result. false: save the adapter"
+        " only, which cannot be loaded without its base model. null: false if lora.init=lora and the base model can be"
+        " downloaded again (smollm2-135m-instruct or hf:org/name), otherwise true.",
     )
     seeds: int = setting(
         1,
@@ -607,7 +610,9 @@ class FinetuneConfig:
         COUNT,
     )
     together: Optional[bool] = setting(
-        None, "Train all seeds in one vmapped program. null: only on accelerators, because a CPU gains nothing from it."
+        None,
+        "Train all seeds in one vmapped program. null: only LoRA adapters on a GPU or TPU, because on a CPU one program"
+        " is no faster than sequential runs.",
     )
 
 

@@ -69,12 +69,12 @@ def resolve(
         verb: name of the command, for error messages.
         task: the task of the command. None: the command takes any task; the task is read from `leaves` or, if they do
             not set it, from `source`; if neither sets it, the task is pretrain.
-        also: patterns of further settings that the command reads.
+        also: patterns of settings that the command reads besides those of its task.
 
     Raises:
         UserError: `task`, `source` and `leaves` do not agree on the task; or the user's files or `leaves` contain
-            settings that the task does not read, even with their default values; or `load.resolve` reports problems. If
-            the tasks do not agree, the message reports only that; otherwise it lists all problems.
+            settings that the task does not read, even if they are set to their default values; or `load.resolve`
+            reports problems. If the tasks do not agree, the message reports only that; otherwise it lists all problems.
     """
     layers, leaves = file_layers(source), list(leaves)
     resolved_task = _task(source, layers, leaves, verb, task)
@@ -96,8 +96,8 @@ def resolve(
 
 
 def _task(source: object, layers: list[Leaf], leaves: list[Leaf], verb: str, task: str | None) -> str:
-    """Returns the name of the task that the command trains. Names of unknown tasks are ignored here, because
-    `load.build` reports them."""
+    """Returns the name of the command's task. Names of unknown tasks are ignored here, because `load.build`
+    reports them."""
     in_files = [leaf.value for leaf in layers if leaf.key == "task" and leaf.value in USES][-1:]
     given = [leaf.value for leaf in leaves if leaf.key == "task" and leaf.value in USES][-1:]
     expected = [task] if task else given or in_files or ["pretrain"]

@@ -3,7 +3,7 @@
 data   = read("SMSSpamCollection.tsv")              texts, labels [n] and the class names ("ham", "spam")
 splits = split_labelled(data, seed=0)               train, val, test; duplicates removed
 train  = encode(splits.train, tokenizer, 120)       token ids and labels
-train  = rows(train)                                tokens [n, T], several texts per row, one segment each
+train  = rows(train)                                tokens [n, T], up to K texts per row, one segment each
 batch(train, 7, batch_size=8, seed=0)               tokens [8, T], segment_ids [8, T], labels and weights [8, K]
 """
 
@@ -46,7 +46,7 @@ class Examples(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Rows of T tokens, each of which holds up to K texts.
+    """n rows of T tokens; each row holds up to K texts.
 
     tokens       [n, T] int32
     segment_ids  [n, T] int32: k + 1 for the tokens of text k of the row, 0 for padding
@@ -87,18 +87,19 @@ def read(
     A .tsv without a header has two columns, label and text. "NA" and "null" are read as texts, not as missing values.
 
     Args:
-        text: name of the column with the text. None: the column whose name is in `tables.TEXT`, of which there must be
-            exactly one.
-        label: name of the column with the label. None: the column whose name is in `tables.LABEL`, of which there must
-            be exactly one.
+        text: name of the column with the text. None: the column whose name is in `tables.TEXT`; there must be exactly
+            one such column.
+        label: name of the column with the label. None: the column whose name is in `tables.LABEL`; there must be
+            exactly one such column.
         labels: names of the classes, in the order of their indices. If `labels` is empty, the classes are the labels
-            that occur in the data, sorted.
-        quoted: whether a cell of a .tsv that begins with a quote extends to the next quote, even across lines, as in
-            pandas. False: quotes are ordinary characters.
+            that occur in the data, sorted, whole numbers by value.
+        quoted: True: if a cell of a .tsv file begins with a quote, the cell extends to the next quote, even across
+            lines, as in pandas. False: quotes are ordinary characters.
 
     Raises:
         UserError: rows cannot be parsed, texts are empty or labels are unknown (the message lists the first 20
-            problems), a column is missing, or there are fewer than two classes.
+            problems), a column is missing, or there are fewer than two classes, or so many that the label column is
+            probably the wrong one.
     """
     rows = tables.tsv(source, quoted) if source.lower().endswith(".tsv") else tables.read(source)
     texts: list[str] = []

@@ -167,7 +167,7 @@ def _keys(record: dict) -> str:
 Turns = list[tuple[str, dict[str, Any]]]  # for each turn, its location in the record and the unvalidated message
 Parsed = Turns | str  # the turns of one conversation, or an error message
 Parse = Callable[[tables.Record], Parsed | tuple[Parsed, ...]]
-# for each record format, given by the required keys of a record: an example of a record, and the parser
+# maps the keys that a record of a format must have to an example of such a record, and the parser of the format
 Formats = dict[tuple[str, ...], tuple[str, Parse]]
 
 # Keys that are ignored silently, because metadata is part of neither the prompt nor the answer.
@@ -346,7 +346,10 @@ def _weight(message: dict[str, Any]) -> float:
 
 
 def _messages(turns: Turns) -> tuple[dict[str, Any], ...]:
-    """Returns the messages up to the last answer in the loss, because later messages do not change the loss."""
+    """Returns the messages up to and including the last answer that is in the loss.
+
+    Later messages are left out, because they do not change the loss.
+    """
     last = max(i for i, (_, m) in enumerate(turns) if m["role"] == "assistant" and _weight(m))
     messages = []
     for _, message in turns[: last + 1]:
@@ -441,7 +444,8 @@ def turns(key: str) -> Callable[[tables.Record], Parsed]:
 def _one_of(turn: dict, names: tuple[str, str]) -> str | None:
     """Returns which of two synonymous keys a message has.
 
-    If the message has both keys, returns the one whose value is not null.
+    If the message has both keys, returns the one whose value is not null. Returns None if the message has neither key,
+    or both keys with values that are not null.
     """
     present = [name for name in names if name in turn]
     if len(present) == 2:
@@ -601,7 +605,8 @@ def _encode_turns(turns: list[Turn], tokenizer: Tokenizer) -> list[Turn]:
     middle. The ids of an answer are therefore found by encoding prompt and answer together and removing the ids of the
     prompt from the front. If the encoding does not begin with the ids of the prompt, the answer is encoded on its own.
 
-        <s>[INST] Hi [/INST] | Hello</s>     Hello is "▁Hello" in the whole text, "▁ ▁Hello" if encoded on its own
+        <s>[INST] Hi [/INST] | Hello</s>     two spans, separated by "|": Hello is encoded as "▁Hello" together with
+                                             the first span, but as "▁ ▁Hello" on its own
     """
     in_context = getattr(tokenizer, "kind", "") == "hf"  # other tokenizers encode a text regardless of its context
 
@@ -651,9 +656,9 @@ def _chat(conversations: Sequence[Conversation], tokenizer: Tokenizer, end: str)
 
     An answer is the text that the template adds to the prompt, up to and including the end token.
 
-    prompt  <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n
-    full    <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\nHello!<|im_end|>\\n
-    answer                                                         Hello!<|im_end|>
+    prompt       <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n
+    with answer  <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\nHello!<|im_end|>\\n
+    answer                                                              Hello!<|im_end|>
     """
     jobs = []
     for talk in conversations:
@@ -735,10 +740,11 @@ THINK = ("<think>", "<thinking>")  # tags that open the reasoning of an answer
 
 
 def _render_all(tokenizer: Tokenizer, jobs: list[_Job]) -> list[str]:
-    """Renders the messages of each job as text with `chat.apply`, many jobs per subprocess.
+    """Returns the text of each job: its messages, rendered with `chat.apply`, many jobs per subprocess.
 
-    Each answer of a conversation has two jobs: the messages before the answer, and the messages up to and including the
-    answer. If rendering a batch of jobs fails, the batch is halved repeatedly, to find the jobs that cause the error.
+    A job is a list of messages to render. Each answer of a conversation needs two jobs: the messages before the answer,
+    and the messages up to and including the answer. If rendering a batch of jobs fails, the batch is halved repeatedly,
+    to find the jobs that cause the error.
     """
     problems: dict[str, None] = {}
     # built-in templates are trusted, so `chat.apply` renders them without a subprocess, and batching saves no time
@@ -772,7 +778,8 @@ def _render_all(tokenizer: Tokenizer, jobs: list[_Job]) -> list[str]:
 def _limits(jobs: list[_Job]) -> dict[str, Any]:
     """Returns limits on the rendering time in seconds and on the number of characters of the output.
 
-    Both limits grow with the number of jobs and the length of their messages.
+    Both limits grow with the number of jobs. The limit on the characters also grows with the length of the messages
+    and tools of the jobs.
     """
     n_chars = sum(len(text) + 64 for job in jobs for text in chat.strings([job.messages, job.tools]))
     return {"timeout_s": 1 + 0.002 * len(jobs), "max_chars": (1 << 16) + 4096 * len(jobs) + 4 * n_chars}
@@ -782,7 +789,7 @@ def _render_together(tokenizer: Tokenizer, jobs: list[_Job]) -> list[str]:
     """Renders all jobs at once, with one template that loops over the jobs and contains the tokenizer's own template.
 
     The jobs are passed to this template in the variable `tools`, because `chat.apply` passes no other variable that can
-    hold a list of jobs. The output of the template is a line of JSON per job.
+    hold a list of jobs. The template writes the text of each job as a line of JSON.
     """
     wrapper = (
         "{% for job_ in tools %}"
@@ -826,8 +833,8 @@ def encode(
         loss_on: "response" computes the loss on the answers and their end tokens, "all" on every token.
         trees: whether to encode such conversations as token trees. False: one example per answer, for attention
             kernels that do not support trees.
-        because: text that is added after the context length in the error message if no conversation fits; it names the
-            setting from which the context length comes, such as " (instruct.context_length)".
+        because: text that the error message adds to "no conversation fits a context of .. tokens": the setting that the
+            context length comes from, such as " (instruct.context_length)".
 
     Raises:
         UserError: a conversation cannot be rendered, for a reason that `render` lists (the message names up to 20 such

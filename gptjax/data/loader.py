@@ -28,7 +28,8 @@ GOLDEN = 0x9E3779B97F4A7C15
 # Version of the order of the windows. It is increased when a change of the code gives other batches for the same seed,
 # so that a run is not resumed from a checkpoint with an older version.
 ORDER_OF_WINDOWS = "2"
-# number of window starts computed at once, because numpy's overhead per call dominates the time for a single batch
+# The starts of at least this many windows are computed at once. For the few windows of a single batch, numpy's overhead
+# per call would dominate the time.
 AHEAD = 512
 # purposes of the random numbers; the purpose is hashed with the seed, so that each purpose has its own random numbers
 ORDER, OFFSET, POSITION, TOKEN = range(4)
@@ -50,8 +51,8 @@ class Loader:
                       overlap, and every epoch starts at a random offset, so that tokens that are not targets in one
                       epoch can be targets in another.
     order=sequential  Windows are read from the first to the last, then again from the first.
-    stride=n          Windows start every n tokens. The last incomplete batch of an epoch is dropped, unless the
-                      sources are interleaved or an epoch is smaller than a batch.
+    stride=n          Windows start every n tokens. If the last batch of an epoch is incomplete, it is dropped, unless
+                      the sources are interleaved or an epoch is smaller than a batch.
     weights, temperature   If weights are given or the temperature is not 1, several sources are interleaved
                       deterministically (`mixture.assign`), and each source has its own epochs. Otherwise an epoch is
                       one pass over all sources.
@@ -104,7 +105,7 @@ class Loader:
 
     @property
     def n_windows(self) -> int:
-        """The number of windows per epoch, summed over the sources."""
+        """The number of windows per epoch, summed over the sources whose sampling probability is above 0."""
         return sum(lane.n_windows for k, lane in enumerate(self.lanes) if self.shares[k] > 0)
 
     @property
@@ -116,7 +117,7 @@ class Loader:
         return self._rows(step, 1, slice(None))
 
     def batches(self, step: int, k: int, rows: slice = slice(None)) -> Batch:
-        """Returns the k batches that begin with the batch of `step`, stacked into arrays of shape [k, B, T].
+        """Returns the batches of the training steps step .. step + k - 1, stacked into arrays of shape [k, B, T].
 
         Only the rows that the slice `rows` selects in each batch are read and returned.
         """
@@ -173,9 +174,10 @@ class Loader:
         return batch
 
     def _mask(self, tokens: np.ndarray, samples: np.ndarray) -> None:
-        """Replaces k = `mask_tokens` input tokens of every row with other, random tokens, in place.
+        """Replaces k = `mask_tokens` input tokens of every row, in place, each with a random token different from it.
 
-        Each row is divided into k sections of equal length, and one input of each section is replaced.
+        Each row is divided into k sections, whose lengths differ by at most one token. In each section one input token
+        at a random position is replaced.
         """
         k, t = self.mask_tokens, self.context_length
         draws = samples[:, None] * k + np.arange(k)
@@ -189,7 +191,7 @@ class Loader:
 def eval_batches(
     store: TokenStore, *, context_length: int, batch_size: int, document_mask: bool = True
 ) -> Iterator[Batch]:
-    """Yields batches for evaluation, in which every target of the store occurs once, in non-overlapping windows.
+    """Yields batches for evaluation. The windows do not overlap, and every token but the first is a target once.
 
     The arrays of a batch are [B, T], and `weights` is never None. The last window and the last batch are padded with
     tokens of weight 0 if they are incomplete.
@@ -218,8 +220,8 @@ def gather(store: TokenStore, starts: np.ndarray, context_length: int, document_
 
     tokens       7 8 9 E 3 4     documents [7 8 9 E] and [3 4 5 E]; the token E ends one document and begins the next
     targets      8 9 E 3 4 5
-    weights      1 1 1 1 1 1     0 where the target is the first token of another document than the input; here
-                                 the E that ends the first document also begins the second and is part of it
+    weights      1 1 1 1 1 1     0 where input and target belong to different documents; here none do, because the E
+                                 belongs to the first document as a target, and to the second as an input
     segment_ids  1 1 1 2 2 2
     positions    0 1 2 0 1 2     counted from the start of the document, or of the window if that is later
     """
@@ -269,14 +271,14 @@ def epoch_rows(step: int, batch_size: int, n: int, seed: int) -> np.ndarray:
 
 
 def permute(index: np.ndarray, n: int, key: np.ndarray) -> np.ndarray:
-    """Apply the pseudorandom permutation of range(n) given by `key` to each index. Returns int64 indices.
+    """Applies to index[i] the pseudorandom permutation of range(n) given by key[i]. Returns int64 indices.
 
     For n <= 256 the permutation is the argsort of n splitmix64 values that are seeded by the key, so that all
     permutations are equally likely. For n > 256 it is a Feistel network, which needs no array of n values. The network
-    splits an index into two digits, left = index // b and right = index % b. Each round adds a hash of `right` to
-    `left` modulo a, and then a hash of `left` to `right` modulo b; a round can be inverted for any hash. The network
-    permutes range(a * b), where a * b exceeds n by at most sqrt(n). If the result is n or more, it is permuted again
-    until it is below n (cycle walking).
+    permutes range(a * b), where a is sqrt(n) rounded up, and b is n / a rounded up, so that a * b exceeds n by less
+    than sqrt(n). It splits an index into two digits: left = index // b, which is below a, and right = index % b. Each
+    round adds a hash of `right` to `left` modulo a, and then a hash of `left` to `right` modulo b; a round can be
+    inverted for any hash. If the result is n or more, it is permuted again until it is below n (cycle walking).
     Source: Steele et al., "Fast Splittable Pseudorandom Number Generators" (2014); Black and Rogaway,
     "Ciphers with Arbitrary Finite Domains" (2002), methods 2 and 3.
     """
@@ -325,7 +327,7 @@ def _lane(begin: int, end: int, cfg: DataConfig, t: int) -> Lane:
         return Lane(begin, windows.count(n, t, cfg.stride), cfg.stride, 1)
     if cfg.order == "sequential" or n <= t:
         return Lane(begin, max(n - 1, 0) // t, t, 1)
-    # An epoch of n tokens could have n // t windows. It gets one window fewer, but at least one, so that n >= 2 * t
-    # tokens leave at least t possible offsets of the first window.
+    # An epoch of n tokens has n // t - 1 windows of t tokens, but at least one window. If n >= 2 * t, the first window
+    # can therefore start at any of at least t offsets.
     n_windows = max(1, (n - t) // t)
     return Lane(begin, n_windows, t, n - n_windows * t)

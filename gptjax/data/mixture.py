@@ -28,9 +28,9 @@ def assign(samples: np.ndarray, p: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
     `samples` are indices of windows in a run, and p[k] is the probability of source k. By a Beatty sequence, exactly
     floor(i p[0]) of the first i samples belong to source 0. The samples that do not belong to source 0 are renumbered
-    and divided among the other sources, again by Beatty sequences. The number of the first i samples that belong to
-    source k therefore differs from i p[k] by less than the number of sources, and a sample is assigned without
-    iterating over earlier samples.
+    and divided among the other sources, again by Beatty sequences. Of the first i samples,
+    the number that belong to source k therefore differs from i p[k] by less than the number of sources. A sample is
+    assigned without iterating over earlier samples.
 
         p .5 .25 .25    samples  0 1 2 3 4 5 6 7
                         source   2 0 1 0 2 0 1 0

@@ -58,7 +58,7 @@ class Rows(NamedTuple):
 
 
 def packed(encoded: Encoded, context_length: int) -> Rows:
-    """Pack whole examples, several per row, by first-fit decreasing.
+    """Packs several examples per row by first-fit decreasing. No example is split between rows.
 
     The examples are placed from the longest to the shortest, each in the first row with enough space. Examples of equal
     length keep their order.

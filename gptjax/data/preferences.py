@@ -83,7 +83,7 @@ class PairBatch(NamedTuple):
 def _pair(prompt: str, extra: str = "") -> Parse:
     """Returns a parser for records that have a prompt and two answers.
 
-    An answer is a string, or a list of messages that may begin with the messages of the prompt.
+    An answer is a string, or a list of messages, which may include the prompt.
     """
 
     def parse(record: Record) -> tuple[Parsed, ...]:
@@ -108,7 +108,8 @@ def _pair(prompt: str, extra: str = "") -> Parse:
 def _with_prompt(prompt: str, record: Record, response: str) -> Parsed:
     """Returns the messages of the prompt followed by those of the response.
 
-    A response that itself begins with the prompt's messages is returned as it is.
+    A response that does not begin with an answer must include the prompt, and is returned as it is. If it does not
+    include the prompt, returns an error message.
     """
     response_turns = conversations.turns(response)(record)
     if isinstance(response_turns, str) or not response_turns:
@@ -123,7 +124,7 @@ def _with_prompt(prompt: str, record: Record, response: str) -> Parsed:
         return response_turns
     if contents[0][0] == "assistant":
         return [*prompt_turns, *response_turns]
-    # the response is a whole conversation that contains the prompt, for example after a system message
+    # the response includes the prompt as a later message, for example after a system message
     if as_text and ("user", record[prompt]) in contents:
         return response_turns
     return (
@@ -177,7 +178,7 @@ def read(source: str, notes: list[str] | None = None) -> list[Pair]:
 
 
 def of_skills(n: int, seed: int, held_out: bool = False) -> list[Pair]:
-    """Returns pairs made from the questions and answers of `synthetic.skills`.
+    """Returns pairs made from synthetic questions and answers (`synthetic.skills`).
 
     The rejected answer is taken from the next question of the same type (skill) that has a different answer.
     """
@@ -210,8 +211,8 @@ def encode(
     Pairs whose two conversations together do not fit in `context_length` tokens are dropped and counted.
 
     Args:
-        because: text that is added after the context length in the error message if no pair fits; it names the setting
-            from which the context length comes, such as " (prefer.context_length)".
+        because: text that the error message adds to "no pair fits a context of .. tokens": the setting that the context
+            length comes from, such as " (prefer.context_length)".
 
     Raises:
         UserError: a conversation cannot be rendered, for a reason that `conversations.render` lists, or no pair fits in

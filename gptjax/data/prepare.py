@@ -119,7 +119,7 @@ def refuse_missing(cfg: Config) -> None:
 def check(ready: Prepared, cfg: Config) -> None:
     """Checks that there is enough text, and that the embedding table has a row for every token id.
 
-    The training text must have enough tokens for one window, and the validation text at least 2.
+    The training text must have at least one token more than a window, and the validation text at least 2 tokens.
 
     Raises:
         UserError: a text is too short, or the embedding table is too small; the message lists all problems.

@@ -142,7 +142,7 @@ def _is_ours(folder: Path) -> bool:
 
 
 def _folder(name: str, folder: Path) -> list[tuple[str, Path]]:
-    """Returns the names, relative to the folder, and the paths of the .txt and .md files in a folder at any depth.
+    """Returns the name (relative to `folder`) and the path of each .txt and .md file in the folder and its subfolders.
 
     If the folder has no .txt or .md file, returns the names and paths of its .jsonl, .csv and .parquet files instead.
     Skips run directories and saved models of gptjax.

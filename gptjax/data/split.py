@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 MAX_PROBLEMS = 10
 BOOK_SEED = 123
-HELD_OUT = 80, 200  # maximum numbers of synthetic validation and test questions, because generating answers takes time
+# maximum numbers of synthetic validation and test questions, kept small because the model takes time to answer them
+HELD_OUT = 80, 200
 ONE_OF = 5  # one in ONE_OF subjects of synthetic questions (a word, a sum, ..) is held out from training
 
 
@@ -57,9 +58,9 @@ class Subset:
         """Yields the documents of source k that have text in this subset, each with the two flags `begins` and `ends`.
 
         The flags tell whether the text in this subset starts and ends where the document does. If the tail of a
-        document is held out, `begins` is False for the tail, and `ends` is False for the rest of the document. In a
-        corpus of a single document both flags are False, because a model cannot learn from one example where documents
-        begin and end.
+        document is held out, `begins` is False for the tail, and `ends` is False for the text before the tail. In a
+        corpus of a single document both flags are False: from one document a model cannot learn how documents begin
+        and end.
         """
         for i, document in enumerate(self.documents.sources[k]):
             text, begins = document.text, self.n_documents > 1
@@ -186,9 +187,10 @@ def _tail_cuts(sizes: Sizes, fraction: float) -> np.ndarray:
 def hold_out(names: list[str], sizes: np.ndarray, fraction: float) -> np.ndarray:
     """Returns a mask [n] bool of the documents or files to hold out: at least one of them, and never all of them.
 
-    The items (documents or files) are held out in the order of the hashes of their names, as long as each item brings
-    the held-out size closer to `fraction` of the total size. Items at the beginning of this order that are too large
-    for that are skipped. If every item is too large, only the smallest item is held out.
+    The items (documents or files) are tried in the order of the hashes of their names. An item is held out if it brings
+    the held-out size closer to `fraction` of the total size. Items that are too large for that are skipped until one
+    item is held out; after that, the first such item ends the search. If no item can be held out in this way, the
+    smallest item is held out.
 
     Args:
         names: names of the items.
@@ -360,13 +362,14 @@ def split_records(
 ) -> Splits[T]:
     """Split the records of the file settings.source, in order, into train, test and validation, as the book does.
 
-    If settings.source is None, synthetic records are made instead. The synthetic records for validation and test are
-    about words and numbers that never occur in training.
+    If settings.source is None, synthetic records are made instead. The subjects of the synthetic records for validation
+    and test (a word, "3 + 4", "7 meters") never occur in training.
 
     Args:
-        read: function (source, notes) that returns the records in the file `source`.
+        read: function (source, notes) that returns the records in the file `source`, and appends lines of text about
+            ignored keys to the list `notes`.
         made: function (n, seed, held_out) that returns n synthetic records. With held_out=True the records are about
-            the words and numbers that are held out from training.
+            the subjects that are held out from training, see `is_held_out`.
         notes: list to which a line about ignored keys is appended, see `conversations.read`.
     """
     if settings.source is None:

@@ -44,9 +44,10 @@ class TokenStore:
     source_starts  [n_sources + 1] int64, source k is tokens[source_starts[k] : source_starts[k + 1]]
     n_bytes        number of UTF-8 bytes of the text, from which bits per byte are computed
     fingerprint    hash that identifies the tokens and the boundaries of documents and sources
-    begin_id       id of the begin token, which precedes the text of a document. The begin token is the first token of
-                   the document, unless the previous document ends with `begin_id`: its last token then serves as the
-                   begin token. None: there is no begin token
+    begin_id       id of the begin token, which precedes the text of a document: BOS, or the end-of-text token as in
+                   GPT-2 (see `tokenizers.begin_id`). If the previous document ends with this token, that occurrence
+                   is also the begin token of the document; otherwise the begin token is the document's first token.
+                   None: there is no begin token
     """
 
     tokens: np.ndarray
@@ -76,7 +77,7 @@ class TokenStore:
 
     @property
     def n_targets(self) -> int:
-        """The number of target tokens in training: all tokens except begin tokens at the start of a document."""
+        """The number of tokens for bits per byte: all tokens, except begin tokens that are a document's first token."""
         return len(self) - int(
             (self.tokens[self.doc_starts] == self.begin_id).sum() if self.begin_id is not None else 0
         )
@@ -117,7 +118,7 @@ def write(
     tokenizer: Tokenizer,
     progress: Callable[[int], None],
 ) -> dict:
-    """Encode texts, and write their ids to `split`.bin and the starts of documents to `split`.starts.npy.
+    """Encode texts, and write the token ids to `split`.bin and each document's start index to `split`.starts.npy.
 
     A text whose `ends` is true is followed by the end-of-text id, if the tokenizer has one. A text whose `begins` is
     true is preceded by the id of the begin token, unless the previous document ended with the same id, which then
@@ -186,14 +187,14 @@ def open_split(folder: Path, split: str, manifest: dict, tokenizer: Tokenizer) -
 
 
 def write_manifest(folder: Path, manifest: dict) -> None:
-    """Write manifest.json atomically, with a SHA-256 of its contents in it."""
+    """Write manifest.json atomically, with the keys `version` and `manifest_sha256`, a SHA-256 of the other entries."""
     body = dict(manifest, version=VERSION)
     body["manifest_sha256"] = _manifest_hash(body)
     write_text(folder / "manifest.json", json.dumps(body, indent=1, sort_keys=True))
 
 
 def verify(folder: Path) -> tuple[dict | None, str]:
-    """Returns (manifest, "") if every file has the hash that the manifest records, else (None, error message)."""
+    """Returns (manifest, "") if the manifest's version and all its hashes are right, else (None, error message)."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         if manifest["manifest_sha256"] != _manifest_hash(manifest):
@@ -214,7 +215,7 @@ def verify(folder: Path) -> tuple[dict | None, str]:
 def build(root: Path, key: str, make: Callable[[Path], dict], log: Callable[[str], None]) -> tuple[Path, dict]:
     """Returns the folder root/KEY, whose files are verified, and its manifest.
 
-    If the folder is missing or damaged, it is built.
+    If the folder is missing, it is built; if it is damaged, it is built again.
 
     Several processes may build at once: each fills a temporary folder, and the first rename wins.
 

@@ -1,13 +1,13 @@
 """Synthetic questions with exact answers, used for instruction fine-tuning if `instruct.source` is not set.
 
-    skills(4, seed=0)                   user: "What is the plural of lamp?"   assistant: "lamps"
-    skills(4, seed=0, held_out=True)    similar questions, about words and numbers that are not in the training data
+    skills(4, seed=0)[2]                user: "What is g i r l backwards?"   assistant: "l r i g"
+    skills(4, seed=0, held_out=True)    similar questions, about other words and sums than the training data
 
 A skill is a type of question, such as forming a plural. A question is about words, a sum, a difference, three numbers
 to sort, or a measure such as 7 meters. A hash of each of these subjects decides, independently of the seed, whether the
-subject occurs only in training or only in held-out questions. If a question is about the spelling of a word, the
-letters of the word are separated by spaces or hyphens, because a small model cannot learn from other words how to spell
-a word that is a single token.
+subject occurs only in training or only in held-out questions. In a question about spelling, the letters of the word are
+separated by spaces or hyphens. A word that is a single token would not show its letters, and a small model cannot infer
+them from other words.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ MEASURES = (  # larger unit, smaller unit, number of smaller units per larger un
 class Task(NamedTuple):
     """The values that are inserted into the wording of a question, and the answer to the question.
 
-    The hash of `key` decides whether the question is held out. If `key` is "", the question is not checked, because its
-    words were already drawn from the right set, training or held-out.
+    The hash of `key` decides whether the question is held out. If `key` is "", every question is accepted, because its
+    words were drawn from the right list: the words for training, or the held-out words.
     """
 
     slots: dict[str, str]
@@ -194,14 +194,14 @@ SKILLS: dict[str, Skill] = {
 
 
 def skills(n: int, seed: int, held_out: bool = False, turns: int = 1) -> list[Conversation]:
-    """Returns conversations that contain n questions with their answers, nearly the same number for every skill.
+    """Returns conversations that contain n questions in total, with their answers.
 
-    The numbers of questions differ by at most one between skills. The attribute `where` of a conversation lists the
-    skill and the index, from 1, of each question: "plural:17" is the 17th question, which asks for a plural. A question
-    is repeated only if `ATTEMPTS` random draws in a row gave questions that are already used.
+    Each skill has the same number of questions, or one more. The attribute `where` of a conversation lists the skill
+    and the index, from 1, of each question: "plural:16" is the 16th question, which asks for a plural. A question is
+    repeated only if `ATTEMPTS` consecutive random draws gave questions that are already used.
 
     Args:
-        held_out: whether to ask about the held-out words and numbers instead of the words and numbers for training.
+        held_out: whether to ask about the held-out subjects (words, sums, measures) instead of those for training.
         turns: maximum number of questions per conversation; the number is drawn uniformly from 1 .. turns.
 
     Raises:

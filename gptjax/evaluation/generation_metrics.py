@@ -15,8 +15,8 @@ from gptjax.errors import UserError
 from gptjax.evaluation.intervals import interval
 from gptjax.formats import tables
 
-# Dict for a question, with the expected and the generated answer: it has the keys where, prompt, expected and answer,
-# and the optional keys nats, tokens, system, history and constraints.
+# A question with its expected and its generated answer, as a dict with the keys where, prompt, expected and answer, and
+# the optional keys nats, tokens, system, history and constraints.
 Row = dict[str, Any]
 MAX_PROBLEMS = 20
 

@@ -33,10 +33,11 @@ AGAIN = "Reply with one integer from 0 to 100 and nothing else."
 def judge(
     rows: Sequence[dict[str, Any]], url: str, model: str, *, key: str | None = None, log: Callable[[str], None]
 ) -> list[int | None]:
-    """Returns the score, from 0 to 100, that the judge model gives to each row's answer at temperature 0.
+    """Returns, for each answer in `rows`, its score from 0 to 100 according to the judge model, or None.
 
-    The score is None if three replies of the judge in a row contain no number from 0 to 100. The method follows chapter
-    7 of Raschka's Build a Large Language Model (From Scratch).
+    The judge replies at temperature 0. It is asked again if a reply contains no valid score (see `number`); after three
+    such replies the score is None. The method follows chapter 7 of Raschka's Build a Large Language Model (From
+    Scratch).
 
     Args:
         rows: answers to score, with the keys prompt, expected and answer.
@@ -120,7 +121,7 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 def _ask(url: str, body: dict[str, Any], key: str) -> str:
     """Sends a request and returns the text of the reply.
 
-    After a temporary error, such as a busy server or a lost connection, the request is sent again.
+    After a temporary error, such as a busy server or a lost connection, the request is sent again, at most twice.
     """
     address = url.rstrip("/") + "/chat/completions"
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})

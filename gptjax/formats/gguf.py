@@ -102,8 +102,8 @@ def read(path: str | os.PathLike[str]) -> File:
     """Read the metadata and the tensor list of a GGUF file, version 2 or 3.
 
     Raises:
-        UserError: the file is not a GGUF file or is truncated, or a value in the header is out of bounds. The error
-            message lists all invalid tensors.
+        UserError: the file is not a GGUF file or is truncated, or its header is invalid, too large or uses a type that
+            is not supported. The error message lists up to MAX_SHOWN invalid tensors.
     """
     path = Path(path)
     try:
@@ -119,18 +119,19 @@ def write(path: str | os.PathLike[str], metadata: Mapping[str, Any], tensors: It
     """Write a GGUF file, version 3, atomically.
 
     Args:
-        metadata: values by key. A value is a bool, int, float or str, a list of one of these types, or a numpy scalar
-            or 1-d array, which keeps its dtype. An int is written in the first of the types uint32, int32, int64 and
-            uint64 that can hold it. A list of ints is written in the first of int32, int64 and uint64 that can hold
-            all of them. Floats are written as float32. The key "general.alignment" sets the alignment of the file.
+        metadata: maps each key to its value: a bool, int, float or str, a list of one of these types, or a numpy
+            scalar or 1-d array, which keeps its dtype. An int is written in the first of the types uint32, int32,
+            int64 and uint64 that can hold it. A list of ints is written in the first of int32, int64 and uint64 that
+            can hold all of them. Floats are written as float32. The key "general.alignment" sets the alignment of the
+            tensors' data in bytes.
         tensors: a tuple (name, shape, type, values) for each tensor. `type` is F32, F16, BF16 or Q8_0. `values` is a
             function without arguments that returns the array; it is called when the tensor is written, and the array
             is freed before the next call.
 
     Raises:
-        UserError: the metadata or the tensors are not accepted by the format, by `read` or by llama.cpp (raised before
-            any values() is called), an array does not have the given shape or has values that are too large for its
-            type, or the file cannot be written.
+        UserError: the metadata, or the names, types and shapes of the tensors, violate the format or a limit of `read`
+            or llama.cpp (raised before `values` of any tensor is called); an array does not have the given shape, or
+            has values that are too large for its type; or the file cannot be written.
     """
     path, tensors = Path(path), list(tensors)
     try:
@@ -275,7 +276,7 @@ def _value(cursor: _Cursor, what: str) -> Any:
         return cursor.text(what)
     if kind != _ARRAY:
         scalar = _number_array(cursor, kind, 1, what)[0]
-        # a float32 is converted through its shortest decimal representation, to get 1e-05 and not 9.99999974e-06
+        # the float32 nearest to 1e-05 becomes 1e-05, and not 9.999999747378752e-06, which is its exact value as a float
         return float(str(scalar)) if scalar.dtype == np.float32 else scalar.item()
     kind, n = cursor.u32(what), cursor.u64(what)
     if kind != _STRING:
@@ -386,7 +387,7 @@ def _item(what: str, index: int | None) -> str:
 def _header(metadata: Mapping[str, Any], tensors: list[NewTensor]) -> tuple[bytes, int]:
     """Returns the header as bytes, padded to the alignment, and the alignment in bytes.
 
-    The new header is parsed, to validate it.
+    The header is parsed in the same way as in `read`, so that no file is written that `read` would refuse.
     """
     alignment = _alignment(metadata)
     fields = [MAGIC, struct.pack("<IQQ", VERSION, len(tensors), len(metadata))]

@@ -54,8 +54,8 @@ def parse_json(text: bytes, location: str, what: str) -> dict[str, Any]:
     """Parse UTF-8 text that is a JSON object of at most MAX_VALUES values.
 
     Args:
-        location: name of the file, for error messages, such as "{location}: the {what} is not JSON".
-        what: name of the text in error messages.
+        location: name of the file, for error messages such as "{location}: the {what} is not JSON".
+        what: what the text is, for these messages, such as "header".
 
     Raises:
         UserError: the text is not a JSON object, or has too many values.

@@ -104,7 +104,7 @@ def open_file(path: str | os.PathLike[str]) -> File:
     """Read and validate the header of a file; the tensors stay on disk.
 
     Raises:
-        UserError: the file violates the format; the message lists the problem of every tensor.
+        UserError: the file cannot be read or violates the format; the message lists up to 20 invalid tensors.
     """
     path = Path(path)
     try:
@@ -115,9 +115,9 @@ def open_file(path: str | os.PathLike[str]) -> File:
             head = file.read(16)
             length = int.from_bytes(head[:8], "little")
             if len(head) < 8 or length > min(size - 8, MAX_HEADER):
-                # A safetensors file begins with the length of its header, whose bytes may equal the magic bytes of
-                # another format by chance. A file with the "{" of the JSON header at byte 8 is therefore reported as a
-                # damaged safetensors file.
+                # The first 8 bytes of a safetensors file are the length of its header; by chance they may equal the
+                # magic bytes of another format. A file with the "{" of the JSON header at byte 8 is therefore reported
+                # as a damaged safetensors file.
                 kinds = [kind for magic, kind in _MAGIC.items() if head.startswith(magic) and head[8:9] != b"{"]
                 what = f"a safetensors file but {kinds[0]}" if kinds else "a whole safetensors file"
                 raise UserError(
@@ -174,7 +174,7 @@ def _counts(values: Any) -> bool:
 
 
 def _gaps(entries: Mapping[str, Entry], start: int, size: int) -> list[str]:
-    """Returns a list with an error message if the tensors overlap, leave a gap or do not end with the file, else []."""
+    """Returns [error message] if tensors overlap, leave a gap, or end before or after the end of the file, else []."""
     end = start
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].size_bytes)):
         if entry.offset != end:
@@ -187,7 +187,8 @@ def open_folder(folder: str | os.PathLike[str]) -> File | Folder:
     """Open `model.safetensors` in a folder, or else the shards that `model.safetensors.index.json` names.
 
     Raises:
-        UserError: the folder has no weights, or only pickled weights, or the index does not match the shards.
+        UserError: the folder has no weights, or only pickled weights; a file is missing or invalid; or the index names
+            other tensors than the shards contain.
     """
     folder = Path(folder)
     index = folder / INDEX

@@ -51,7 +51,7 @@ def read(source: str) -> Iterator[tuple[str, Record | UserError]]:
 
 
 def loads(text: str) -> Any:
-    """Parse a JSON value strictly (no duplicate keys, no NaN). Returns a UserError if the text is invalid."""
+    """Parse a JSON value strictly (no duplicate keys, no NaN). For invalid text, a UserError is returned."""
     try:
         return strict_json.loads(text, constants=False)
     except ValueError as error:
@@ -98,13 +98,14 @@ def _csv(path: Path, source: str) -> Iterator[tuple[str, Record | UserError]]:
 
 
 def tsv(source: str, quoted: bool = False) -> Iterator[tuple[str, Record | UserError]]:
-    """Yields (location, record) for each row of a .tsv file, as `read` does for other files.
+    """Yields (location, record) for each row of a .tsv file; in place of an invalid row, a UserError is yielded.
 
-    A file without a header has two columns, label and text.
+    The first row is a header if it contains a name from TEXT and a name from LABEL. A file without a header has two
+    columns, label and text.
 
     Args:
-        quoted: whether a cell that begins with a quote extends to the next quote, even across lines, as it does in
-            pandas.
+        quoted: True: a cell that begins with a quote ends at the closing quote, which may be on a later line, as in
+            pandas. False: quotes are ordinary characters.
     """
     path = user_path(source)
     if not path.is_file():
@@ -203,8 +204,8 @@ def jsonl(lines: Iterable[str]) -> Iterator[tuple[int, Any]]:
 def delimited(lines: Iterable[str], **dialect: Any) -> Iterator[tuple[int, list[str] | csv.Error]]:
     """Yield (number of the row's first line, cells of the row) for each row that is not blank.
 
-    `dialect` is passed to `csv.reader`, for example `delimiter`. If a row is invalid, a csv.Error is yielded instead of
-    its cells, and the iteration ends.
+    `dialect` are keyword arguments of `csv.reader`, such as `delimiter`. If a row is invalid, a csv.Error is yielded
+    instead of its cells, and the iteration ends.
     """
     csv.field_size_limit(max(csv.field_size_limit(), MAX_FIELD_CHARACTERS))
     rows = csv.reader(lines, **dialect)
@@ -258,8 +259,8 @@ def hub_name(name: str) -> tuple[str, str, str]:
     """Parse hf:org/name[:config][@split] to (org/name, config, split). config and split are "" if they are not given.
 
     Raises:
-        UserError: the name does not have this form, or a local file or folder has this name, which `datasets` would
-            read instead.
+        UserError: the name does not match this pattern, or a local file or folder is called org/name; `datasets` would
+            read it instead of the dataset on the hub.
     """
     repo, _, split = name.removeprefix("hf:").partition("@")
     repo, _, config = repo.partition(":")
@@ -282,10 +283,10 @@ def hub(repo: str, config: str, split: str, **options: Any) -> Any:
 
 
 def names(keys: Iterable[object]) -> str:
-    """Returns up to 20 keys or column names as a comma-separated list, and the number of further names.
+    """Returns text for an error message: up to 20 keys or column names, separated by commas, and the number of others.
 
-    A name is quoted if it is empty, starts or ends with whitespace, or contains a comma or an unprintable character. A
-    single name with semicolons or tabs is probably the header of a file with another separator than the comma.
+    A name is quoted if it is empty, starts or ends with whitespace, or contains a comma or an unprintable character. If
+    the only name contains a semicolon or a tab, the text asks whether this character is the separator of the file.
     """
     keys = list(keys)
     if len(keys) == 1 and (separator := next((c for c in ";\t" if c in str(keys[0])), "")):

@@ -7,9 +7,9 @@
 A table consists of blocks of sorted (key, value) pairs, an index block with the locations of these blocks, and a footer
 of 48 bytes with the location of the index block. In a block, keys are prefix-compressed: a key is stored as the length
 of the prefix that it shares with the previous key, and the key's remaining bytes. Each block is followed by a
-compression byte and a checksum. The values in the table are protocol buffers. Every length is checked, and every block
-and tensor is compared with its checksum. Only one tensor is in memory at a time. The data is read, not memory-mapped,
-because this process would be killed if another process truncated a mapped file.
+compression byte and a checksum. The values of the index file are protocol buffers. Every length is checked, and every
+block and tensor is compared with its checksum. Only one tensor is in memory at a time. The data is read, not
+memory-mapped, because this process would be killed if another process truncated a mapped file.
 
 Source: table_format.txt of LevelDB; tensor_bundle.proto of TensorFlow; RFC 3720, appendix B.4, for the checksum.
 """
@@ -87,7 +87,7 @@ def open_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
     """Read and validate the index of the checkpoint that the file `checkpoint` names; the tensors stay on disk.
 
     Raises:
-        UserError: a file is missing, damaged or invalid; the message lists the problems of all tensors.
+        UserError: a file is missing, damaged or invalid; the message lists up to 20 invalid tensors.
     """
     folder = Path(folder)
     state = folder / "checkpoint"
@@ -259,8 +259,8 @@ def _fields(message: bytes, kinds: Mapping[int, type]) -> dict[int, Any]:
 def _messages(message: bytes, kinds: Mapping[int, type]) -> Iterator[tuple[int, Any]]:
     """Yield (field number, value) for each field of a protocol buffer.
 
-    `kinds` maps a field number to its wire type: int is a varint, float is 4 bytes (the value is returned as an
-    integer), and bytes is length-delimited.
+    `kinds` maps a field number to a Python type that stands for the wire type of the field: `int` for a varint, `bytes`
+    for a length-delimited field, and `float` for a 4-byte field, whose bytes are returned as an int.
     """
     pos = 0
     while pos < len(message):
@@ -309,9 +309,9 @@ _SHORT = 1000  # up to this number of bytes, computing the CRC byte by byte is f
 
 
 def crc32c(data: bytes, crc: int = 0) -> int:
-    """Returns the CRC-32C (Castagnoli) of a message that ends with `data`.
+    """Returns the CRC-32C (Castagnoli) of `data`.
 
-    `crc` is the CRC of the part of the message before `data`, or 0 if there is no such part.
+    For a message that is read in parts, `crc` is the CRC-32C of all parts before `data`; the result covers them too.
     """
     octets = np.frombuffer(data, np.uint8)
     whole = len(octets) - len(octets) % 4 if len(octets) > _SHORT else 0
@@ -340,7 +340,7 @@ def _checksum(file: BinaryIO, entry: Entry) -> int:
 
 
 def masked(crc: int) -> int:
-    """Returns the form in which LevelDB and TensorFlow store a checksum: rotated by 15 bits, plus a constant."""
+    """Returns the masked CRC, which LevelDB and TensorFlow store: rotated right by 15 bits, plus a constant."""
     return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
 
 
@@ -353,9 +353,9 @@ def _apply(table: np.ndarray, words: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def _tables() -> tuple[list[int], list[np.ndarray]]:
-    """Returns the CRC lookup table for single bytes [256], and a list of lookup tables [4, 256], as explained above.
+    """Returns the CRC lookup table for single bytes [256], and a list of lookup tables [4, 256].
 
-    Table k of the list computes A_k, which advances a CRC state by 2^k zero words.
+    Table k of the list computes A_k (see the comment above `_CHUNK`), which advances a CRC state by 2^k zero words.
     """
     byte = np.arange(256, dtype=np.uint32)
     crc: np.ndarray = byte

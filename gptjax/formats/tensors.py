@@ -30,7 +30,7 @@ class Stored(ABC):
         """Read one tensor in its stored dtype. The file is read, not memory-mapped.
 
         Raises:
-            UserError: the tensor's bytes cannot be read, or do not match the header.
+            UserError: the tensor's bytes cannot be read, or the file was changed or damaged.
         """
         entry = self.entries[name]
         return self._read(name, entry.shape, entry.offset)

@@ -77,12 +77,14 @@ def generate(
         sampler: function that takes logits [B, V] and a key, and returns tokens [B]; either from
             `gptjax.generation.sampling` or your own.
         until: function that takes the list of a row's new tokens so far, and returns True to end the row there; see
-            `stop_strings`. Every 8 decoding steps, the function is called on the host once for each of the 8 tokens.
+            `stop_strings`. After every 8 decoding steps, the function is called on the host once per new token of each
+            row that has not ended.
         vocab_size: size of the tokenizer's vocabulary; ids >= vocab_size (padding rows of the embedding) are not drawn.
             If `vocab_size` is None, every id of the model may be drawn.
         cache_dtype: dtype of the KV cache: float32, bfloat16 or int8, or None for the dtype that keys and values are
             computed in (see `init_cache`).
-        patches: activation patches as in `extend`, applied at the prompt and at every new token.
+        patches: activation patches, applied to the tokens of the prompt and to every new token. Maps paths of
+            activations to their patches, as in `gptjax.model.gpt.backbone`.
 
     Returns:
         The new tokens of each prompt, without the stop token.
@@ -117,8 +119,8 @@ def complete(
 
     Args:
         n: number of samples per prompt. Each prompt is prefilled once; its n samples are adjacent in the result.
-        logprobs: number k of most likely tokens. The log-probabilities of the drawn token and of the k most likely
-            tokens at its position are returned. None: no log-probabilities are returned.
+        logprobs: number k of most likely tokens to return at each position, with their log-probabilities, in addition
+            to the log-probability of the drawn token. None: no log-probabilities are returned.
 
     The other arguments are the same as those of `generate`.
     """
@@ -240,7 +242,7 @@ class _State(NamedTuple):
 
 
 class _Settings(NamedTuple):
-    """Static arguments of `_start` and `_decode_loop`, which are recompiled when the arguments change."""
+    """Static arguments of the jitted functions `_start` and `_decode_loop`: new values compile the functions again."""
 
     cfg: ModelConfig
     sampler: Sampler
@@ -268,7 +270,8 @@ class _Run:
         tokens, self.start = right_padded(prompts, cfg)
         self.start = np.repeat(self.start, n)
         max_new = bucket(max_new_tokens)
-        # rounded up to a power of two, so that the decoding loop, which is slow to compile, is compiled for few widths
+        # the width is rounded up to a power of two, so that the decoding loop is compiled for few widths; it compiles
+        # slowly
         width = 1 << (tokens.shape[1] + max_new - 1).bit_length()
         top = None if logprobs is None else min(logprobs, drawable)
         self.settings = _Settings(
@@ -329,10 +332,10 @@ class _Run:
 
 
 def has_room(params: Params) -> bool:
-    """Returns True if a second copy of the parameters, in the layout of `for_decoding`, fits in device memory.
+    """Returns True if device memory has room for a second copy of the parameters, which `for_decoding` makes.
 
-    On a GPU a copy of up to 1 GiB is assumed to fit, and a larger copy may take up to 70 % of the free memory. On other
-    devices the result is True.
+    On a GPU, a copy of up to 1 GiB is assumed to fit; a larger copy fits if it takes at most 70 % of the free memory.
+    On other devices the result is True.
     """
     if device.platform() != "gpu":
         return True
@@ -384,7 +387,8 @@ def _decode_loop(
 ) -> _State:  # fmt: skip
     """Decodes until `upto` steps are done or all rows have ended.
 
-    `decode_params` are the parameters in the layout of `for_decoding`, or the same as `params` if memory is short.
+    Decoding steps read `decode_params`, the result of `for_decoding`, or the original parameters if memory is short
+    (see `has_room`). `params` are used to refill the cache of a row whose context is full.
     """
 
     def body(state: _State) -> _State:
@@ -429,8 +433,8 @@ def _next_logits(
         step_logits, step_cache = decode_step()
 
         def select(refilled: jax.Array, stepped: jax.Array) -> jax.Array:
-            # Number of axes after the batch axis B, over which `full` [B] is broadcast. B is the second axis of arrays
-            # with five axes, because they are stacked over layers, [L, B, ..], and the first axis of other arrays.
+            # `ndim` is the number of axes after the batch axis B. `full` [B] is broadcast over these axes. Arrays with
+            # five axes are stacked over layers, [L, B, ..]; in other arrays B is the first axis.
             ndim = 3 if refilled.ndim == 5 else refilled.ndim - 1
             return jnp.where(full.reshape(-1, *[1] * ndim), refilled, stepped)
 
@@ -442,7 +446,7 @@ def _next_logits(
 
 
 def _draw(state: _State, logits: jax.Array, key: jax.Array, stop: jax.Array, settings: _Settings) -> _State:
-    """Draws a token for each row and appends it to the rows that are not done."""
+    """Draws a token for each row, and appends it to the row unless the row has ended or the token is a stop token."""
     rows = jnp.arange(len(logits))
     history = (state.seen,) if state.seen is not None else ()
     allowed = logits[:, : settings.drawable]

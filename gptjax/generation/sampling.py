@@ -3,9 +3,11 @@
     sampler = chain(temperature(0.8), top_k(50), top_p(0.95))
     sampler = chain(repetition_penalty(1.2), pick=greedy)
 
-Calls with the same arguments return the same sampler or filter object, so that a compiled decoding loop is reused. A
-filter that depends on earlier tokens has an attribute `history` that is True, and so has a chain that contains such a
-filter. Both take one more argument: an array [B, V] bool that tells which tokens each row already contains.
+Calls with the same arguments return the same sampler or filter object, so that a compiled decoding loop is reused.
+
+A filter that depends on earlier tokens, such as `repetition_penalty`, has an attribute `history` that is True. Its last
+argument is `seen` [B, V] bool, which is True where the row already contains the token. The same holds for a chain that
+contains such a filter.
 """
 
 from __future__ import annotations

@@ -57,14 +57,14 @@ def speculate(
     (see `prompt_lookup`).
 
     A proposal x is accepted with probability min(1, p(x) / q(x)), where p is the target model's distribution and q that
-    of the draft model. At the first rejection a token is drawn from max(p - q, 0), normalised. Every token therefore
-    has the same distribution as in `generate`, at any temperature, and `greedy` gives the same tokens. Each row
-    advances by its own number of accepted tokens.
+    of the draft model. At the first rejection a token is drawn from max(p - q, 0), normalised; if no proposal is
+    rejected, a token is drawn from p. Every token therefore has the same distribution as in `generate`, at any
+    temperature, and `greedy` gives the same tokens. In each round, a row gains its accepted proposals and one token.
     Sources: arXiv:2211.17192, algorithm 1; prompt lookup as in transformers and vLLM.
 
     Args:
         ahead: number of tokens proposed per round.
-        ngram: number of tokens of the longest n-gram that prompt lookup matches.
+        ngram: maximum number of tokens of the n-grams that prompt lookup matches.
         sampler: `greedy`, `draw` or a `chain` of filters that depend on the logits only.
         key: random key, required by every sampler except `greedy`.
         cache_dtype: dtype of the KV caches, as in `generate`.
@@ -126,7 +126,7 @@ def speculate(
 
 
 class _Settings(NamedTuple):
-    """Static arguments of `_speculate`, which is recompiled when the arguments change."""
+    """Static arguments of the jitted function `_speculate`: new values compile the function again."""
 
     cfg: ModelConfig
     draft_cfg: ModelConfig | None
@@ -155,7 +155,7 @@ def _speculate(
     params: Params, draft: Params | None, prompt: jax.Array, lengths: jax.Array, stop: jax.Array, limit: jax.Array,
     key: jax.Array, settings: _Settings,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:  # fmt: skip
-    """Decodes the prompts; returns `end`, `tokens`, `rounds` and `accepted` of the last `_State`."""
+    """Decodes the prompts, and returns the fields `end`, `tokens`, `rounds` and `accepted` of the final `_State`."""
     cfg, draft_cfg, sampler, slots, max_new, ahead, ngram, drawable, dtype = settings
     B = len(prompt)
     rows, positions = jnp.arange(B), jnp.arange(ahead + 1)
@@ -173,9 +173,10 @@ def _speculate(
     done = (first[:, None] == stop).any(-1)
 
     def proposals(state: _State, key: jax.Array) -> tuple[jax.Array, jax.Array | None, Cache | None]:
-        """Returns each row's last token and proposals, [B, ahead + 1], and the draft's distributions and new cache.
+        """Returns (tokens, q, cache): each row's last token and its proposals, [B, ahead + 1], for the target model.
 
-        The distributions from which the proposals are drawn have shape [B, ahead, V], or are None for prompt lookup.
+        q [B, ahead, drawable] are the distributions from which the draft model drew the proposals, and `cache` is its
+        new cache. Both are None for prompt lookup.
         """
         token = jnp.take_along_axis(state.tokens, state.end[:, None] - 1, 1)
         if draft is None or draft_cfg is None:
@@ -195,7 +196,7 @@ def _speculate(
         keys = jax.random.split(jax.random.fold_in(key, state.rounds + 1), 3)
         proposed, q, draft_cache = proposals(state, keys[0])
         logits, cache = extend(params, proposed, cfg, state.cache)
-        p = to_probs(logits[..., :drawable])  # [B, ahead + 1, V]: distribution of the token after each position
+        p = to_probs(logits[..., :drawable])  # [B, ahead + 1, drawable]: distribution after each input token
         ids = proposed[:, 1:, None]
         q_ids = 1.0 if q is None else jnp.take_along_axis(q, ids, 2)[..., 0]
         accept = jax.random.uniform(keys[1], (B, ahead)) * q_ids < jnp.take_along_axis(p[:, :-1], ids, 2)[..., 0]
@@ -232,18 +233,18 @@ def _speculate(
 def prompt_lookup(tokens: jax.Array, end: jax.Array, ahead: int, ngram: int) -> jax.Array:
     """Proposes the next tokens of each row by prompt lookup, and returns them as [B, ahead].
 
-    `tokens` [B, W] are the rows, and `end` [B] are the numbers of tokens in each of them. The last `ngram` tokens of a
-    row, or as many of them as possible, are searched for in the row. The tokens that follow the latest of the longest
-    matches are proposed, repeated cyclically if they are fewer than `ahead`. If not even the last token occurs earlier
-    in the row, it is proposed repeatedly.
+    `tokens` [B, W] are the rows, padded on the right, and `end` [B] are their lengths in tokens. A match is an earlier
+    occurrence of the last n tokens of a row, with n <= `ngram`. The tokens that follow the match with the largest n are
+    proposed; if there are several such matches, the last of them counts. Fewer than `ahead` tokens are repeated
+    cyclically. If there is no match, the last token of the row is proposed `ahead` times.
     """
     W = tokens.shape[1]
-    starts = jnp.arange(W)  # positions of tokens that may follow a match
+    starts = jnp.arange(W)  # every position, as a candidate for the first token after a match
     match = jnp.ones(tokens.shape, bool)
     match_length = jnp.zeros(tokens.shape, jnp.int32)
     for offset in range(1, ngram + 1):
         last = jnp.take_along_axis(tokens, jnp.maximum(end[:, None] - offset, 0), 1)
-        before = jnp.roll(tokens, offset, 1)  # the token that is `offset` positions before each position in `starts`
+        before = jnp.roll(tokens, offset, 1)  # the token `offset` positions before each start
         match &= (before == last) & (starts >= offset)
         match_length += match
     score = jnp.where((starts < end[:, None]) & (match_length > 0), match_length * W + starts, -1)

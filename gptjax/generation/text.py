@@ -76,7 +76,7 @@ def text_chunks(
             getattr(tokens, "close", lambda: None)()
             break
         partial = (n for string in strings for n in range(1, len(string)) if text.endswith(string[:n]))
-        ready = text[: len(text) - max(partial, default=0)]  # without an ending that may begin a stop string
+        ready = text[: len(text) - max(partial, default=0)]  # up to what may be the beginning of a stop string
         if len(ready) > len(shown):
             yield ready[len(shown) :]
             shown = ready

@@ -168,8 +168,8 @@ def to_lora(adapter: Adapter, start: Adapter) -> Adapter:
 def attach(params: Params, adapter: Adapter, cfg: LoraConfig, *, scales: jax.Array | None = None) -> Params:
     """Replaces every adapted weight with a `LoraWeight`. Pass the returned params to `forward` or to any loss.
 
-    Leaves of the adapter other than low-rank factors, such as a new head ({"cls_head": {"kernel": ..}}), are put into
-    the params unchanged.
+    The adapter may also hold complete weights, such as those of a new head ({"cls_head": {"kernel": ..}}). They are put
+    into the returned params as they are.
 
     Args:
         scales: the scale of the adapter, which replaces `cfg.scale`. It is a scalar array, or for an adapter that
@@ -271,11 +271,11 @@ def rows(adapters: Sequence[Adapter], ids: Sequence[int] | jax.Array) -> Adapter
 def concatenate(adapters: Sequence[Adapter], weights: Sequence[float] | None = None) -> Adapter:
     """Returns the exact weighted sum of adapters, computed by concatenating their factors along the rank axis.
 
-    The config of the input adapters is also that of the weighted sum: pass it to `attach`. The adapters' targets may
-    differ, because an adapter does not change a weight for which it has no factors.
+    To attach the weighted sum, pass the config of the input adapters to `attach`. The adapters must have the same
+    scale. Their targets may differ, because an adapter does not change a weight for which it has no factors.
 
     Raises:
-        UserError: an adapter has DoRA magnitude vectors or whole weights, such as a new head, which cannot be added.
+        UserError: an adapter has DoRA magnitude vectors or complete weights, such as a new head; they cannot be added.
     """
     weights = [1.0] * len(adapters) if weights is None else weights
     factors: dict[str, list[tuple[jax.Array, jax.Array]]] = {}

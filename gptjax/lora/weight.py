@@ -19,13 +19,15 @@ class LoraWeight:
 
     With DoRA, the columns of this sum are rescaled to the norms in `m`.
 
-    w      [.., in, out]  frozen weight: any leaf that `ops.linear` supports, quantised or not
+    w      [.., in, out]  frozen weight of any type that `ops.linear` supports, quantised or not
     a      [.., in, R]    float32; with one adapter per row of the batch: [.., B, in, R]
     b      [.., R, out]   float32; with one adapter per row of the batch: [.., B, R, out]
     scale  [..]           float32; with one adapter per row of the batch: [.., B]
     m      [.., 1, out]   magnitude vector of DoRA, or None
     key    [..]           PRNG key of the dropout, or None for no dropout
     rate   [..]           dropout rate on the input of `a`, or None for no dropout
+
+    R is the rank, and .. is the layer axis of a stacked weight, or nothing. B is the number of rows of the batch.
 
     Only a, b and m receive gradients. Sources: arXiv:2106.09685, eq. 3; DoRA: arXiv:2402.09353, eq. 5 and 11.
     """
@@ -76,9 +78,10 @@ def _(leaf: LoraWeight) -> jax.Array:
 def _(leaf: LoraWeight, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns two plain arrays whose product is the output of the adapted weight for the input x.
 
-    Without dropout the arrays are x and the materialised weight. Dropout is applied to the input of `a` but not to the
-    input of `w`. With dropout the first array is therefore x concatenated with dropout(x) a along the last axis, and
-    the second is w concatenated with scale b along the first axis; DoRA rescales the columns of the second array.
+    Without dropout the two arrays are x and the materialised weight. Dropout is applied to the input of `a` but not to
+    the input of `w`. With dropout the first array therefore consists of x and dropout(x) @ a, concatenated along the
+    last axis, and the second of w and scale * b, concatenated along the first axis. DoRA rescales the columns of the
+    second array.
     """
     if leaf.rate is None or leaf.key is None:
         return x, dense(leaf)

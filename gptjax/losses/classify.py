@@ -68,7 +68,7 @@ def class_logits(
         share = mask.astype(jnp.float32) / count.astype(jnp.float32)
         pooled = jnp.einsum(
             "bnt,btd->bnd", share, hidden.astype(jnp.float32), precision="highest"
-        )  # the mean hidden state of each text, computed in full float32 precision
+        )  # the mean hidden state of each text; GPUs and TPUs do not round the operands
     else:
         last = tokens.shape[1] - 1 - mask[..., ::-1].argmax(-1)
         index = last if pooling == "last" else mask.argmax(-1)

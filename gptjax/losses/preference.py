@@ -24,8 +24,8 @@ NEEDS_REFERENCE = ("dpo", "ipo", "kto")
 class Answers(NamedTuple):
     """The inputs of a preference loss for B rows of P pairs, [B, P, 2] float32; the last axis is (chosen, rejected).
 
-    now        log-probability of each answer under the policy, summed over its tokens, including the end token
-    before     the same log-probabilities under the reference model, the policy before training
+    now        log p, the log-probability of each answer under the policy, summed over its tokens and the end token
+    before     log p_reference, the same log-probability under the reference model, the policy before training
     length     number of tokens of each answer, including the end token
     present    [B, P], 1 where there is a pair, 0 for padding
     """
@@ -62,7 +62,8 @@ def ipo(x: Answers, beta: float, margin: float) -> LossAndRewards:
 def orpo(x: Answers, beta: float, margin: float) -> LossAndRewards:
     """Computes the ORPO loss: the chosen answer's mean cross-entropy, minus beta log sigmoid(log odds ratio).
 
-    The odds ratio is that of the chosen to the rejected answer.
+    The odds ratio is the odds of the chosen answer divided by the odds of the rejected answer. The odds of an answer
+    are p / (1 - p), where p is the geometric mean of its tokens' probabilities.
 
     Source: arXiv:2403.07691.
     """
@@ -74,7 +75,8 @@ def orpo(x: Answers, beta: float, margin: float) -> LossAndRewards:
 def kto(x: Answers, beta: float, margin: float) -> LossAndRewards:
     """Computes the KTO loss: the sum of a term for the chosen and a term for the rejected answer.
 
-    Each term compares log(p / p_reference) of the answer with a KL reference point.
+    With h = log(p / p_reference) of the answer and a KL reference point z, the term of a chosen answer is
+    1 - sigmoid(beta (h - z)), and the term of a rejected answer is 1 - sigmoid(beta (z - h)).
 
     The reference point of the chosen answers is the mean log(p / p_reference) of the rejected answers in the batch, or
     0 if this mean is negative. In the same way, the reference point of the rejected answers is computed from the chosen
@@ -120,14 +122,14 @@ def answer_log_probs(
     is the frozen model: to compute its log-probabilities, pass the params without the adapter.
 
     Args:
-        batch: the `PairBatch`, of which tokens, targets, weights and segment_ids [B, T], and present [B, P], are used.
+        batch: the `PairBatch`, whose arrays tokens, targets, weights, segment_ids [B, T] and present [B, P] are used.
             Segment 2 p + 1 is the chosen answer of pair p, and segment 2 p + 2 the rejected answer.
     """
     log_probs = token_log_probs(params, batch, cfg, key)
     n = 2 * batch.present.shape[1]
     mask = batch.segment_ids[:, None] == jnp.arange(1, n + 1)[:, None]  # mask of each answer's tokens, [B, 2 P, T]
     counts = jnp.where(mask, batch.weights[:, None], 0.0)
-    sums = jnp.einsum("bst,bt->bs", counts, log_probs, precision="highest")  # full float32 precision
+    sums = jnp.einsum("bst,bt->bs", counts, log_probs, precision="highest")  # GPUs and TPUs do not round the operands
     lengths = counts.sum(-1)
     return sums.reshape(-1, n // 2, 2), lengths.reshape(-1, n // 2, 2)
 

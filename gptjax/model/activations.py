@@ -4,7 +4,7 @@
     blocks/*/resid_pre     [B, T, D]     the residual stream before the block
     blocks/*/ln_1/out      [B, T, D]     the input of attention
     blocks/*/attn/q        [B, T, N, H]  queries after QK norm and RoPE
-    blocks/*/attn/k, v     [B, T, K, H]  keys (after QK norm and RoPE) and values, as cached
+    blocks/*/attn/k, v     [B, T, K, H]  keys after QK norm and RoPE, and values
     blocks/*/attn/weights  [B, N, T, S]  attention weights; S is T, or the number of cache slots
     blocks/*/attn/heads    [B, T, N, H]  each head's output, before the output projection
     blocks/*/attn/out      [B, T, D]     the output of attention, which is added to the residual stream
@@ -15,14 +15,17 @@
     blocks/*/resid         [B, T, D]     the residual stream after the block
     ln_f/out               [B, T, D]     the input of the head
 
-The path `blocks/*/resid` stands for the activations of all layers, stacked as [L, B, T, D]; `blocks/3/resid` stands for
-the activation of layer 3, [B, T, D]. A pattern of paths is a glob as in `gptjax.tree`. A pattern that matches every
-layer (`blocks/*/attn/*`, `*/resid`) selects stacked activations of all layers; any other pattern (`blocks/[0-2]/resid`)
-selects activations of single layers.
+There are B rows of T tokens, D channels of the residual stream, N query heads and K key heads with H channels each, F
+hidden units and L layers.
 
-Attention weights are selected only by a pattern that ends in "weights". Fused attention kernels do not materialise the
-attention weights, so reading them costs a separate computation, which a pattern such as `blocks/*/attn/*` does not
-start. If attention weights are patched, the output of attention is computed from the patched weights.
+The path `blocks/*/resid` stands for the activations of all layers, stacked as [L, B, T, D]; `blocks/3/resid` stands for
+the activation of layer 3, [B, T, D]. A pattern of paths is a glob, in which "*" also matches "/", or several globs
+joined by "|". A glob that matches every layer (`blocks/*/attn/*`, `*/resid`) selects stacked activations of all layers;
+any other glob (`blocks/[0-2]/resid`) selects activations of single layers.
+
+Attention weights are selected only by a glob that ends in "weights", so not by `blocks/*/attn/*`. Fused attention
+kernels do not materialise the attention weights, so reading them costs a separate computation. If attention weights are
+patched, the output of attention is computed from the patched weights.
 
 Stacked and unstacked parameters give the same activations. A model with norm_position=post has no activations
 ln_1/out and ln_2/out.
@@ -203,7 +206,7 @@ def layer_patches(placed: Placed) -> dict[str, dict[int, tuple[Patch, ...]]]:
 
 
 def block_taps(taps: Iterable[str]) -> list[tuple[str, tuple[str, str]]]:
-    """Returns each tap inside the blocks as a pair: its path, and the layer and site into which `split` splits it."""
+    """Returns a pair (path, (layer, site)) for each tap inside the blocks, where (layer, site) = split(path)."""
     return [(path, split(path)) for path in taps if split(path)[0]]
 
 
@@ -214,7 +217,7 @@ def sites(taps: Iterable[str], layer: int | None = None) -> tuple[str, ...]:
 
 
 class Reader:
-    """Callable that blocks apply to each activation, as in x = tap("attn/out", x).
+    """Callable that the model applies to each activation, as in x = tap("attn/out", x).
 
     The call applies the patches of the site, "attn/out", and records the activation in `seen` if the site is tapped;
     without taps and patches, the call returns x unchanged. A new `Reader` is made each time that a block is traced.

@@ -16,7 +16,7 @@ _ROWS = 16  # batches of up to this many rows are written row by row, in place; 
 class Cache(struct.PyTreeNode):
     """KV cache of all layers. The token at position p of a row is stored in slot p; slots from `length` on are empty.
 
-    k, v    [L, B, K, S, H] in float32, bfloat16 or int8
+    k, v    [L, B, K, S, H] in float32, bfloat16 or int8, for K key heads, S slots and H channels per head
     scales  None, or with int8 the scales of keys and values, [L, B, K, S, 1] float32 each
     length  [B] int32, number of tokens in each row; reduce it to drop the row's last tokens
     x       [B, S, D] the token embeddings, in the activations' dtype, or None without cfg.smear, which adds to each

@@ -31,10 +31,10 @@ from gptjax.types import Params
 def init_params(key: jax.Array, cfg: ModelConfig) -> Params:
     """Draws the initial parameters: a nested dict of float32 arrays; the arrays of the blocks are stacked [L, ..].
 
-    init=gpt2 follows GPT-2's code: kernels are drawn from N(0, 0.02), kernels of output projections from
-    N(0, 0.02 / sqrt(2L)), embeddings from N(0, embed_std), and biases are 0. init=torch uses PyTorch's defaults:
-    embeddings are drawn from N(0, 1), and linear layers from U(+-1/sqrt(in)), so that the expected initial loss of
-    GPT-2 with an untied head is ln V + 1/6.
+    init=gpt2 follows Hugging Face's GPT-2: matrices are drawn from normal distributions with mean 0 and standard
+    deviation 0.02 (output projections: 0.02 / sqrt(2L), token embeddings: embed_std), and biases are 0. init=torch uses
+    PyTorch's defaults: embeddings are drawn from N(0, 1), and linear layers from U(+-1/sqrt(in)), so that the expected
+    initial loss of GPT-2 with an untied head is ln V + 1/6.
     """
     return _init(key, dataclasses.replace(cfg, unroll=False))
 
@@ -68,8 +68,7 @@ def backbone(
     """Computes the last hidden state [B, T, D], after the final norm, of token ids [B, T].
 
     Args:
-        positions: position of each token, [B, T] or [T] int32, or None for 0..T-1, starting again at 0 in every
-            document.
+        positions: position of each token, [B, T] or [T] int32. None: positions are counted from 0 within each document.
         segment_ids: document of each token, [B, T] int32; a token attends only to tokens of its own document. Padding
             counts as one more document.
         subtree_end: [B, T] int32, for documents that are token trees: index in the row from which on each token is no
@@ -111,8 +110,8 @@ def _check(tokens: Any, cfg: ModelConfig, positions: Any) -> None:
 def head_factors(params: Params, hidden: jax.Array, cfg: ModelConfig) -> tuple[jax.Array, jax.Array]:
     """Returns two plain arrays, hidden' [.., D'] and kernel' [D', V], whose product is the logits of hidden [.., D].
 
-    D' is D, or larger if the head has an adapter with dropout. An adapter of a tied embedding table has no dropout, as
-    in PEFT.
+    The logits are those before the softcap. D' is D, or larger if the head has an adapter with dropout. An adapter of a
+    tied embedding table has no dropout, as in PEFT.
     """
     if cfg.tie_embeddings:
         return hidden, dense(params["wte"]["embedding"]).T
@@ -346,16 +345,17 @@ def for_decoding(params: Params, cfg: ModelConfig) -> Params:
 
     All functions of this module accept the decoding layout, but parameters in this layout must not be saved. The layers
     are unstacked, because slicing a layer's weights out of the stacked arrays takes as long as the matrix products with
-    these weights. The kernels of q, k and v are concatenated as `qkv`, and the kernels of up and gate as `up_gate`, if
-    they are of the same type. The kernels of unstacked layers are stored transposed, so that each column is contiguous.
+    these weights. The matrices of q, k and v are concatenated as `qkv`, and the matrices of up and gate as `up_gate`,
+    unless the matrices differ in type. The matrices of unstacked layers are stored transposed, so that each column is
+    contiguous, if their type supports this layout.
 
-    On a CPU the stacked layers are kept as well, because prefill of a long prompt is faster with stacked layers.
+    On a CPU the stacked layers are kept as well: prefill of a short prompt uses them, because it then compiles faster.
 
     On a GPU the stacked layers are not kept; if memory is short, delete `params` after this call. A model of more than
-    48 layers is not unstacked on a GPU. Matrices are cast to bfloat16 on a GPU if cfg.dtype is bfloat16, because they
-    are multiplied in that dtype, and the vocabulary axis of the head is padded to a multiple of 128.
+    48 layers is not unstacked on a GPU. If cfg.dtype is bfloat16, matrices are cast to bfloat16 on a GPU, because they
+    are multiplied in that dtype. On a GPU, the vocabulary axis of the head is also padded to a multiple of 128.
 
-    On a TPU and with several devices the parameters are returned unchanged.
+    The parameters are returned unchanged on a TPU, on several devices, and if their layers are already unstacked.
     """
     known = (leaf for leaf in jax.tree.leaves(params) if not isinstance(leaf, np.ndarray | jax.core.Tracer))
     sharded = device.mesh() is not None or any(len(leaf.devices()) > 1 for leaf in known)

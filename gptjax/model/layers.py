@@ -23,8 +23,9 @@ from gptjax.ops.linear import Gathered, linear, take
 from gptjax.ops.norm import layer_norm, rms_norm
 from gptjax.ops.scale import scaled
 
-BLOCK_INPUT = "block"  # checkpoint name of a block's input, for rematerialisation policies
-PRODUCT = "product"  # checkpoint name of every linear layer's output, in the activations' dtype
+# names that `jax.ad_checkpoint.checkpoint_name` gives to arrays, so that a rematerialisation policy can select them
+BLOCK_INPUT = "block"  # the input of each block
+PRODUCT = "product"  # the output of each linear layer, in the activations' dtype
 _GPU_LAYERS = 12  # largest number of layers that one iteration of the scan over layers runs on a GPU
 TOKENS = (device.ROWS, device.CONTEXT, None)  # partition spec of activations [B, T, D]
 
@@ -43,8 +44,8 @@ class Residual(NamedTuple):
     """Carry of the scan over layers: the residual stream, and other state that passes from block to block."""
 
     x: jax.Array  # [B, T, D] the residual stream
-    x0: jax.Array | None  # [B, T, D] the embeddings, or None without cfg.x0_lambdas
-    v0: jax.Array | None  # [B, T, K, H] the first layer's values, or None without cfg.value_residual
+    x0: jax.Array | None  # [B, T, D] the input of the first block, or None without cfg.x0_lambdas
+    v0: jax.Array | None  # [B, T, K, H] the first layer's attention values, or None without cfg.value_residual
     cache: Cache | None
     layer: jax.Array  # int32, index of the next block
 
@@ -114,7 +115,8 @@ class Attention(nn.Module):
     def __call__(
         self, x: jax.Array, stream: Residual, shared: SharedInputs, key: jax.Array | None, tap: Reader
     ) -> tuple[jax.Array, jax.Array | None, Cache | None]:
-        """Returns the output [B, T, D] to add to the residual stream, the first layer's values, and the KV cache."""
+        """Returns the output [B, T, D] to add to the residual stream, the first layer's attention values, and the KV
+        cache."""
         cfg = self.cfg
         B, T, _ = x.shape
         H, K = cfg.head_dim, cfg.n_kv_head
@@ -172,7 +174,8 @@ class Attention(nn.Module):
         return dropout(y, cfg.dropout, None if drop_keys is None else drop_keys[1]), v0, cache
 
     def _qk_norm(self, q: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Applies RMS norm to queries and keys over the last axis: the channels of one head, or of all heads."""
+        """Applies RMS norm to queries and keys over the last axis: the channels of each head, or with qk_norm_over=all
+        those of all heads."""
         cfg = self.cfg
         if not cfg.qk_norm:
             return q, k
@@ -402,11 +405,16 @@ def _rope_table(cfg: ModelConfig, positions: jax.Array) -> tuple[jax.Array, jax.
 def layers_per_iteration(cfg: ModelConfig) -> int:
     """Returns the number of blocks per iteration of the scan over layers (its `unroll`), a divisor of cfg.n_layer.
 
-    On a CPU, unrolling the scan makes small models at least 10 % faster; models of GPT-2's size or larger become no
-    faster and take longer to compile, and each layer's weights are copied out of the stacked arrays. On a GPU, an
-    iteration runs up to 12 blocks. A training step of GPT-2 124M took 36.3 ms with all 12 blocks unrolled and 42.5 ms
-    with one block per iteration, and compiling the unrolled blocks took 9 s longer (H200, bfloat16, 16 x 1,024 tokens).
-    On a TPU, an iteration runs one block.
+    An iteration runs all blocks if `cfg.unroll` is True, and one block if it is False. If `cfg.unroll` is None, the
+    number depends on the device.
+
+    On a CPU, an iteration runs all blocks if these have fewer than about 20 million weights, and otherwise one block.
+    Unrolling makes such small models at least 10 % faster. Models of GPT-2's size or larger become no faster: unrolling
+    lengthens their compilation, and copies each layer's weights out of the stacked arrays.
+
+    On a GPU, an iteration runs up to 12 blocks. A training step of GPT-2 124M took 36.3 ms with all 12 blocks unrolled
+    and 42.5 ms with one block per iteration, and compiling the unrolled blocks took 9 s longer (H200, bfloat16,
+    16 x 1,024 tokens). On a TPU, an iteration runs one block.
     """
     if cfg.unroll is not None:
         return cfg.n_layer if cfg.unroll else 1

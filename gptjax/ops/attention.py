@@ -155,12 +155,12 @@ def _bias(
     """Returns the additive mask of queries `first:end` over the first `n_key` keys: 0 where visible, -1e30 elsewhere.
 
     For T queries and S keys the shape of the mask is [1 or B, 1, 1, T, S]. With ALiBi the mask includes ALiBi's biases,
-    which differ between heads, and its shape is [1 or B, K, G, T, S].
+    which differ between heads. The shape is then [1 or B, K, G, T, S], for K key heads with G query heads each.
 
     Args:
         beyond: number larger than any distance between a query and a key. If `window` is a traced 0, meaning no window,
             `beyond` replaces it as the window size.
-        heads: (K, G), the number of key heads and the number of query heads per key head.
+        heads: the pair (K, G).
     """
     distance = jnp.arange(first, end)[:, None] + jnp.reshape(offset, (-1, 1, 1, 1, 1)) - jnp.arange(n_key)
     mask = distance >= 0
@@ -199,8 +199,8 @@ def _attend_backward(residual, g):
     """Computes the gradients of q, k and v from the saved attention weights p, without transposing a [T, S] array.
 
     The gradient of the scores is p (d_p - sum_s p d_p), where d_p is the gradient of p. The sum equals the dot product
-    of the output and its gradient g (arXiv:2205.14135, appendix B). It is not computed in this way, because the output
-    would then have to be saved for the backward pass as well.
+    of the output and its gradient g (arXiv:2205.14135, appendix B). The dot product is not used here, because the
+    output would then have to be saved for the backward pass as well.
     """
     q, k, v, keep, p, dropout = residual
     d_p = _dropped(_dot(_rows(g), _transposed(v)).reshape(p.shape), keep, dropout)

@@ -106,23 +106,24 @@ def constrain(x: jax.Array, *spec: Any) -> jax.Array:
     return x if current_mesh is None else jax.lax.with_sharding_constraint(x, fit(spec, x.shape, current_mesh))
 
 
-ProductAxes = tuple[str | None, ...] | None  # mesh axes that shard a kernel [in, out] during its matrix product
+ProductAxes = tuple[str | None, ...] | None  # mesh axes that shard a weight [in, out] during its matrix product
 _product_axes: Callable[[str], ProductAxes] | None = None
 
 
 def product_axes_by(rule: Callable[[str], ProductAxes]) -> None:
-    """Sets the function that `product_axes` calls.
+    """Makes `product_axes` return rule(path), the mesh axes for the weight matrix at `path`.
 
-    `gptjax.parallel` sets a function that derives the mesh axes from the sharding rules of `gptjax.parallel`.
+    `gptjax.parallel` passes a function that reads the mesh axes from its sharding rules.
     """
     global _product_axes
     _product_axes = rule
 
 
 def product_axes(path: str) -> ProductAxes:
-    """Returns the mesh axes that shard the kernel at `path` during its matrix product.
+    """Returns the mesh axes that shard the weight matrix at `path` during its matrix product.
 
-    Returns None if there is no mesh, or if the kernel keeps its own sharding for the product.
+    Returns None if there is no mesh, or if the sharding rules give no mesh axes for the path. XLA then chooses the
+    sharding of the product.
     """
     return None if _product_axes is None or mesh() is None else _product_axes(path)
 

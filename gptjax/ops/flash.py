@@ -23,8 +23,9 @@ from jax.typing import DTypeLike
 
 from gptjax.ops.precision import default_precision
 
-# The score of a masked key. It is finite, because -inf gives NaN in a tile that is fully masked for a query. The finite
-# sums of such a tile are multiplied by 0 as soon as another tile has a key that the query attends to.
+# The score of a masked key. It is finite, because with -inf a tile whose keys are all masked for a query would make the
+# query's softmax NaN. With a finite score the softmax sums of such a tile are wrong, but they are multiplied by 0 as
+# soon as a later tile has a key that the query attends to.
 _MASKED = -1e30
 # Scores are multiplied by log2(e), because exp(x) = exp2(x log2(e)), and exp2 is a single instruction.
 _LOG2E = math.log2(math.e)
@@ -94,7 +95,8 @@ def flash_attention(
         window: size of the sliding window, the number of keys that a query attends to, including the key at the query's
             own position; 0: no window.
         tiles: tile sizes of the kernels, or None for the tile sizes that `default_tiles` returns.
-        saved_as: `checkpoint_name` of the output and of the log-sum-exp, two arrays that the backward pass needs.
+        saved_as: name that `jax.ad_checkpoint.checkpoint_name` gives to two arrays that the backward pass needs, the
+            output and the log-sum-exp.
         interpret: whether to run the kernels in Pallas' interpreter on a CPU, for tests.
 
     Returns:
@@ -132,8 +134,9 @@ def _attention_forward(q, k, v, q_ids, k_ids, span, static):
 def _attention_backward(static, residual, d_out):
     """Computes the gradients of q, k and v.
 
-    The gradient of the scores is p (d_p - sum_s p d_p), where p are the attention weights and d_p is their gradient;
-    the sum is computed as d_out . out, which equals it (arXiv:2205.14135, appendix B).
+    The gradient of the scores is p (d_p - sum_s p d_p), where p are the attention weights and d_p is their gradient.
+    The sum equals the dot product of the output and its gradient, and is computed as this dot product
+    (arXiv:2205.14135, appendix B).
     """
     q, k, v, q_ids, k_ids, span, out, lse = residual
     delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1).transpose(0, 2, 1)
@@ -158,7 +161,7 @@ _attention.defvjp(_attention_forward, _attention_backward)
 
 
 def _forward(q, k, v, q_ids, k_ids, span, static):
-    """Returns the output and, for each query, the log-sum-exp of its scores in base 2, [B, N, T] float32."""
+    """Returns the output and, for each query, log2(sum_s exp(score_s)) over the keys s, [B, N, T] float32."""
     sizes, tile = _Sizes.of(q, k), static.tiles.forward
     ranges = _ranges(sizes, tile, span, q_ids, k_ids, static.windowed)
     specs = _by_query(sizes, tile, len(ranges))
@@ -285,10 +288,10 @@ def _ranges(
 ) -> jax.Array:  # fmt: skip
     """Returns the range of key tiles that each of the n tiles of queries attends to, [1 or B, n, 4] int32.
 
-    A range consists of four indices of key tiles, begin <= whole <= rest <= end. Tiles before begin and from end on are
-    fully masked, and the kernels skip them. Tiles from whole to rest - 1 need no mask, and the other tiles between
-    begin and end need the mask. With `loop_over="queries"`, the function returns the range of query tiles for each tile
-    of keys.
+    A range consists of four indices of key tiles, `begin <= whole <= rest <= end`. Tiles before `begin` and from `end`
+    on are fully masked, and the kernels skip them. In tiles `whole` to `rest - 1` nothing is masked, and the kernels
+    do not apply the mask. In tiles `begin` to `whole - 1` and `rest` to `end - 1` the kernels apply the mask. With
+    `loop_over="queries"`, the function returns the range of query tiles for each tile of keys.
 
     Only the smallest and the largest document id of each tile are compared. If ids increase along a row, as in packed
     rows, the ranges are exact; otherwise they may be longer than necessary, and the result is still correct.
@@ -428,12 +431,12 @@ class _Mask:
 
 
 def _loop(ranges: Any, step: Callable, carry: Any, repeats: int = 1) -> Any:
-    """Calls `step(repeat, tile, carry, masked)` `repeats` times for every tile that is not fully masked.
+    """Calls `step(repeat, tile, carry, masked)` for each repeat from 0 to `repeats - 1` and each tile in the range.
 
-    The calls for the tiles that need the mask come first, and then those for the tiles that need no mask.
+    The calls for the tiles that need the mask (`masked` is True) come first, and then those for the other tiles.
 
     Args:
-        ranges: the four indices (begin, whole, rest, end) of `_ranges`.
+        ranges: a range of tiles, the four indices (begin, whole, rest, end) of `_ranges`.
         step: function that returns the new carry.
     """
     begin, whole, rest, end = (ranges[i] for i in range(4))

@@ -16,7 +16,8 @@ from jax.sharding import PartitionSpec as P
 from gptjax.ops.device import CONTEXT, ROWS, TENSOR, by_device, capability, fit, mesh, platform
 from gptjax.ops.precision import splash_keeps_it
 
-SAVED = "attention"  # `checkpoint_name` of the arrays that the kernels save for their backward pass
+# name that `jax.ad_checkpoint.checkpoint_name` gives to the arrays that the kernels save for their backward pass
+SAVED = "attention"
 AMPERE, HOPPER, BLACKWELL = 8.0, 9.0, 10.0  # compute capabilities
 
 
@@ -112,7 +113,7 @@ def splash(
         q: [B, T, N, H], already multiplied by the softmax scale.
         k, v: [B, K, T, H].
         segment_ids: document of each token, [B, T]; a token attends only to tokens of its own document.
-        window: size of the sliding window, the number of tokens that a query attends to; 0: no window.
+        window: size of the sliding window, the number of tokens that a query attends to, itself included; 0: no window.
         interpret: whether to run the kernel in Pallas' interpreter on a CPU, for tests.
 
     Returns:
@@ -131,10 +132,10 @@ def splash(
 
 
 def _splash_kernel(T: int, n_heads: int, q_shards: int, window: int, interpret: bool) -> Any:
-    """Returns the splash kernel for `n_heads` heads, those of one device, and all T queries, those of all devices.
+    """Returns the splash kernel for the `n_heads` heads of one device and the T queries of all devices together.
 
-    The kernel contains arrays that describe the mask. They cover all T queries, because the caller shards them over the
-    devices in the same way as the queries.
+    The kernel contains arrays that describe the mask of all T queries. The caller shards these arrays over the devices
+    in the same way as the queries.
     """
     from jax.experimental.pallas.ops.tpu import splash_attention as pallas
 
@@ -153,8 +154,8 @@ def _splash_kernel(T: int, n_heads: int, q_shards: int, window: int, interpret: 
 def _splash(q, k, v, q_ids, k_ids, offset, kernel):
     """Computes attention on one device.
 
-    `kernel` is the device's shard of the splash kernel. Its arrays describe the mask of the device's queries, so that
-    `offset` is not used.
+    `kernel` is the device's shard of the splash kernel. Its arrays describe the mask of the device's own queries, so
+    `offset` is not needed.
     """
     from jax.experimental.pallas.ops.tpu import splash_attention as pallas
 

@@ -47,7 +47,7 @@ def matmul_transposed(w: Any, x: jax.Array, dtype: str = "float32") -> jax.Array
 @singledispatch
 def take(w: Any, ids: jax.Array) -> jax.Array:
     """Looks up embeddings: returns the rows [.., D] of w [V, D] at ids [..]; ids out of range are clipped."""
-    # the columns of w are replicated, because with sharded columns XLA would all-gather and reshard the result
+    # the columns of w are not sharded, because with sharded columns XLA would all-gather and reshard the result
     return jnp.take(constrain(w, TENSOR, None), ids, axis=0, mode="clip")
 
 
@@ -61,14 +61,14 @@ def dense(w: Any) -> jax.Array:
 def factors(w: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns two plain arrays, x' [.., in'] and w' [in', out], whose product x' @ w' equals matmul(w, x).
 
-    `factors` is used in the loss, which computes the product of the hidden states and the head's kernel in chunks.
+    `factors` is used in the loss, which computes the product of the hidden states and the LM head in chunks.
     """
     return x, dense(w)
 
 
 @singledispatch
 def transposed(w: Any) -> Any:
-    """Returns the kernel [in, out] stored as [out, in], so that each of its columns is contiguous in memory.
+    """Returns the weight w [in, out] stored as [out, in], so that each of its columns is contiguous in memory.
 
     Weights of a type that does not support the transposed layout are returned unchanged.
     """
@@ -83,9 +83,10 @@ def side_by_side(w: Any, *others: Any) -> Any:
 
 
 def aligned_columns(w: jax.Array) -> jax.Array:
-    """On a GPU, pads w [in, out] with zeros to a multiple of 128 columns: cuBLAS's fast kernels need aligned rows.
+    """On a GPU, pads w [in, out] with zeros to a multiple of 128 columns.
 
-    A training step of GPT-2 124M on an H200 took 57.7 ms with 50,257 columns and 43.7 ms with 50,304.
+    The fast GPU kernels of cuBLAS need matrices whose rows are aligned in memory. A training step of GPT-2 124M on an
+    H200 took 57.7 ms with 50,257 columns and 43.7 ms with 50,304.
     """
     padding = -w.shape[-1] % _COLUMNS
     return jnp.pad(w, ((0, 0), (0, padding))) if padding and platform() == "gpu" else w
@@ -93,7 +94,7 @@ def aligned_columns(w: jax.Array) -> jax.Array:
 
 @struct.dataclass
 class Transposed:
-    """A kernel [in, out] stored as [out, in], the fastest layout for few rows of x on a CPU and one row on a GPU.
+    """A weight [in, out] stored as [out, in], the fastest layout for few rows of x on a CPU and one row on a GPU.
 
     In the transposed layout each output of x @ w is a sum over contiguous elements, which XLA computes in one pass; for
     a sum over non-contiguous elements XLA first writes the terms to memory in float32.
@@ -127,7 +128,7 @@ def _low_product(x: jax.Array, w: jax.Array) -> jax.Array:
 
 @struct.dataclass
 class Gathered:
-    """A sharded kernel [in, out] that is cast to the product's dtype and all-gathered before the product (FSDP).
+    """A sharded weight [in, out] that is cast to the product's dtype and all-gathered before the product (FSDP).
 
     By default XLA multiplies by each shard as it arrives from another chip, and reads and writes the float32 sums
     [B T, out] once per shard; this memory traffic limits the speed of GPT-2 1558M on eight chips.
@@ -173,9 +174,10 @@ def _matmul_bfloat16(x: jax.Array, w: jax.Array, axes: ProductAxes = None) -> ja
 
 def _forward(x, w, axes):
     low, low_w = x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)
-    # For the backward pass, w is saved in its own dtype, because saving the bfloat16 copy would keep one more array per
-    # scanned layer in memory until the backward pass (all-gathered under FSDP). On a CPU, the bfloat16 copy is saved,
-    # because XLA's CPU backend would otherwise fold the transpose of a tied head into the backward product, and fail.
+    # For the backward pass, w is saved in its own dtype. If the bfloat16 copy were saved, the copies of all scanned
+    # layers, all-gathered under FSDP, would stay in memory until the backward pass. On a CPU the copy is saved, because
+    # XLA's CPU backend would otherwise merge the transpose of a tied head with the product for the gradient of x, and
+    # it cannot compute the merged product.
     saved_w = low_w if platform() == "cpu" else w
     dims = (((x.ndim - 1,), (0,)), ((), ()))
     y = jax.lax.dot_general(low, _with_axes(low_w, axes), dims, preferred_element_type=jnp.float32)
@@ -188,7 +190,8 @@ def _backward(axes, residual, g):
     dx = jax.lax.dot_general(g, low, (((g.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
     dw = _with_axes(weight_gradient(x, g).astype(like_w.dtype), axes)
     if platform() == "cpu":
-        # keeps XLA from folding the transpose of a tied head's gradient into the product, which fails on a CPU
+        # prevents XLA from merging the transpose of a tied head's gradient with the matrix product, because XLA's CPU
+        # backend cannot compute the merged product
         dw = jax.lax.optimization_barrier(dw)
     return dx.astype(like_x.dtype), dw
 
@@ -197,7 +200,7 @@ _matmul_bfloat16.defvjp(_forward, _backward)
 
 
 def weight_gradient(x: jax.Array, g: jax.Array) -> jax.Array:
-    """Returns a kernel's gradient [in, out] float32: x^T g, summed over the leading axes of x [.., in] and g [.., out].
+    """Returns a weight's gradient [in, out] float32: x^T g, summed over the leading axes of x [.., in] and g [.., out].
 
     On a CPU the rows are split into chunks and summed over two axes, the chunks and the rows of a chunk, because XLA
     computes this sum of bfloat16 products about twice as fast as a sum over one axis.

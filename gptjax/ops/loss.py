@@ -16,9 +16,10 @@ from gptjax.ops.precision import custom_vjp
 from gptjax.types import Mean
 
 _CHUNK_BYTES = 256 * 2**20  # size of the float32 logits of a chunk of tokens; GPUs with much memory use larger chunks
-# Largest size of a chunk's logits, used on GPUs with 32 GiB or more. With this size, the training step of GPT-2 124M,
-# compiled for an H100, needs 7.6 GiB of memory and has 64.8 GB of memory traffic. Chunks of twice this size would need
-# 8.7 GiB, and have nearly the same traffic, 63.9 GB (tests/bench/gpu_program.py).
+# Upper limit on the size of a chunk's logits, reached if JAX can use 32 GiB or more of a GPU. At this size, the
+# training step of GPT-2 124M, compiled for an H100, needs 7.6 GiB of memory and has 64.8 GB of memory traffic. With
+# chunks of twice this size the step would need 8.7 GiB and have nearly the same traffic, 63.9 GB
+# (tests/bench/gpu_program.py).
 _GPU_CHUNK_BYTES = 2**30
 _NO_TOKEN = -1e15  # logit of a padding column; not -inf, because the gradient of the softcap squares the logits
 
@@ -72,7 +73,7 @@ def linear_cross_entropy(
         cap: softcap of the logits; 0: no softcap.
         dtype: dtype of the operands of the matrix products.
         chunk: number of tokens per chunk. If None, a chunk has as many tokens as fit in 256 MiB of logits, but at least
-            128 tokens. On a GPU with more than 8 GiB of memory, the limit is 1/32 of the memory, but at most 1 GiB.
+            128 tokens. If JAX may use more than 8 GiB of a GPU, the limit is 1/32 of that memory, but at most 1 GiB.
 
     Raises:
         UserError: a target is outside 0 to V - 1 (checked only outside `jit`, where the targets are known).
@@ -93,13 +94,14 @@ def linear_cross_entropy(
 
 
 def _token_spec(targets: jax.Array) -> P | None:
-    """Returns the sharding that splits tokens [B, T] over the devices for the output projection.
+    """Returns the sharding that splits tokens [B, T] over the devices for the product with the LM head.
 
     The LM head is replicated, and each device splits its own tokens into chunks. The gradient of the LM head is then
     summed over devices once, instead of once per chunk.
 
-    B is split over `data` and `fsdp`, and T over `context` and `tensor`, except for mesh axes that cannot split them
-    evenly. Returns None if there is no mesh, if the targets are not two-dimensional, or if B or T cannot be split.
+    B is split over `data` and `fsdp`, and T over `context` and `tensor`. If two mesh axes do not split B or T evenly,
+    only the first of them is used. Returns None if there is no mesh, if the targets are not two-dimensional, or if the
+    first mesh axis alone does not split B or T evenly either.
     """
     current_mesh = mesh()
     if current_mesh is None or targets.ndim != 2:
@@ -156,8 +158,8 @@ def _in_chunks(arrays: tuple[jax.Array, ...], head: jax.Array, chunk: int | None
 
 
 def _chunk_bytes() -> int:
-    """Returns the size limit of a chunk's logits in bytes: 256 MiB, or on a GPU 1/32 of its memory, clipped to
-    the range from 256 MiB to 1 GiB."""
+    """Returns the size limit of a chunk's logits in bytes: 256 MiB, or on a GPU 1/32 of the memory that JAX may use,
+    clipped to the range from 256 MiB to 1 GiB."""
     stats = jax.local_devices()[0].memory_stats() if platform() == "gpu" else None
     return min(_GPU_CHUNK_BYTES, max(_CHUNK_BYTES, (stats or {}).get("bytes_limit", 0) // 32))
 

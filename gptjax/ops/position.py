@@ -35,9 +35,9 @@ def rope_frequencies(
 
     Args:
         scaling: "none" keeps the frequencies. "linear" divides all of them by `factor` (arXiv:2306.15595). "llama3"
-            divides frequencies with at most `slow` rotations in `original_context` positions, keeps frequencies with at
-            least `fast` rotations, and interpolates for the frequencies in between (as in transformers'
-            modeling_rope_utils and Meta's llama-models).
+            depends on the number of rotations that a frequency makes in `original_context` positions. If it is at most
+            `slow`, the frequency is divided by `factor`; if it is at least `fast`, the frequency is kept; in between,
+            the result is interpolated (as in transformers' modeling_rope_utils and Meta's llama-models).
     """
     frequency = base ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     if scaling == "linear":
@@ -102,8 +102,8 @@ def alibi_slopes(n_head: int) -> jax.Array:
 def previous(x: jax.Array, first: jax.Array | None = None, segment_ids: jax.Array | None = None) -> jax.Array:
     """Shifts x [B, T, D] by one token: each token gets the vector of the previous token of its document, or zeros.
 
-    With `cfg.smear` the model adds the shifted embeddings to the embeddings with a learned weight per channel. In
-    modded-nanogpt the weight is instead a gate computed from the token's embedding.
+    With `cfg.smear` the model multiplies the shifted embeddings by a learned weight per channel and adds them to the
+    embeddings. In modded-nanogpt the weight is instead a gate computed from the token's embedding.
 
     Args:
         first: vector of the token before the first token of each row, [B, D], or None for zeros.

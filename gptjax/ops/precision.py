@@ -31,7 +31,7 @@ def default_precision() -> str | None:
 
 @contextmanager
 def matmul_precision(cfg: ModelConfig) -> Iterator[None]:
-    """Context manager that sets the precision of matrix products to `cfg.precision`, unless this is "default".
+    """Context manager that sets the precision of matrix products to `cfg.precision`, unless that is "default".
 
     The context manager has no effect for models with dtype=bfloat16: every device multiplies bfloat16 operands exactly
     and accumulates in float32, so that a higher precision would cost time and change nothing.
@@ -58,7 +58,7 @@ def with_matmul_precision(fn: Callable) -> Callable:
 def exact(fn: Callable) -> Callable:
     """Decorator: computes the matrix products of `fn` in full float32 on every device.
 
-    `exact` is for functions whose results are stored as weights, such as the merging of an adapter.
+    `exact` is for functions whose results are stored as weights, such as a function that merges an adapter.
     """
 
     @functools.wraps(fn)

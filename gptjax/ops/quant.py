@@ -1,18 +1,19 @@
 """Quantises matrices of the parameter tree to int8 (one scale per column) or NF4 (as in QLoRA).
 
-    params = quantize(params, "nf4")         quantises the kernels of all blocks and of the head
+    params = quantize(params, "nf4")         quantises the weight matrices of all blocks and of the head
     logits = forward(params, tokens, cfg)    needs no change: `ops.linear` dispatches on the type of a leaf
 
             bits per weight  mean error on normally distributed weights, in standard deviations
     int8    8 + 32 / in      0.007 (in = 1024)
     nf4     4.127            0.073
 
-Every array in a quantised leaf has the same axes as the matrix, [.., in, out]. An array with one value per block of
-weights is smaller by the block size along one axis: [.., in / 64, out] for blocks of 64 rows. Because the axes are the
-same, `nn.scan`, `vmap` and shardings of `in` or `out` work on a quantised leaf as on the unquantised matrix.
+Every array in a quantised leaf has the same axes as the matrix, [.., in, out]. In an array with one value per
+block of weights, the size of an axis is divided by the block size: [.., in / 64, out] for blocks of 64 rows. Because
+the axes are the same, `nn.scan`, `vmap` and shardings of `in` or `out` work on a quantised leaf as on the unquantised
+matrix.
 
 Quantised weights are frozen: in the product of activations x and a quantised matrix, only x gets a gradient. The
-backward pass dequantises the matrix again, so that the forward pass need not save its float values.
+backward pass dequantises the matrix again, so that the forward pass need not save the matrix's float values.
 """
 
 from __future__ import annotations
@@ -74,7 +75,8 @@ class NF4:
                                        of a block, the high four bits for the last 32
     absmax  [.., in/64, out] int8      absmax * scale + offset is the largest magnitude of the 64 weights of a block
     scale   [.., in/64, out/256] f32   one scale per group of 256 neighbouring absmaxes
-    offset  [.., 1, 1] f32             mean of all absmaxes of the matrix; [.., 1, out] in concatenated matrices
+    offset  [.., 1, 1] f32             mean of all absmaxes of the matrix; [.., 1, out] if matrices were concatenated
+                                       along `out`: for each column, the mean of the matrix that it came from
 
     Blocks run along `in` and groups of absmaxes along `out`, so that both axes can be sharded; QLoRA's blocks run along
     the flattened matrix. If 64 does not divide `in`, the block size is the largest even divisor of `in` below 64. If
@@ -95,7 +97,7 @@ class NF4:
 def int8(w: jax.Array, axis: int = -2) -> Int8:
     """Quantises a matrix, or a stack of matrices, to int8.
 
-    The weights along `axis` share a scale: the axis is -2 for kernels, -1 for embedding tables.
+    The weights along `axis` share a scale: the axis is -2 for weight matrices [in, out], -1 for embedding tables.
     """
     w = w.astype(jnp.float32)
     scale = jnp.abs(w).max(axis, keepdims=True) / 127
@@ -105,7 +107,7 @@ def int8(w: jax.Array, axis: int = -2) -> Int8:
 
 @jax.jit
 def nf4(w: jax.Array) -> NF4:
-    """Quantises a kernel [.., in, out] to NF4; `in` must have an even divisor from 16 to 64."""
+    """Quantises a weight matrix [.., in, out] to NF4; `in` must have an even divisor from 16 to 64."""
     *batch, d_in, d_out = w.shape
     block, group = _block(d_in), _divisor(d_out, _GROUP)
     w = w.astype(jnp.float32).reshape(*batch, d_in // block, block, d_out)
@@ -174,8 +176,8 @@ def _(leaf: NF4, *others: Any) -> Any:
     if any(not isinstance(other, NF4) or other.absmax.shape[-2] != leaf.absmax.shape[-2] for other in others):
         return None
     groups = [x.absmax.shape[-1] // x.scale.shape[-1] for x in leaves]
-    # All groups of the concatenated matrix have this number of absmaxes. A larger group is split, and each part gets a
-    # copy of the group's scale.
+    # In the concatenated matrix every group has `group` absmaxes. A larger group is split into groups of this size, and
+    # each of them gets a copy of the larger group's scale.
     group = math.gcd(*groups)
     return NF4(
         codes=jnp.concatenate([x.codes for x in leaves], -1),
@@ -194,7 +196,7 @@ def _(leaf: Int8) -> Any:
 
 @struct.dataclass
 class NF4Columns:
-    """An `NF4` kernel, stored with contiguous columns, for the product of one row of x and the kernel on a GPU.
+    """An `NF4` matrix, stored with contiguous columns, for the product of one row of x and the matrix on a GPU.
 
     codes   [out, in/64, 32] uint8    two codes per byte: the low four bits are for the first 32 weights of a block, the
                                       high four bits for the last 32
@@ -225,7 +227,7 @@ def _(leaf: NF4Columns, x: jax.Array, dtype: str = "float32") -> jax.Array:
     if x.size != x.shape[-1]:
         return matmul(dense(leaf).astype(x.dtype), x, dtype)
     low, high = jnp.moveaxis(x.astype(jnp.float32).reshape(leaf.absmax.shape[1], 2, -1), 1, 0)
-    # The codes are decoded by a gather, because XLA would compute the selects of `_level` in a separate kernel.
+    # The codes are decoded by a gather, because XLA would compute the selects of `_level` in a separate GPU kernel.
     levels = jnp.array(LEVELS)
     low_levels, high_levels = (levels.at[i].get(mode="promise_in_bounds") for i in (leaf.codes & 15, leaf.codes >> 4))
     y = low_levels * low + high_levels * high
@@ -276,7 +278,10 @@ _frozen.defvjp(_forward, _backward)
 
 
 def _integers(product: Callable[..., jax.Array], values: jax.Array, x: jax.Array, dtype: str) -> jax.Array:
-    """Computes the product of x and an int8 matrix, which is cast to x's dtype; the cast is exact even for bfloat16."""
+    """Computes the product of x and an int8 matrix.
+
+    The matrix is cast to x's dtype; the cast is exact even for bfloat16.
+    """
     values = values.astype(x.dtype)
     if x.size == x.shape[-1] and platform() in ("cpu", "gpu"):
         # The product with one row of x is written as a sum, which XLA computes directly from the integers. For a matrix
@@ -291,11 +296,11 @@ def quantize(params: Params, spec: str | tuple[tuple[str, str], ...] = "int8") -
     """Quantises matrices of the parameter tree to `Int8` or `NF4` leaves, one matrix at a time.
 
     Args:
-        spec: "nf4" quantises the kernels of all blocks and of an untied head; "int8" quantises these kernels
-            and the token embedding. To choose the quantisation of each parameter, pass pairs (pattern, "int8" | "nf4" |
-            "none"): the first pair whose pattern matches the path of a parameter sets its quantisation, and a parameter
-            that no pattern matches is unchanged (see `gptjax.tree` for patterns). "nf4" supports kernels, "int8"
-            kernels and embeddings.
+        spec: "nf4" quantises the weight matrices (the parameters named kernel) of all blocks and of an untied head.
+            "int8" quantises these matrices and the token embedding. To choose the quantisation of each parameter, pass
+            pairs (pattern, "int8" | "nf4" | "none"); see `gptjax.tree` for patterns. A parameter gets the quantisation
+            of the first pair whose pattern matches its path, and is unchanged if no pattern matches. Weight matrices
+            can be int8 or nf4, embeddings only int8, and other parameters cannot be quantised.
 
     Raises:
         UserError: a leaf is not a plain array, a pattern matches no parameter, the name of a quantisation is unknown,

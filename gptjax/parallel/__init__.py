@@ -1,6 +1,7 @@
 """Data, tensor and context parallelism and FSDP on a device mesh, with arrays sharded by rules over parameter paths.
 
-The model, the losses and the training loop contain no code for parallelism.
+The model, the losses and the training step are the same functions with and without a mesh: without a mesh, functions
+such as `gptjax.ops.device.constrain` do nothing.
 """
 
 from gptjax.parallel.mesh import make_mesh

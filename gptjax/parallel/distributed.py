@@ -94,7 +94,7 @@ def _end_when_jax_aborts(failed: str) -> None:
         if not jax.distributed.is_initialized() and threading.get_ident() == main:
             os.write(2, f"{failed}\n".encode())
             os._exit(BAD_INPUT)
-        if isinstance(threading.current_thread(), threading._DummyThread):  # not started by Python
+        if isinstance(threading.current_thread(), threading._DummyThread):  # thread not started by Python
             os.write(
                 2, f"another process is gone, or was silent for distributed.heartbeat_s\n{HOW_TO_RESTART}\n".encode()
             )
@@ -191,9 +191,9 @@ def agree(number: int) -> int:
 
 
 def on_host(tree: Any) -> Any:
-    """Gathers every leaf that is sharded over processes into a numpy array in each process.
+    """Gathers every array on devices of several processes into a numpy array in each process.
 
-    All processes must call this function.
+    Other leaves and random keys are returned unchanged. All processes must call this function.
     """
     if jax.process_count() == 1:
         return tree
@@ -228,9 +228,9 @@ def rows_here(mesh: Mesh | None, rows: int) -> slice:
 def peers(say: Callable[[str], None]) -> Iterator[None]:
     """Context manager: exits with code RESTART if a collective operation fails because another process is lost.
 
-    If the block raises any other exception, and the other processes do not raise it too, the process exits at once,
+    An `Agreed` error, which all processes raise, is raised again. After any other exception the process exits at once,
     because a normal exit would wait for the other processes. The exit code is BAD_INPUT for a UserError and BUG for all
-    other exceptions.
+    other exceptions. If the run has a single process, every exception is raised again.
     """
     try:
         yield

@@ -50,7 +50,7 @@ def spec_of(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
     for start in range(len(keys)):  # tries the path and all its suffixes: "opt_state/0/mu/..", .., "kernel"
         if (spec := _rule("/".join(keys[start:]))) is not None:
             return fit((None,) * (len(shape) - len(spec)) + spec, shape, mesh) if len(shape) >= len(spec) else P()
-    # scalars, counters, random keys and coefficients are replicated
+    # scalars, counters, random keys and the coefficients of Muon's Newton-Schulz iteration are replicated
     if not shape or keys[-1] in ("step", "count", "key", "skipped", "skipped_in_a_row", "ns_coeffs"):
         return P()
     raise UserError(f"parallel: no rule covers {path} {list(shape)}: add one to gptjax.parallel.rules.RULES")
@@ -64,10 +64,10 @@ def _rule(path: str) -> tuple | None:
 
 
 def product_axes(path: str) -> tuple[str | None, ...] | None:
-    """Returns the mesh axes that shard the kernel [in, out] at `path` during its matrix product.
+    """Returns the mesh axes that shard the weight matrix [in, out] at `path` during its matrix product.
 
-    For the product, the kernel is all-gathered over `fsdp` and stays sharded over `tensor` as in `RULES`. Returns
-    None if `RULES` has no rule for the path, or if the rule does not give two mesh axes.
+    For the product, the matrix is all-gathered over `fsdp` and stays sharded over `tensor` as in `RULES`. Returns
+    None if `RULES` has no rule for the path, or if the rule does not have two entries, one for `in` and one for `out`.
     """
     spec = _rule(path)
     return None if spec is None or len(spec) != 2 else tuple(axis if axis == TENSOR else None for axis in spec)

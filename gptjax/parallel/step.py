@@ -1,6 +1,6 @@
 """Functions that compile other functions for a device mesh, and place arrays on the mesh.
 
-The train state is sharded by `RULES`, a batch by rows.
+The train state is sharded by `RULES`. A batch is sharded by rows, and under context parallelism also by tokens.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def abstract_on(fn: Callable, mesh: Mesh | None, *args: Any, offload: bool = Fal
 
 def init_on(fn: Callable, mesh: Mesh | None, *args: Any, donate: tuple[int, ...] = (), offload: bool = False) -> Any:
     """Computes `fn(*args)`. Every array is created with the sharding that `abstract_on` returns for it, so that no
-    sharded array is ever whole on one device."""
+    device ever holds a sharded array in full."""
     out_shardings = None
     if mesh is not None:
         out_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_on(fn, mesh, *args, offload=offload))
@@ -74,7 +74,10 @@ def jit_step(step: Callable, mesh: Mesh | None, state: Any) -> Callable:
 
 
 def place(tree: Any, shardings: Any) -> Any:
-    """Places arrays on devices by `shardings`. Every process passes the whole arrays and keeps its own shards."""
+    """Places arrays on devices by `shardings`.
+
+    Every process passes the complete arrays, but places only the shards of its own devices.
+    """
 
     def place_leaf(leaf: Any, sharding: NamedSharding) -> jax.Array:
         leaf = leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)

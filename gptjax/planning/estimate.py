@@ -43,7 +43,8 @@ def seconds(cfg: Config, on: Slice, shape: Shape, n_params: int) -> float:
     model, chip = cfg.model, on.chip
     data, fsdp, tensor, _ = shape
     tokens = cfg.train.batch_size * width(cfg) / on.n_chips
-    # attention FLOPs per token: 6 instead of 12 L D T, because the causal mask hides half of the T x T scores
+    # attention FLOPs per token: 6 L D T instead of 12 L D T (L layers, D attention channels, T tokens per row), because
+    # the causal mask hides half of the T x T scores
     attention = 6 * model.n_layer * model.n_head * model.head_dim * width(cfg)
     recompute = {"none": 1.0, "dots": 1.05, "full": 4 / 3, "offload": 4 / 3}[model.remat]
     flops = (6 * n_params + attention) * recompute * tokens

@@ -18,16 +18,17 @@ from gptjax.tasks.tuning import longest_row
 from gptjax.training.memory import GIB, MARGIN, SMALLER_REMAT, WORKSPACE_BYTES, Remat, activation_bytes, param_bytes
 
 _MOST_TOKENS = 2**19  # maximum tokens per step: the batch size of GPT-3 125M (arXiv:2005.14165, table 2.1)
-_FEW_ROWS = 8  # rows per device; if fewer rows fit, activations are rematerialised
+_FEW_ROWS = 8  # rows per device and micro-batch; if fewer rows fit, activations are rematerialised
 
 
 def fitted(cfg: Config) -> Config:
     """Returns the config with the largest train.batch_size that is estimated to fit the memory of this process's
     devices.
 
-    The batch size is accumulation x data x fsdp times a power of two, up to 524,288 tokens per step. If fewer than 8
-    rows per device fit, model.remat is set to dots, or to full if dots does not save enough memory. GPT-2's vocabulary
-    size is assumed if the vocabulary size of the tokenizer is not known yet.
+    The batch size is train.accumulation x data x fsdp x the number of rows per device and micro-batch. This number is a
+    power of two; it is above 1 only if a step then has at most 524,288 tokens. If memory limits it to fewer than 8
+    rows, model.remat is set to dots, or to full if dots does not save enough memory. GPT-2's vocabulary size is assumed
+    if the vocabulary size of the tokenizer is not known yet.
 
     Raises:
         UserError: not even one row fits in memory, or the run has several processes, which must all use the same batch

@@ -42,7 +42,7 @@ class Instruction:
     root: bool
 
     def called(self, attribute: str) -> list[str]:
-        """Returns the names of the computations that `attribute` lists, such as body, condition, calls or to_apply."""
+        """Returns the names of the computations in the attribute named `attribute`: body, condition, calls, .."""
         match = re.search(attribute + r"=(\{[^}]*\}|%[\w.\-]+)", self.rest)
         return re.findall(r"%([\w.\-]+)", match[1]) if match else []
 
@@ -53,11 +53,11 @@ Computation = dict[str, Instruction]  # maps instruction names to instructions
 class Work(NamedTuple):
     """The FLOPs, HBM traffic, collectives and kernel calls of one device in one execution of a program."""
 
-    flops: float  # FLOPs of the matrix multiplications, without those inside custom kernels
+    flops: float  # FLOPs of the matrix multiplications, without those inside Pallas kernels
     hbm_bytes: float  # bytes read from and written to HBM, if each operation reads and writes its arrays once
     collectives: dict[str, float]  # bytes that the device sends, by kind of collective, such as all-gather
     largest_gather_bytes: int  # size of the largest array that an all-gather returns
-    kernels: dict[str, float]  # number of calls of each custom kernel, by its name
+    kernels: dict[str, float]  # number of calls of each Pallas kernel, by its name
 
 
 def work(text: str) -> Work:
@@ -140,7 +140,7 @@ def executed(
     computations: dict[str, Computation], comp_name: str = "ENTRY", times: float = 1, *, into_fusions: bool = True
 ) -> Iterator[tuple[str, Instruction, float]]:
     """Yields (computation name, instruction, number of executions) for every instruction that the program executes,
-    starting with the computation `comp_name`."""
+    starting with the computation `comp_name`. All branches of a conditional count as executed."""
     for instruction in computations[comp_name].values():
         yield comp_name, instruction, times
         inner, factor = [], 1

@@ -64,13 +64,13 @@ class Plan:
     fits: bool
     hbm_bytes: int  # bytes of HBM available per chip
     needed_bytes: int  # bytes of HBM that the step needs per chip
-    parts: dict[str, int]  # needed_bytes per category: params, optimizer, batch, .., activations and workspace
+    parts: dict[str, int]  # needed_bytes per category: the step's arguments (params, optimizer, ..) and other memory
     compile_s: float
     host_bytes: int = 0  # bytes per chip that optim.offload and model.remat=offload keep in host memory
     model_flops: float = 0.0  # FLOPs per step, summed over all chips, by formula, without rematerialisation
     flops: float = 0.0  # FLOPs per step and chip, counted in the compiled program
     hbm_traffic_bytes: float = 0.0
-    collectives: dict[str, float] = field(default_factory=dict)  # bytes sent per chip and step, by kind
+    collectives: dict[str, float] = field(default_factory=dict)  # bytes sent per chip and step, by kind of collective
     largest_gather_bytes: int = 0
     kernels: dict[str, float] = field(default_factory=dict)
     roofline: Roofline | None = None
@@ -86,7 +86,7 @@ class Plan:
 
     @property
     def step_s(self) -> tuple[float, float]:
-        """The pair (`Roofline.best`, `Roofline.worst`): bounds of the step time in seconds."""
+        """The step times in seconds with complete overlap and without overlap: (`Roofline.best`, `Roofline.worst`)."""
         assert self.roofline is not None
         return self.roofline.best, self.roofline.worst
 
@@ -116,13 +116,14 @@ def plan(
     Args:
         on: TPU slice: a name such as v5e-8, or a topology such as v5p:4x4x8.
         mesh: the device mesh. None: cfg.mesh.
-        decode: whether to plan the decode step, with sample.batch_size rows per data shard, instead of the training
-            step.
-        chunk: number of tokens per chunk of the loss, as for `losses.next_token`.
+        decode: whether to plan the decode step instead of the training step. The decode step has sample.batch_size x
+            mesh.data x mesh.fsdp rows.
+        chunk: number of tokens per chunk of the pretraining loss, or None to let the loss function choose it.
         keep_text: function that is called with the HLO text of the compiled program.
 
     Raises:
-        UserError: there is no such slice, libtpu is not installed, or the mesh does not divide the batch size.
+        UserError: there is no such slice, libtpu is not installed, the mesh does not have one device per chip, or the
+            rows of a micro-batch are not divisible by mesh.data x mesh.fsdp.
     """
     tpu = slice_of(on)
     devices = devices_of(tpu)
@@ -185,8 +186,9 @@ def weigh(
 
 
 def _flops_per_token(cfg: Config, T: int, decode: bool) -> float:
-    """Returns the FLOPs per token: 6 per parameter (4 per frozen parameter) plus 12 L D T for attention (L layers, D
-    attention channels, T tokens per row). Decoding takes a third of these FLOPs, because it has no backward pass."""
+    """Returns the FLOPs per token: 6 per weight in a matrix multiplication (4 if it is frozen) plus 12 L D T for
+    attention (L layers, D attention channels, T tokens per row). Decoding takes a third of these FLOPs, because it has
+    no backward pass."""
     shapes = abstract_params(cfg.model)
     if decode:
         return flops_per_token(cfg.model, shapes) / 3
@@ -258,7 +260,7 @@ def advice(cfg: Config, on: Slice, shape: tuple[int, int, int, int], n_params: i
         if ratio * chip_bytes(variant, n_params, width, mesh_shape) < result.hbm_bytes
         and (text.split("=")[0] != "model.remat" or variant.model.remat != cfg.model.remat)
     ]
-    # maps each setting to the smallest change that is enough; `useful` is sorted from small to large changes
+    # maps each setting to its first change in `useful`, which is the smallest change that makes the step fit
     smallest = dict(reversed(useful))
     return tuple(smallest[kind] for kind in dict.fromkeys(kind for kind, _ in useful)) or (
         f"no single change is enough: use a larger slice than {on.name}, or --search for a combination",

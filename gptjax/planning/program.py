@@ -32,7 +32,7 @@ class Program(NamedTuple):
     """A compiled training or decode step. If the step does not fit in memory, `compiled` is None and `needed_bytes` is
     the memory that the step would need."""
 
-    argument_bytes: dict[str, int]  # bytes per chip of params, optimizer, frozen, batch and cache
+    argument_bytes: dict[str, int]  # bytes per chip of each argument: params, optimizer, frozen, batch or cache
     compiled: jax.stages.Compiled | None  # None if the step does not fit in memory
     needed_bytes: int  # peak bytes of HBM per chip
     usable_bytes: int  # bytes of HBM per chip that the compiler can use; 0: unknown
@@ -49,7 +49,8 @@ def train_program(cfg: Config, mesh: Mesh, *, chunk: int | None = None) -> Progr
         chunk: number of tokens per chunk of the pretraining loss, or None to let the loss function choose it.
 
     Raises:
-        UserError: the mesh does not divide the batch size, or a path pattern in the config matches no parameter.
+        UserError: the number of rows of a micro-batch is not divisible by mesh.data x mesh.fsdp, or a path pattern in
+            the config matches no parameter.
     """
     rows, T = cfg.train.batch_size, width(cfg)
     if (rows // cfg.train.accumulation) % (mesh.shape["data"] * mesh.shape["fsdp"]):
@@ -175,8 +176,8 @@ def out_of_memory(message: str, lasting_bytes: int = 0) -> tuple[int, int]:
     The compiler's out-of-memory message contains either `Used 18.81G of 15.75G hbm` or `the total memory required for
     HLO temporaries (47.73G) exceeds available HBM (31.25G)`.
 
-    The message about HLO temporaries does not count the program's arguments. For this message, the result is the sum of
-    the memory for temporaries and `lasting_bytes`, the size of the arguments.
+    The message about HLO temporaries does not count the program's arguments. For this message, the needed bytes are the
+    sum of the memory for temporaries and `lasting_bytes`, the size of the arguments.
     """
     total = re.search(r"Used ([\d.]+[KMGT]) of ([\d.]+[KMGT]) hbm", message)
     temporaries = re.search(r"temporaries \(([\d.]+[KMGT])\) exceeds available HBM \(([\d.]+[KMGT])\)", message)

@@ -10,7 +10,7 @@ from gptjax.show import log_ticks
 from gptjax.training.progress import duration
 
 _FORMULA = {
-    "train": "6 per parameter (4 if frozen) + 12 L D T for attention, of which kernels skip half",
+    "train": "6 per matrix weight (4 if frozen) + 12 L D T for attention, of which kernels skip half",
     "decode": "2 per parameter + 4 L D T for attention",
 }
 SOURCES = "peaks: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}; v4's interconnect: arXiv:2304.01433, table 4"

@@ -1,6 +1,6 @@
 """Loss curvature: Hessian-vector products, top eigenvalues, SAM, model soups and linear interpolation of models.
 
-value  = curvature.loss_on_batch(task.loss, batch)      function from params to mean loss; the argument `loss` below
+value  = curvature.loss_on_batch(task.loss, batch)      a function that takes params and returns the mean loss
 hv     = curvature.hvp(value, params, vector)           Hessian-vector product, a tree like `params`
 top    = curvature.eigenvalues(value, params, key, n=3) eigenvalues, their error bounds, eigenvectors
 step   = make_train_step(loss, tx, transform=curvature.sam(rho=0.05))
@@ -84,7 +84,7 @@ def eigenvalues(
             order, or the n of largest magnitude in descending order of magnitude.
 
     Raises:
-        UserError: n is larger than `steps` or than the number of parameters.
+        UserError: n is below 1, or larger than `steps` or than the number of parameters.
     """
     flat, unravel = ravel_pytree(params)
     steps = min(steps, flat.size)
@@ -200,8 +200,10 @@ def linear_interpolation(
 ) -> jax.Array:
     """Returns the losses [M] float32 of the models (1 - t) * first + t * second, one for each element of t [M].
 
-    The losses show whether a loss barrier lies between the two models. The argument `at_once` is described in
-    `mixtures`.
+    The losses show whether a loss barrier lies between the two models.
+
+    Args:
+        at_once: number of interpolated models that are held in memory at the same time. None: all M.
 
     Source: arXiv:1412.6544.
 
@@ -217,8 +219,8 @@ def linear_interpolation(
 def greedy_soup(loss: Scalar, stacked: Any, n: int) -> tuple[list[int], Any]:
     """Builds a greedy model soup, an average of selected models, from n models.
 
-    The models are tried for the soup in order of increasing loss. A model is added to the soup if adding it does not
-    raise the loss of the soup.
+    The models are considered in order of increasing loss. A model is added to the soup if this does not raise the loss
+    of the soup.
 
     Args:
         loss: function that takes params and returns the loss on held-out data.

@@ -5,8 +5,8 @@ cosines  = similarity(features(params, test), features(params, train))       mat
 scores   = tracin(features, checkpoints, train, test, rates=[1e-3] * 3)      matrix [n_test, n_train]
 noise    = gradient_noise(loss, params, batch)               noise.scale: critical batch size, in examples
 
-A loss is any function of (params, batch, key) that returns (Mean, metrics). All leaves of a batch have shape [B, ..];
-an example is one row of the batch.
+A loss is any function of (params, batch, key) that returns (Mean, metrics), where `gptjax.types.Mean` holds a weighted
+sum and the sum of the weights. All leaves of a batch have shape [B, ..]; an example is one row of the batch.
 
 By default, gradients are taken with respect to all parameters. To differentiate with respect to some of them only, pass
 these as `params` and the others as `frozen`, together with a function `combine(params, frozen)` that returns the params
@@ -139,9 +139,10 @@ def _rows(examples: Any) -> int:
 
 
 def similarity(a: np.ndarray, b: np.ndarray, *, cosine: bool = True) -> np.ndarray:
-    """Returns the cosine similarity of each row of a [n, K] to each row of b [m, K], as a matrix [n, m].
+    """Returns the cosine similarity of each row of `a` to each row of `b`, as a matrix [n, m].
 
-    If `cosine` is False, the inner products are returned instead. The cosine similarity with a row of zeros is 0.
+    `a` [n, K] and `b` [m, K] hold K features per row. If `cosine` is False, the inner products are returned instead.
+    The cosine similarity with a row of zeros is 0.
     """
     return (unit(a) @ unit(b).T) if cosine else a @ b.T
 
@@ -165,7 +166,8 @@ def tracin(
     """Returns the TracIn influence of each training example on each test example, [n_test, n_train] float32.
 
     The influence is the sum over checkpoints of rate * (inner product of the test gradient and the training gradient).
-    A positive influence means that training on the training example lowered the loss of the test example.
+    To first order, a positive influence means that training on the training example lowered the loss of the test
+    example.
 
     Args:
         features: function returned by `gradient_features`.
@@ -199,7 +201,7 @@ class Noise(NamedTuple):
 
     scale        trace / square_norm, in examples: the critical batch size
     trace        trace of the covariance of the per-example gradients
-    square_norm  estimated squared norm of the true gradient; negative if the batch has too few examples to estimate it
+    square_norm  estimated squared norm of the true gradient; can be negative if the batch has too few examples
     """
 
     scale: float

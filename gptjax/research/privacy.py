@@ -5,8 +5,8 @@
 step  = make_train_step(private(loss, clip=1.0, noise=1.1, batch_size=64), tx, combine=pair)
 spent = epsilon(noise=1.1, rate=64 / 1045, steps=500, delta=1e-5)
 
-The loss, the frozen parameters and `combine` have the same meaning as in `research.influence`. The function
-`clipped_sum` of that module clips the gradients.
+The loss, the frozen parameters and `combine` have the same meaning as in `research.influence`. The gradients are
+clipped by `research.influence.clipped_sum`.
 """
 
 from __future__ import annotations
@@ -50,18 +50,18 @@ def private(
 
     The gradient is clipped per example, summed over the batch, noised, and divided by `batch_size`.
 
-    The params of the returned loss are the pair (trained, frozen), because only the gradients of the trained parameters
-    are clipped. Build the train step as follows:
+    The returned loss takes the pair (trained, frozen) as its params, because gradients are computed and clipped only
+    for the trained parameters. Build the train step as follows:
 
         step = make_train_step(private(loss, clip=1.0, noise=1.1, batch_size=64), tx, combine=pair)
 
     Args:
         clip: maximum L2 norm of an example's gradient.
         noise: noise multiplier, the standard deviation of the Gaussian noise in units of `clip`.
-        batch_size: expected number of rows per batch. With `poisson_sample`, pass `rate * n`, although the number of
-            rows that are drawn varies from batch to batch.
-        accumulation: number of micro-batches per step, as in `make_train_step`. Each
-            micro-batch adds 1 / accumulation of the variance of a step's noise.
+        batch_size: expected number of rows per batch. For batches drawn from n rows by `poisson_sample`, pass
+            `rate * n`, although the number of rows drawn varies from batch to batch.
+        accumulation: number of micro-batches per step, as in `make_train_step`. Each micro-batch adds
+            1 / accumulation of the variance of a step's noise.
 
     Raises:
         UserError: `clip`, `batch_size` or `accumulation` is not positive, `noise` is negative, or the loss is called

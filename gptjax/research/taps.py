@@ -7,7 +7,8 @@
 
 `gptjax.model.activations` lists the paths of the activations. All functions are traceable: they work under jit, grad
 and vmap. `params` may hold adapters and quantised weights. A metric is any function that takes logits [B, V] float32
-and returns a scalar.
+and returns a scalar. In shapes, L is the number of layers, B the number of rows, T the number of tokens per row, D the
+size of the residual stream, N the number of attention heads, H the size of a head, and V the size of the vocabulary.
 """
 
 from __future__ import annotations
@@ -76,8 +77,8 @@ def patching_grid(
             together.
 
     Returns:
-        The metric of every forward pass, [L, T], [L, N] or [L, T, N] float32 according to `axes`. N is the number of
-        heads; for the sites attn/k and attn/v, N is the number of key/value heads.
+        The metric of every forward pass, float32: [L, T] for axes=("position",), [L, N] for ("head",), and [L, T, N]
+        for ("position", "head"). For the sites attn/k and attn/v, N is the number of key/value heads.
 
     Raises:
         UserError: the prompts' shapes differ, `site` does not exist, or the activation at `site` lacks one of `axes`.
@@ -135,8 +136,8 @@ def _grid(
 ) -> jax.Array:
     """Computes the metric for every cell of a grid, whose axes are the layers and then `axes`.
 
-    For each cell, a forward pass is run in which the activation at the cell's layer and indices is replaced by `value`.
-    `shape` [L, B, ..] is the shape of the activation at `path`, stacked over layers.
+    For each cell, a forward pass is run in which the activation of the cell's layer, at the cell's position or head or
+    both, is replaced by `value`. `shape` [L, B, ..] is the shape of the activation at `path`, stacked over layers.
     """
     site = path.removeprefix("blocks/*/")
     known = _AXES.get(site, {"position": 2} | ({"head": 3} if site in _WITH_HEADS else {}))
@@ -170,8 +171,8 @@ def _grid(
 def logit_lens(params: Params, tokens: jax.Array, cfg: ModelConfig, **context: Any) -> jax.Array:
     """Returns the logit lens: logits decoded from the embedding and from the residual stream after every block.
 
-    The final norm and the LM head are applied to every hidden state; the last entry of the result equals the logits of
-    `forward`. The arguments in `context` are passed to `tapped`.
+    The final norm and the LM head are applied to each of these L + 1 activations; the last entry of the result equals
+    the logits of `forward`. `context` holds further arguments of `tapped`, such as `positions` or `patches`.
 
     Returns:
         Logits [L + 1, B, T, V] float32.
@@ -186,7 +187,7 @@ def logit_lens(params: Params, tokens: jax.Array, cfg: ModelConfig, **context: A
 def attention_maps(params: Params, tokens: jax.Array, cfg: ModelConfig, **context: Any) -> jax.Array:
     """Returns attention weights [L, B, N, T, T] float32, indexed by query and then key; each query's weights sum to 1.
 
-    The arguments in `context` are passed to `tapped`.
+    `context` holds further arguments of `tapped`, such as `positions` or `patches`.
     """
     path = "blocks/*/attn/weights"
     return tapped(params, tokens, cfg, (path,), **context)[1][path]

@@ -5,8 +5,8 @@ prepare(cfg, progress)                  reads the data and the base model; retur
 evaluate(result, held_out, say)         scores the trained model on the test data `held_out`; if `held_out` is None,
                                         reads the test data again
 refuse_missing(cfg)                     raises UserError if the data or the base model do not exist; downloads nothing
-loss(cfg)                               returns the loss function, which takes (params, batch, key) and returns (Mean,
-                                        metrics)
+loss(cfg)                               returns the loss function, which takes (params, batch, key) and returns
+                                        (`gptjax.types.Mean`, metrics)
 batch_shapes(cfg, rows, width)          returns the shapes of a batch, for `gptjax plan`
 plan(cfg)                               returns lines of text that summarise the run, for --dry-run; only fine-tuning
                                         tasks have this function
@@ -52,7 +52,7 @@ def train(cfg: Config, *, log: Callable[[str], None] | None = None, hooks: Seque
     Raises:
         UserError: the config or the data are invalid, the run directory holds another run, no checkpoint can be read,
             or the disk is full.
-        Stopped: training ended early, either after Ctrl-C or SIGTERM, with a checkpoint saved, or after
+        Stopped: training ended early. The reason is Ctrl-C or SIGTERM, after which all finished steps are saved, or
             train.max_nonfinite consecutive steps with a loss or gradient that is not finite. `Stopped` is a SystemExit.
     """
     if cfg.task != "pretrain" and cfg.finetune.seeds > 1:

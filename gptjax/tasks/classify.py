@@ -48,7 +48,7 @@ def evaluate(result: TrainResult, splits: LabelledSplits | None, say: Callable[[
     Writes test.json and confusion.png. If test.json exists, only prints its summary.
 
     Args:
-        splits: the labelled texts, or None to read them again.
+        splits: the training, validation and test texts with their labels, or None to read them again.
     """
     file = Path(result.run_dir) / RESULTS
     if not file.exists():
@@ -186,9 +186,10 @@ def probabilities(params: Params, cfg: ModelConfig, examples: classification.Exa
 
 
 def score(result: TrainResult, splits: LabelledSplits) -> dict[str, Any]:
-    """Returns the `evaluation.classification.report` of the test texts, and the accuracy of two baselines.
+    """Returns the scores of the classifier on the test texts, and the accuracy of two baselines.
 
-    The baselines, the most common class and naive Bayes, are fitted to the training texts.
+    The scores are computed by `evaluation.classification.report`. The baselines, the most common class and naive Bayes,
+    are fitted to the training texts. `leaked` is the number of validation and test texts that are also training texts.
     """
     settings, cfg = read_labels(Path(result.run_dir) / "final"), result.cfg.model
     test = classification.encode(splits.test, result.tokenizer, settings["max_length"], settings["prompt"])

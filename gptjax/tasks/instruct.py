@@ -53,7 +53,7 @@ def evaluate(result: TrainResult, talks: Sequence[Conversation] | None, say: Cal
     only prints its summary.
 
     Args:
-        talks: the held-out conversations, or None to read them again.
+        talks: the test conversations, or None to read them again.
     """
     folder = Path(result.run_dir)
     if not (folder / RESULTS).exists():
@@ -102,7 +102,8 @@ def conversations(cfg: Config, notes: list[str] | None = None) -> Splits[Convers
     """Returns the conversations to train, validate and test on.
 
     Args:
-        notes: a list to which a line of text about ignored keys is appended. None: the line is printed to stderr.
+        notes: a list to which a line of text is appended that names the ignored keys of the records, if there are any.
+            None: the line is printed to stderr.
     """
     splits = split_records(cfg.instruct, cfg.seed, read, _skills, notes)
     if problems := [line for talk in splits.test for line in check_constraints(talk.constraints, talk.where)]:
@@ -113,8 +114,8 @@ def conversations(cfg: Config, notes: list[str] | None = None) -> Splits[Convers
 def _skills(n: int, seed: int, held_out: bool = False) -> list[Conversation]:
     """Returns synthetic conversations, with n questions in total.
 
-    A training conversation has up to `TURNS` questions, which share the system prompt of the chat template. A held-out
-    conversation has one question.
+    A training conversation has up to `TURNS` questions, so that a system prompt in the chat template occurs once per
+    conversation instead of once per question. A held-out conversation has one question.
     """
     return synthetic.skills(n, seed, held_out, turns=1 if held_out else TURNS)
 
@@ -260,8 +261,9 @@ def answers(
         name: name of the model in the heartbeat lines.
 
     Returns:
-        A dict per conversation with the keys where, prompt, expected, answer, nats (-log p of the expected answer and
-        its end token), tokens (the number of these tokens) and, if the conversation has them, system, history (the
+        A dict per conversation with the keys where (location in the source, such as rows.jsonl:3), prompt, expected,
+        answer, nats (-log p of the expected answer and its end token) and tokens (the number of tokens of the expected
+        answer and its end token). If the conversation has them, the dict also has the keys system, history (the
         messages before the question) and constraints.
     """
     tokenizer = chat.styled(tokenizer, cfg.instruct.style)
@@ -271,7 +273,7 @@ def answers(
     size, longest = cfg.sample.batch_size, [0]
 
     def count(tokens: list[int]) -> bool:
-        """A stop condition for `generate` that is never met; it records the length of the longest row, in tokens."""
+        """A stop condition for `generate` that is never met; it records the length of the longest answer in tokens."""
         longest[0] = max(longest[0], len(tokens))
         return False
 

@@ -72,8 +72,8 @@ def make_many_step(
 ) -> Callable[[TrainState, Many, Params, Any], tuple[TrainState, Metrics]]:
     """Returns the training step of `make_train_step`, vmapped over N adapters.
 
-    The result is a function `step(states, many, params, batch)` that returns the new states and the metrics, [N] each.
-    `params` are the params of the base model, of which all adapters share one copy.
+    The result is a function `step(states, many, params, batch)`. It returns the new states and the metrics; each
+    metric has one value per adapter, [N]. `params` are the params of the base model; all adapters share one copy.
 
     Args:
         batches: whether every leaf of the batch has a leading axis N, with one batch per adapter. False: all adapters

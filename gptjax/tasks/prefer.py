@@ -28,7 +28,7 @@ from gptjax.training.task import Loss, Ready, resolve
 from gptjax.types import Params
 
 __all__ = ["evaluate", "loss", "plan", "prepare", "reference", "refuse_missing"]
-MIN_PAIR_TOKENS = 64  # assumed number of tokens per pair, to estimate how many pairs fit a packed row
+MIN_PAIR_TOKENS = 64  # assumed number of tokens per pair: batch_shapes estimates width // 64 pairs per packed row
 RESULTS = "test.json"
 
 
@@ -70,7 +70,11 @@ def summary(scores: dict[str, Any]) -> str:
 
 
 def pairs(cfg: Config, notes: list[str] | None = None) -> Splits[Pair]:
-    """Returns the pairs to train, validate and test on. `notes` is passed to `data.preferences.read`."""
+    """Returns the pairs to train, validate and test on.
+
+    A line of text that names the ignored keys of the file is appended to the list `notes`. If `notes` is None, the line
+    is printed to stderr.
+    """
     return split_records(cfg.prefer, cfg.seed, preferences.read, preferences.of_skills, notes)
 
 
@@ -168,7 +172,7 @@ def plan(cfg: Config) -> list[str]:
 
 
 def __getattr__(name: str) -> Any:
-    """Returns the object that a deprecated name of this module stands for. For the name `task`, returns the function
-    that `old_task` builds."""
+    """Returns the object that a deprecated name of this module stands for. `task` stands for the function `task(cfg)`
+    of earlier releases, which returns a namespace of the functions prepare, init and loss."""
     new = moved_name(__name__, name)
     return old_task(new, init_params) if name == "task" else new

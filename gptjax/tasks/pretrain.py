@@ -30,7 +30,7 @@ from gptjax.types import Batch, Params
 # Default number of tokens per window in continued pretraining. If the base model's context length is smaller, the
 # default is the context length.
 BASE_WINDOW = 1024
-EVAL_TOKENS = 4096  # minimum number of tokens per evaluation batch
+EVAL_TOKENS = 4096  # approximate minimum number of tokens per evaluation batch
 FIRST_EVAL_TOKENS = 16_384  # approximate number of tokens in the evaluation before the first step
 
 
@@ -187,7 +187,7 @@ def sampling(cfg: Config, tokenizer: Tokenizer, prompts: list[list[int]]) -> Cal
 
 
 def __getattr__(name: str) -> Any:
-    """Returns the function of `gptjax.losses` that a deprecated name of this module stands for. For the name `task`,
-    returns the function that `old_task` builds."""
+    """Returns the function of `gptjax.losses` that a deprecated name of this module stands for. `task` stands for the
+    function `task(cfg)` of earlier releases, which returns a namespace of the functions prepare, init and loss."""
     new = moved_name(__name__, name)
     return old_task(new, init_params) if name == "task" else new

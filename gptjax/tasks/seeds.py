@@ -58,8 +58,8 @@ def refuse(cfg: Config) -> bool:
     """Run the checks of `over_seeds` that need no data. Returns whether all runs are finished already.
 
     Raises:
-        UserError: `resume.refuse` finds a problem in the config or in a run directory, or the folder of the seeds is
-            not writable or holds files that do not belong to their runs.
+        UserError: `resume.refuse` finds a problem in the config or in a run directory; or the folder of all seeds is
+            not writable, or holds files other than seeds.json and the run directories of the seeds.
     """
     folder = RunDir(cfg.run_dir or "runs/default")
     if not folder.exists():
@@ -147,7 +147,7 @@ def stacked(cfg: Config, prepare: Prepare, progress: Progress) -> Ready:
 
     def write(folder: Path, trained: Any, frozen: Any, files: dict[str, str]) -> None:
         runs = [(i, folder.parent / f"seed-{resolved.seed}" / folder.name) for i, resolved in enumerate(configs)]
-        # Write the shared folder last: once it exists, the folders of all seeds must be complete.
+        # Write the shared folder last, because its existence means that the folders of all seeds are complete.
         for i, run_folder in [*runs, (0, folder)]:
             params = jax.tree.map(lambda leaf, i=i: leaf[i], trained)
             write_fns[i](run_folder, params, frozen, files | {"config.yaml": config.to_yaml(configs[i])})

@@ -30,8 +30,8 @@ class Trainable(NamedTuple):
 
     params    the trainable params: {"adapter": .., "cls_head": ..}, a subset of the model's params, or all its params
     frozen    the other params, which the optimizer does not update
-    combine   function (trained, frozen, settings) that returns the params for the loss, with `LoraWeight` leaves;
-              `settings` is a LoraConfig whose scale and dropout may be tracers, by default cfg.lora
+    combine   function (trained, frozen, settings) that returns the params for the loss; weights with an adapter are
+              `LoraWeight`s. `settings` is a LoraConfig whose scale and dropout may be tracers, by default cfg.lora
     merge     function (trained, frozen) that returns the params to save: plain arrays, with the adapter merged
     export    function (folder, trained, frozen) that writes the adapter in peft's format; it does nothing if peft's
               format cannot represent the adapter
@@ -56,7 +56,8 @@ def partition(
         fingerprint: hash of the base model's weights, written with an exported adapter.
 
     Raises:
-        UserError: a pattern matches no parameter, or the adapter config does not fit the weights.
+        UserError: an alternative of the pattern finetune.trainable matches no parameter, or the adapter config does not
+            fit the weights.
     """
     which = cfg.finetune.trainable
     if which == "lora":
@@ -73,7 +74,7 @@ def partition(
 def step_functions(cfg: Config, loss: Loss, combine: Callable[..., Params]) -> StepFunctions:
     """Returns the `StepFunctions` of a fine-tuning run.
 
-    `combine` is the function of this name in `Trainable`; the hyperparameters in `cfg` may be tracers.
+    `combine` returns the params for the loss, see `Trainable`. The hyperparameters in `cfg` may be tracers.
     """
     return StepFunctions(with_dropout(cfg, loss), partial(combine, settings=cfg.lora), optimizer(cfg))
 
@@ -99,7 +100,7 @@ def frozen_share(cfg: Config, n_params: int, n_trained: int) -> float:
 
 
 def with_dropout(cfg: Config, loss: Loss) -> Loss:
-    """Returns `loss`, with dropout on the adapter's input if lora.dropout is set."""
+    """Returns the loss function, with dropout on the adapter's input if lora.dropout is not 0."""
     return lora.with_dropout(loss) if cfg.finetune.trainable == "lora" and not off(cfg.lora.dropout) else loss
 
 
@@ -183,7 +184,7 @@ def _adapted(
 
 
 def with_heads(trained: Params) -> Params:
-    """Merge the adapter and the heads into one tree, as `lora.attach` expects."""
+    """Returns one dict with the params of the adapter and of the heads, the argument `adapter` of `lora.attach`."""
     heads = {name: leaf for name, leaf in trained.items() if name != "adapter"}
     return trained["adapter"] | heads
 

@@ -86,7 +86,7 @@ def load_base(
 ) -> tuple[Trainable, str]:
     """Load the base model's weights, and partition them and the new heads by `finetune.trainable`.
 
-    Returns the partitioned model, and the fingerprint of the base model's weights.
+    Returns the trained and frozen params (a `Trainable`), and the fingerprint of the base model's weights.
     """
     with progress.phase("loading the base"):
         params = base.params("float32", None)
@@ -112,7 +112,7 @@ def make_task(
     """Build the `Task` of a fine-tuning run.
 
     Args:
-        cfg: the resolved config.
+        cfg: the config, with the values filled in that depend on the data.
         trainable: the base model, partitioned into trained and frozen params.
         fingerprint: hash of the base model's weights.
         loss: function that builds the loss function from a config; the config's dropout rate may be a tracer.

@@ -4,7 +4,7 @@ tok = tokenizers.load("gpt2")               loads a built-in tokenizer: gpt2 or 
 tok = tokenizers.train("bpe", texts, 4096)  trains a new tokenizer: chars, words, bpe, wordpiece or unigram
 tok.save("here"); tokenizers.load("here")   saves and loads one file, here/tokenizer.json
 tok = tokenizers.load("SmolLM2-135M")       loads a Hugging Face folder: tokenizer.json, or vocab.json and merges.txt
-tok = tokenizers.load("model.gguf")         loads the tokenizer of a GGUF file, given its path or the name of an asset
+tok = tokenizers.load("model.gguf")         loads the tokenizer of a GGUF file: a path, or a model of `gptjax.assets`
 ids = tok.encode("Every effort moves you")  -> [6109, 3626, 6100, 345]
 """
 
@@ -93,9 +93,9 @@ def train(name: str, texts: Iterable[str], vocab_size: int | None = None, **opti
     Args:
         name: the kind of tokenizer: chars, words, bpe, wordpiece or unigram.
         texts: the documents to train on; they are read once.
-        vocab_size: size of the vocabulary, special tokens included. `vocab_size` is required for bpe, wordpiece and
-            unigram tokenizers. If it is None, a `words` tokenizer keeps every word. A `chars` tokenizer ignores
-            `vocab_size` and keeps every character.
+        vocab_size: size of the vocabulary, special tokens included. bpe, wordpiece and unigram tokenizers require it. A
+            `words` tokenizer keeps every word if `vocab_size` is None. A `chars` tokenizer ignores `vocab_size` and
+            keeps every character.
         options: `special`, the names of the special tokens; only for `words` and `bpe`.
     """
     texts = _strings(texts)
@@ -130,7 +130,8 @@ def extend(tokenizer: Tokenizer, names: Sequence[str]) -> Tokenizer:
     their ids.
 
     Raises:
-        UserError: a name is in the vocabulary already, is empty, or is repeated.
+        UserError: a name is a special or added token already, is an ordinary token of a `words` tokenizer or of one
+            from Hugging Face, is empty, or is repeated.
     """
     problems: list[str] = []
     string_list(list(_strings(names)), "names", problems)

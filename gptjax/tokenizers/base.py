@@ -76,8 +76,11 @@ class Tokenizer(Protocol):
 
 
 class Base(ABC):
-    """Base class of all tokenizers. Every subclass implements `data`, and either `_encode` and `_decode` for ordinary
-    text or its own `encode`, `encode_array` and `decode`."""
+    """Base class of all tokenizers.
+
+    Every subclass implements `data`. It also implements `_encode`, which encodes ordinary text, or overrides `encode`
+    and `encode_array`; and it implements `_decode`, which decodes ordinary tokens, or overrides `decode`.
+    """
 
     _encode: Callable[[str], list[int]]
     _decode: Callable[[np.ndarray], str]
@@ -94,7 +97,7 @@ class Base(ABC):
 
     @property
     def eot_id(self) -> int | None:
-        """The id of the token that separates documents: the first token of END_OF_DOCUMENT that is in the vocabulary,
+        """The id of the token that separates documents: the first name in END_OF_DOCUMENT that is a special token,
         otherwise the first id in eos_ids."""
         named = [self.special_tokens[name] for name in END_OF_DOCUMENT if name in self.special_tokens]
         return next(iter([*named, *self.eos_ids]), None)
@@ -103,7 +106,7 @@ class Base(ABC):
         """Return a copy of the tokenizer with other settings: bos_id, eos_ids, pad_id, add_bos, chat_template.
 
         Raises:
-            UserError: a setting does not exist, an id is outside the vocabulary, or the template is not a string.
+            UserError: a setting does not exist or has an invalid value, such as an id outside the vocabulary.
         """
 
         def is_id(value: Any) -> bool:
@@ -157,7 +160,7 @@ class Base(ABC):
                 If `disallowed_special` is empty, the text of special tokens is encoded as ordinary text.
 
         Raises:
-            UserError: the text contains a special token that is not allowed, or cannot be encoded with this vocabulary.
+            UserError: the text contains a disallowed special token, or cannot be encoded with this vocabulary.
         """
         ids: list[int] = []
         for piece, special in self._split_special(text, allowed_special, disallowed_special):
@@ -339,8 +342,8 @@ def _is_utf8(text: str) -> bool:
 
 
 def found_in(text: str, names: Iterable[str]) -> set[str]:
-    """Return the set of all names in `names` that occur in the text. If several names match at one position, only the
-    longest of them is counted."""
+    """Return the names in `names` that are found in the text, searching from left to right. If several names match at
+    one position, only the longest is found. A name that overlaps an earlier match is not found."""
     names = frozenset(names)
     return set(_alternatives(names).findall(text)) if names else set()
 
@@ -380,8 +383,8 @@ def parse_json(text: str, location: str) -> Any:
 def begin_id(tokenizer: Tokenizer) -> int | None:
     """Return the id of the token that starts a document in training and replaces an empty prompt.
 
-    The id is bos_id if add_bos is true. Otherwise the id is eot_id: as in GPT-2's training data, the token that ends a
-    document also precedes the next document. The result is None if the tokenizer has neither of these tokens.
+    The id is bos_id if add_bos is true and bos_id is not None. Otherwise the id is eot_id, which may be None: as in
+    GPT-2's training data, the token that ends a document also precedes the next document.
     """
     return tokenizer.bos_id if tokenizer.add_bos and tokenizer.bos_id is not None else tokenizer.eot_id
 
@@ -392,5 +395,5 @@ def stop_ids(tokenizer: Tokenizer) -> list[int]:
 
 
 def whole_tokens(tokenizer: Tokenizer) -> dict[str, int]:
-    """Return a dict from name to id of all tokens that are never split: special tokens and added tokens."""
+    """Return a dict from name to id of all special tokens and added tokens."""
     return {**tokenizer.added_tokens, **tokenizer.special_tokens}

@@ -5,10 +5,11 @@ whose merge was learned first is merged, again and again, until no adjacent pair
 
     "lower"   l o w e r  ->  lo w e r  ->  low e r  ->  low er  ->  lower
 
-A vocabulary is the list of merges in the order in which they were learned. Each byte is written as one character of
-GPT-2's printable alphabet; a space is `Ġ`. The first 256 ids are the bytes in the order of that alphabet, the next ids
-are the tokens that the merges make, and the last ids are the special tokens. The vocabulary of a loaded model may have
-another order; the tokenizer is then saved as the list of its tokens, in the order of their ids, instead of its merges.
+A tokenizer is saved as the list of its merges in the order in which they were learned. Each byte is written as one
+character of GPT-2's printable alphabet; a space is `Ġ`. The first 256 ids are the bytes in the order of that alphabet,
+the next ids are the tokens that the merges make, and the last ids are the special tokens. The vocabulary of a loaded
+model may have another order; the tokenizer is then saved as the list of its tokens, in the order of their ids, instead
+of its merges.
 
 The library tiktoken does the encoding. tiktoken uses no list of merges. It keeps a word that is itself a token; it
 splits any other word into bytes, and repeatedly merges the adjacent pair whose concatenation is the token with the
@@ -39,9 +40,10 @@ PATTERN = SCHEMES["gpt2"].pattern
 MAX_VOCAB = 1 << 24
 
 # tiktoken's regular expressions fail on a run of a million whitespace characters before a letter. Therefore a text is
-# split before the last character of each run of BLANKS or more whitespace characters. The ids stay the same, because of
-# all the whitespace before a word, only the last character can be part of the word. `Scheme.cut` returns False for runs
-# that must not be split, such as whitespace before a digit with the pre-tokenizer smollm.
+# split before the last character of each run of BLANKS or more whitespace characters. This does not change the ids: a
+# word includes at most the last character of the whitespace before it, so the text has a word boundary there anyway.
+# `Scheme.cut` returns False for runs that must not be split, such as whitespace before a digit with the pre-tokenizer
+# smollm.
 BLANKS = 512
 _BLANK_RUN = re.compile(rf"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]{{{BLANKS},}}")
 
@@ -83,7 +85,7 @@ def last_merges(ranks: Mapping[bytes, int]) -> dict[bytes, tuple[bytes, bytes]]:
     token from its bytes. Tokens that tiktoken cannot build by merges are omitted.
 
     The pairs are sorted by the id of the merged token. Byte-pair encoding with this list of merges gives the same ids
-    as tiktoken.
+    as tiktoken, if a word that is itself a token is not split, as in tiktoken.
     """
     merges = {}
     for token in sorted(ranks, key=ranks.__getitem__):
@@ -105,7 +107,7 @@ def ranks(merges: Sequence[str]) -> dict[bytes, int]:
 
     Raises:
         UserError: a merge uses a token that no earlier merge makes, or makes a token a second time; the message lists
-            such merges.
+            the first ten such merges.
     """
     ids = {char: i for i, char in enumerate(alphabet())}
     problems = []
@@ -243,8 +245,8 @@ class BPE(Base):
         if self.nfc:
             text = unicodedata.normalize("NFC", text)
         blocks = (text[i : i + BLANKS // 2] for i in range(0, len(text), BLANKS // 2))
-        # A fast check for long runs: a run of BLANKS whitespace characters always contains a whole block of BLANKS // 2
-        # characters. If no block is all whitespace, the text has no long run.
+        # A fast check for long runs: a run of BLANKS whitespace characters always contains at least one of these blocks
+        # entirely. If no block consists of whitespace only, the text has no long run.
         if not any(block.isspace() for block in blocks):
             return [text]
         cut = SCHEMES[self.scheme].cut

@@ -78,8 +78,8 @@ BUILTIN: dict[str, str] = {
 
 BEGIN = "{{ bos_token }}"  # prepended to a template of BUILTIN if the tokenizer's add_bos is true
 
-# Jinja code that is prepended to a template that writes no token after an answer: it appends eos_token to every answer
-# except tool calls.
+# Jinja code that appends eos_token to every answer except tool calls. It is prepended to a template that writes no
+# token after an answer.
 END = (
     "{% set with_ends = namespace(messages=[]) %}"
     "{% for message in messages %}"
@@ -180,11 +180,11 @@ def with_end(tokenizer: Tokenizer) -> Tokenizer:
     If the template does not use the variable eos_token, the token that ends answers becomes the first of eos_ids. If
     the template uses eos_token, the first of eos_ids stays the same, because it is the value of this variable; the
     token that ends answers is then appended to eos_ids, unless it is one of them already. A template that writes no
-    token after answers is prefixed with the Jinja code END, which appends the end-of-text token to every answer except
-    tool calls.
+    token after answers is prefixed with the Jinja code END, which appends eos_token (the first of `stop_ids`) to every
+    answer except tool calls.
 
     Raises:
-        UserError: the template writes no token after answers, and the tokenizer has no end-of-text token.
+        UserError: the template writes no token after answers, and the tokenizer has neither eos_ids nor an eot_id.
     """
     end, template = end_of_answer(tokenizer), tokenizer.chat_template
     assert template is not None
@@ -243,7 +243,7 @@ def styled(tokenizer: Tokenizer, style: Style | None = None) -> Tokenizer:
                None    `chat` if the tokenizer has a chat template, otherwise `alpaca`
             Markers that are not in the vocabulary are encoded as ordinary text. Every answer ends with the token that
             the template writes after it (<|im_end|>, <|end|>, ..). If the template writes no such token, the answer
-            ends with the tokenizer's end-of-text token.
+            ends with the tokenizer's eot_id or, in the style `chat`, with the first of its eos_ids, if it has any.
 
     Raises:
         UserError: the style is unknown, the style is chat but the tokenizer has no chat template, or no token can end
@@ -272,8 +272,8 @@ def styled(tokenizer: Tokenizer, style: Style | None = None) -> Tokenizer:
 
 
 def describe_style(tokenizer: Tokenizer, style: Style | None) -> list[str]:
-    """Return log lines that name the prompt style and the token that ends an answer. `tokenizer` is the argument of
-    `styled`, not its result."""
+    """Return log lines that name the prompt style and the token that ends an answer. `tokenizer` is the base model's
+    own tokenizer, to which `styled` has not been applied."""
     named: str | None = "the model's own chat template" if style in (None, "chat") else style
     if style is None and tokenizer.chat_template is None:
         named = "alpaca, as the model has no chat template"
@@ -285,7 +285,7 @@ def describe_style(tokenizer: Tokenizer, style: Style | None) -> list[str]:
 
 
 def with_input(tokenizer: Tokenizer, message: Message) -> str:
-    """Return the content of a message, followed by the "input" of an Alpaca record, if the message has one.
+    """Return the content of a message. If the message has the key "input", as in an Alpaca record, append its value.
 
     {"content": "Add", "input": "1, 2"}    alpaca "Add\\n\\n### Input:\\n1, 2", other templates "Add\\n1, 2"
     """
@@ -352,7 +352,7 @@ def render(
     _check(template, messages, tools)
     context: dict[str, Any] = {"messages": list(messages), "tools": tools, "documents": None}
     context |= {"add_generation_prompt": add_generation_prompt}
-    context |= {"bos_token": bos_token} if bos_token else {}  # an empty bos_token stays undefined, as in transformers
+    context |= {"bos_token": bos_token} if bos_token else {}  # if it is "": undefined variable, as in transformers
     context |= {"eos_token": eos_token} if eos_token else {}
     if is_builtin(template):
         try:

@@ -34,7 +34,8 @@ BLANK = "▁"
 # vocabulary needs: 262,144 tokens of 8 characters are 2 million characters.
 MAX_TOKEN, MAX_TEXT = 512, 4 << 20
 MAX_PAIRS = 1 << 20  # limit on the pairs of tokens whose concatenation is a token; Gemma has 0.6 million
-END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>")  # tokens that also end generation in llama.cpp
+# names of special tokens that end generation in llama.cpp even if the metadata do not list them
+END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>")
 
 
 class Pre(NamedTuple):
@@ -162,7 +163,8 @@ def padded(metadata: dict[str, Any], rows: int) -> dict[str, Any]:
 
 
 def _per_token(metadata: Mapping[str, Any], key: str, kinds: str, n: int, problems: list[str]) -> list[Any] | None:
-    """Return the list tokenizer.ggml.`key`, which has one number per token, or None if the list is missing."""
+    """Return the list tokenizer.ggml.`key`, which has one number per token, or None if the list is missing or invalid.
+    For an invalid list, add an error message to `problems`."""
     key = f"tokenizer.ggml.{key}"
     if key not in metadata:
         return None
@@ -238,8 +240,8 @@ def _by_score(pieces: Mapping[str, float]) -> list[list[str]]:
 
 
 def _blanks(prefix: bool) -> dict[str, Any]:
-    """Return a normalizer that replaces spaces by `▁`, and a decoder that replaces `▁` by spaces, in the form of a
-    tokenizer.json.
+    """Return the JSON values of a tokenizer.json for a normalizer that replaces spaces by `▁`, and for a decoder that
+    replaces `▁` by spaces.
 
     Args:
         prefix: whether the normalizer adds a space before the text, and the decoder removes this space again.
@@ -258,14 +260,17 @@ def _blanks(prefix: bool) -> dict[str, Any]:
 
 
 def to_metadata(tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return GGUF metadata that make llama.cpp encode any text to the same ids as the tokenizer. Each value of the
+    """Return GGUF metadata with which llama.cpp encodes a text to the same ids as the tokenizer. Each value of the
     metadata is a list of str, a numpy array, an int, a bool or a str.
+
+    If the tokenizer normalises texts to Unicode NFC, the ids are the same only for texts in NFC, because llama.cpp does
+    not normalise texts to NFC.
 
     If the tokenizer has no end-of-text token, llama.cpp stops at the token with id 11, its default for `gpt2`. A chars
     tokenizer has no end-of-text token, but `tokenizers.extend` can add one.
 
     Raises:
-        UserError: llama.cpp does not support this kind of tokenizer.
+        UserError: llama.cpp does not support this tokenizer, or a name is both an ordinary and a special token.
     """
     if tokenizer.kind not in MODELS:
         raise UserError(
@@ -369,7 +374,7 @@ MODELS: dict[str, Callable[[Any], Vocabulary]] = {
 
 def _prefix(data: Mapping[str, Any]) -> bool | None:
     """Return whether the tokenizer adds a space before a text. Return None if its normalizer and pre-tokenizer have no
-    equivalent in llama.cpp, for example because they do not replace spaces by `▁`, or split the text at spaces.
+    equivalent in llama.cpp, for example because spaces are not replaced by `▁`, or because the text is split at spaces.
 
     The pre-tokenizer Metaspace differs from llama.cpp and SentencePiece: it adds no space to a text that begins with a
     space, and with the prepend_scheme "first" it adds no space after a special token.

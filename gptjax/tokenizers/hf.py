@@ -85,6 +85,8 @@ class HF(Base):
         if not isinstance(inner, dict):
             raise UserError(f"hf tokenizer: tokenizer: expected the object of a tokenizer.json, got {inner!r:.60}")
         ids = check(inner)
+        other = {name: ids[name] for name, i in data["special_tokens"].items() if ids.get(name, i) != i}
+        refuse("hf", [f"{name!r:.60} is a token already, its id is {i}" for name, i in other.items()])
         inner = _with_special(inner, set(), ids)
         new = [added_token(name, i, True) for name, i in data["special_tokens"].items() if name not in ids]
         return cls(inner | {"added_tokens": [*inner["added_tokens"], *sorted(new, key=lambda token: token["id"])]})
@@ -173,7 +175,7 @@ def from_hf(
         generation_config: content of generation_config.json, whose eos_token_id may be a list.
 
     Raises:
-        UserError: the tokenizer is invalid; the message lists all problems.
+        UserError: the tokenizer is invalid; the message lists up to ten problems.
     """
     text = read_text(source) if isinstance(source, Path) else source
     data = parse_json(text, str(source) if isinstance(source, Path) else "tokenizer.json")
@@ -218,8 +220,9 @@ def check(data: Any) -> dict[str, int]:
     """Validate a tokenizer.json and return a dict from token to id, added tokens included.
 
     Raises:
-        UserError: values have wrong types, ids are missing or duplicate, or the normalizer, the pre-tokenizer, the
-            decoder or the post-processor exceeds the limits of `_chain_problems`; the message lists all problems.
+        UserError: values have wrong types, ids are missing or duplicate, model.dropout is not 0, or the normalizer, the
+            pre-tokenizer, the decoder or the post-processor has too many steps or could lengthen a text too much; the
+            message lists up to ten problems.
     """
     if not isinstance(data, dict) or not isinstance(data.get("model"), dict):
         raise UserError("hf tokenizer: expected an object with a model, as `tokenizers` writes it")
@@ -275,7 +278,8 @@ def _id_problems(ids: dict[str, int]) -> list[str]:
 
 
 MAX_STEPS, MAX_DEPTH = 32, 4  # limits for each entry in CHAINS: number of steps, and nesting depth of sequences
-MAX_GROWTH = 1024  # limit on the number of characters that all steps together may make from one character
+# limit on the number of characters that one character may become in the normalizer and pre-tokenizer, or in the decoder
+MAX_GROWTH = 1024
 # Maps each entry of a tokenizer.json that may be a Sequence of steps to the key under which a Sequence lists its steps.
 CHAINS = {
     "normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "decoder": "decoders",
@@ -340,10 +344,10 @@ def _growth(step: Any) -> int:
 
 
 def _roles(named: Mapping[str, Any]) -> tuple[dict[str, str], set[str]]:
-    """Return the special tokens that a tokenizer_config.json lists.
+    """Return the special tokens that a tokenizer_config.json or a special_tokens_map.json lists.
 
     Args:
-        named: the content of the tokenizer_config.json.
+        named: the content of the special_tokens_map.json, updated with the content of the tokenizer_config.json.
 
     Returns:
         A dict from roles (see ROLES) to names of tokens, such as {"eos_token": "</s>"}; and the set of the names of all
@@ -496,8 +500,8 @@ def _slow_files(folder: Path, named: Mapping[str, Any], model_type: Any) -> dict
     """Return the tokenizer.json that is equivalent to vocab.json and merges.txt, with the pre-tokenizer of the
     tokenizer class.
 
-    The tokenizer class is named["tokenizer_class"]. If this key is absent, `model_type` determines the tokenizer class;
-    if `model_type` is None, the class is GPT2Tokenizer.
+    The key tokenizer_class of `named` gives the tokenizer class. If this key is absent, `model_type` determines the
+    tokenizer class; if `model_type` is None, the class is GPT2Tokenizer.
     """
     kind = named.get("tokenizer_class")
     kind = kind or ("GPT2Tokenizer" if model_type is None else _CLASS_OF.get(str(model_type)))
@@ -616,8 +620,9 @@ def _from_bpe(tokenizer: BPE) -> dict[str, Any]:
     ordinary = {printable(token): i for token, i in tokenizer.ranks.items()}
     merges = [merge.split(" ") for merge in tokenizer.merges]
     whole = len(set(map("".join, merges))) < sum(len(token) > 1 for token in tokenizer.ranks)
-    # `tokenizers` assigns new ids, after those of the model's vocabulary, to all added tokens that are not in this
-    # vocabulary. Special and added tokens with smaller ids than the last ordinary token must therefore be in it.
+    # `tokenizers` gives new ids, after the last id of the model's vocabulary, to all added tokens that are not in this
+    # vocabulary. Therefore special and added tokens with smaller ids than the last ordinary token are put into the
+    # model's vocabulary.
     last = max(ordinary.values())
     low = {name: i for name, i in whole_tokens(tokenizer).items() if i < last}
     vocab = dict(sorted((ordinary | low).items(), key=lambda item: item[1]))
@@ -663,7 +668,7 @@ def _file(tokenizer: Base, body: dict[str, Any]) -> dict[str, Any]:
 
 
 def byte_level_parts(scheme: str, nfc: bool) -> dict[str, Any]:
-    """Return the normalizer, the pre-tokenizer and the decoder of a byte-level BPE, in the form of a tokenizer.json."""
+    """Return the JSON values of a tokenizer.json for the normalizer, pre-tokenizer and decoder of a byte-level BPE."""
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     before: dict[str, Any] = level
     if scheme != "gpt2":

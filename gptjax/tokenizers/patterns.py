@@ -54,13 +54,14 @@ def _cl100k_like(digits: str, possessive: str) -> Scheme:
 
 
 SCHEMES: dict[str, Scheme] = {
-    # Words are contractions, runs of letters, digits or other characters (with the space before them), and whitespace.
+    # A word is the end of a contraction ('ll); a run of letters, of digits or of other characters, with the space
+    # before it; or whitespace.
     "gpt2": Scheme(
         r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s",
         r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
         lambda last, after: True,
     ),
-    # Words are like those of gpt2, but every digit is a word, and whitespace before a digit stays together.
+    # Words are like those of gpt2, but every digit is a word by itself, and the whitespace before a digit is one word.
     "smollm": Scheme(
         r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++|\p{N}| ?[^\s\p{L}\p{N}]++|\s++$|\s++(?=\p{N})|\s+(?!\S)|\s",
         None,
@@ -70,7 +71,7 @@ SCHEMES: dict[str, Scheme] = {
     "qwen2": _cl100k_like(r"\p{N}", r"\p{N}"),
 }
 
-# A word of the WordPiece and Unigram tokenizers is a run of up to 64 letters, digits, underscores or other characters,
-# together with the space before it, or a run of up to 64 whitespace characters. `#` is always a word by itself, because
-# `##` at the beginning of a piece means that the piece does not begin a word.
+# A word of the WordPiece and Unigram tokenizers is a run of up to 64 characters of one class (letters, digits,
+# underscores, whitespace or other characters); the space before a run of non-whitespace characters is part of the word.
+# `#` is always a word by itself, because `##` at the beginning of a piece means that the piece does not begin a word.
 SUBWORDS = re.compile(r"#| ?[^\W\d_]{1,64}| ?\d{1,64}| ?[^\s\w#]{1,64}| ?_{1,64}|\s{1,64}(?!\S)|\s")

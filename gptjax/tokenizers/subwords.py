@@ -30,9 +30,10 @@ from gptjax.tokenizers.bpe import MAX_VOCAB, alphabet, printable, token_bytes
 from gptjax.tokenizers.patterns import SUBWORDS
 
 INSIDE = "##"
-MAX_PIECE = 16  # maximal number of bytes of a Unigram piece
+MAX_PIECE = 16  # maximum number of bytes of a piece that the training of a Unigram tokenizer makes
 CACHE_WORDS = 1 << 18
-LONGEST_PIECE = 260  # maximal number of bytes of a piece: a word has up to 65 characters of up to 4 bytes each
+# maximum number of bytes of a piece in a tokenizer file: a word has up to 65 characters of up to 4 bytes each
+LONGEST_PIECE = 260
 
 
 class _Pieces(Base):

@@ -39,7 +39,8 @@ def steps_per_call(cfg: Config, n_params: int, start: int = 0, hooks: Sequence[i
         hooks: the intervals of the hooks, in steps.
 
     Raises:
-        UserError: train.steps_per_call does not divide max_steps, or an interval shorter than max_steps.
+        UserError: train.steps_per_call does not divide max_steps, or one of the intervals (of evaluation, checkpoints,
+            logging, hooks) that are shorter than the run.
     """
     settings = cfg.train
     names = ("eval_every", "checkpoint_every", "log_every")
@@ -61,8 +62,8 @@ def steps_per_call(cfg: Config, n_params: int, start: int = 0, hooks: Sequence[i
 
 
 def make_call(run: Run) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
-    """Returns a jitted function that runs run.k training steps. The function takes the state and the batches of all
-    run.k steps, and returns the new state and the metrics; it is compiled when it is first called."""
+    """Returns a jitted function that runs `run.k` training steps, the steps per call. The function takes the state and
+    the batches of these steps, and returns the new state and the metrics; it is compiled when it is first called."""
     loss, combine, optimizer = run.rules
     step = make_train_step(loss, optimizer, combine=combine, accumulation=run.cfg.train.accumulation)
     return parallel.jit_step(step if run.k == 1 else make_multi_step(step), run.mesh, run.state)

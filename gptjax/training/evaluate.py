@@ -23,8 +23,8 @@ PLOT_EVERY_S = 20.0
 def evaluator(meter: Meter) -> Callable[[Run], None]:
     """Returns the hook that evaluates the model.
 
-    The hook computes the loss on the validation set (before the first step, on a part of this set), saves the best
-    model, writes samples and draws the loss curve.
+    The hook computes the loss on the validation set, saves the best model, writes samples and draws the loss curve.
+    Before the first step, it only computes the loss, in pretraining on the first batches of the validation set.
     """
     loss, combine, _ = meter.run.rules
     eval_loss = jit_on(lambda params, batch, key: loss(combine(*params), batch, key), meter.run.mesh)
@@ -36,7 +36,7 @@ def evaluator(meter: Meter) -> Callable[[Run], None]:
     def polled(run: Run) -> Iterator[Any]:
         """Yields the validation batches, and records the time at which each is requested.
 
-        `mean_over` requests a batch only once it has the loss of the previous batch, so the difference between two
+        `mean_over` waits for the loss of a batch before it requests the next batch, so the difference between two
         successive times is the duration of the evaluation of one batch.
         """
         requested.clear()

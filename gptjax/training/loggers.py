@@ -21,7 +21,8 @@ class Logger(Protocol):
 
 
 class JsonLines:
-    """Writes metrics.jsonl, one JSON object per row. `log` flushes it to the operating system, `sync` to the disk."""
+    """Writes metrics.jsonl, one JSON object per line. `log` passes each line to the operating system at once; `sync`
+    makes sure that all lines are on the disk (fsync)."""
 
     def __init__(self, path: Path):
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115

@@ -12,7 +12,7 @@ Remat = Literal["none", "dots", "full", "offload"]
 SMALLER_REMAT: dict[Remat, tuple[Remat, ...]] = {"none": ("dots", "full"), "dots": ("full",)}  # keep fewer activations
 _MAX_SHARE = 0.75  # a change of the config is proposed only if it shrinks the activations to this fraction or less
 MARGIN = 0.85  # maximum fraction of the device's memory that an estimate may fill
-# memory for logits, their exponentials and their gradients: the loss is computed in chunks of tokens, one at a time
+# memory for the logits of one chunk of tokens, their exponentials and their gradients; the loss runs chunk by chunk
 WORKSPACE_BYTES = 2**30
 _PROGRAM_BYTES = 2**28
 _WEIGHT, _GRADIENT, _MOMENTS = 4, 4, 8  # bytes per trained parameter, all in float32; AdamW keeps two moments
@@ -46,9 +46,10 @@ def chip_bytes(cfg: Config, n_params: int, width: int, shape: Shape) -> float:
     If AdamW trains all weights, the estimate is within about 20 % of the TPU compiler's own figure.
 
     state        `param_bytes` per parameter, divided by fsdp x tensor
-    head         the output head's matrix in bfloat16 and its gradient in float32, both unsharded; while the gradient is
-                 summed over chips, two copies of it
+    head         the output head's matrix in bfloat16 and its gradient in float32, both unsharded; on several chips, two
+                 copies of the gradient, because it is summed over the chips
     activations  the elements counted by `activation_elements`, plus the all-gathered weights of two layers
+    constants    WORKSPACE_BYTES and _PROGRAM_BYTES
 
     Args:
         width: number of tokens per row.
@@ -72,14 +73,14 @@ def param_bytes(cfg: Config, *, accumulation: int = 1) -> float:
 
 
 def activation_bytes(model: ModelConfig, rows: int, width: int) -> int:
-    """Returns the bytes of the activations that the backward pass needs for `rows` rows of `width` tokens, if the
-    attention scores are kept."""
+    """Returns the bytes of the activations that the backward pass needs for `rows` rows of `width` tokens. Attention is
+    assumed to run without a fused kernel, so that its scores are kept."""
     return round(itemsize(model) * rows * width * activation_elements(model, width))
 
 
 def activation_elements(model: ModelConfig, width: int, *, tensor: int = 1, scores: bool = True) -> float:
     """Returns the number of activation elements per token that the backward pass needs: the activations kept by all
-    blocks, and a workspace.
+    blocks, and temporary ones, such as those of the one block whose backward pass is running.
 
     `model.remat` decides which activations of a block are kept on the device:
 
@@ -112,8 +113,8 @@ def activation_elements(model: ModelConfig, width: int, *, tensor: int = 1, scor
 def block_elements(model: ModelConfig) -> int:
     """Returns the number of activation elements per token and block that tensor parallelism shards.
 
-    The sharded activations are queries, keys, values and hidden units, each before and after the element-wise
-    operations on them.
+    These are the activations that the backward pass keeps: two copies of the queries, keys and values, three copies of
+    the hidden units of the feed-forward layer (four if it is gated), and 4 x d_model further elements.
     """
     projected = (model.n_head + 2 * model.n_kv_head) * model.head_dim
     return 4 * model.d_model + 2 * projected + (4 if model.gated else 3) * model.d_ff

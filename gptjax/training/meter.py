@@ -20,10 +20,10 @@ from gptjax.types import Metrics
 
 
 class Meter:
-    """Reads the metrics of the compiled calls, and logs them every `train.log_every` steps.
+    """Reads the metrics of the training steps, and logs them every `train.log_every` steps.
 
-    The metrics of a call are read only after the next call has been started, so that the device does not wait for the
-    host.
+    A compiled call is one call of the compiled program, which runs `run.k` training steps. Its metrics are read only
+    after the next call has been started, so that the device does not wait for the host.
 
     Args:
         run: the run whose metrics are read.
@@ -43,7 +43,7 @@ class Meter:
             self.loggers = [self.file, *others]
         self.busy_s, self.busy_tokens = 0.0, 0  # seconds and tokens of training since the last row of metrics
         self.mark = 0.0  # time at which the current compiled call began on the device
-        self.rate = 0.0  # tokens per second, as in the last row of metrics
+        self.rate = 0.0  # throughput in the last row of metrics, in tokens per second
         # estimated seconds of a full evaluation and of sampling, excluding compilation
         self.eval_s = self.sample_s = 0.0
         self.pending: tuple[int, Metrics] | None = None

@@ -15,12 +15,12 @@ from gptjax.show import log_ticks
 # The figure of a sweep has no legend if it would have more than MAX_LABELS entries or an entry of more than
 # MAX_LABEL_LENGTH characters, because such a legend would hide the curves.
 MAX_LABELS, MAX_LABEL_LENGTH = 12, 60
-# A smoothed loss is the mean of a loss, of at most MAX_NEIGHBOURS losses before it and of as many after it.
+# Losses are smoothed by a centred moving average over at most 2 * MAX_NEIGHBOURS + 1 losses.
 MAX_NEIGHBOURS = 50
 
 
 def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
-    """Plot the training and validation losses in the rows of metrics.jsonl. `path` is replaced atomically."""
+    """Plot the training and validation losses in the rows of metrics.jsonl. Atomically replaces the image `path`."""
     figure, axes = _figure(8, 4.8)
     train, val = _series(rows, "train/loss"), _series(rows, "val/loss")
     if train:

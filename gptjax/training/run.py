@@ -56,12 +56,13 @@ class Counters:
 class Run:
     """One training run. `state`, `step` and `counters` change as it trains.
 
-    cfg, task         the resolved config and the task; task.start and task.frozen are None once the state holds them
+    cfg               the config, with the values that depend on the data filled in
+    task              the task; its `start` and `frozen` are None once `state` holds these arrays
     rules             the `StepFunctions` of the task
     dir               the run directory
     mesh              the device mesh, or None on one device
     writes            whether this process writes files
-    state, step       TrainState and step after the last compiled call that was started
+    state, step       TrainState and step after the last call of the compiled function; it may still be running
     saved             step of the last checkpoint, or 0 if there is none
     k                 steps per compiled call
     n_params          number of trained parameters
@@ -103,7 +104,7 @@ class Run:
         return round(time.monotonic() - self.began, 3)
 
     def poll(self) -> None:
-        """Raises Interrupted if this process or another one has received a signal."""
+        """Raises Interrupted if this process or another process of the run has received a signal."""
         if code := distributed.agree(self.signals.code):
             self.signals.code = code
             raise Interrupted

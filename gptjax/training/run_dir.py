@@ -34,7 +34,7 @@ from gptjax.files import user_path, write_text
 
 try:
     import fcntl
-except ImportError:  # Windows has no fcntl, so only the lock file's age shows whether it is held
+except ImportError:  # Windows has no fcntl: only the lock file's age shows whether the lock is held
     fcntl = None  # type: ignore[assignment]
 
 OF_THE_END = ("test.json", "responses.jsonl", "confusion.png")  # files with the test results of a fine-tuned model
@@ -51,7 +51,7 @@ MAY_CHANGE = (
 
 
 class RunDir:
-    """Paths and files of one run. Call `check` first, and write files only inside `locked`."""
+    """Paths and files of one run. Call `check` first, and write files only inside `with run_dir.locked():`."""
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
@@ -99,8 +99,8 @@ class RunDir:
             )
 
     def _ended(self, stored: Config) -> str:
-        """Returns the reason why the learning rate schedule allows no extension of the run to more steps, or "" if it
-        allows one."""
+        """Returns "" if the run can be extended to more steps; otherwise a text that says why its learning rate
+        schedule rules that out."""
         optim, steps = stored.optim, stored.train.max_steps
         saved = max((int(path.name) for path in self.checkpoints.glob("*") if path.name.isdecimal()), default=0)
         decay_start = steps - max(1, round(optim.decay_fraction * steps))
@@ -169,8 +169,11 @@ class RunDir:
             os.utime(self.path / ".lock")
 
     def begin(self, cfg: Config, environment: dict[str, Any]) -> None:
-        """Write config.yaml and environment.json. If `cfg` has more steps than the stored config, delete the test
-        results of the shorter run."""
+        """Write environment.json, and config.yaml if there is none.
+
+        If `cfg` has more steps than the stored config, update the number of steps and epochs in config.yaml, and delete
+        the test results of the shorter run.
+        """
         stored = self.stored() if self.config.exists() else None
         if stored is None:
             write_text(self.config, config.to_yaml(cfg))
@@ -302,8 +305,8 @@ def changes(stored: Config, cfg: Config) -> list[str]:
     is allowed, so it is not listed.
 
     Args:
-        stored: the resolved config of the run.
-        cfg: the new config. If `cfg` is not resolved yet, values that depend on the data are not compared.
+        stored: the config in the run directory.
+        cfg: the new config. Values that are still to be filled in from the data or the base model are not compared.
     """
     cfg = _resolve_like(stored, cfg)
     if longer(stored, cfg):
@@ -314,7 +317,7 @@ def changes(stored: Config, cfg: Config) -> list[str]:
 
 
 def train_further(stored: Config, path: Path) -> str:
-    """Returns advice on how to train the model of a finished run further if the run itself cannot be extended."""
+    """Returns advice on how to train for more steps when the run itself cannot be extended."""
     if stored.task == "classify":
         return "for more steps run the same command with another run_dir=FOLDER"
     key = "pretrain.base" if stored.task == "pretrain" else "finetune.base"
@@ -333,7 +336,7 @@ def _resolve_like(stored: Config, written: Config) -> Config:
     """Returns the config `written`, with the values that depend on the data or the base model taken from `stored`."""
     model, train = written.model, written.train
     pretrain, tokenizer = written.pretrain, written.tokenizer
-    if written.task != "pretrain" or pretrain.base is not None:  # the base model fixes the architecture
+    if written.task != "pretrain" or pretrain.base is not None:  # the base model determines the architecture
         model = stored.model.computed_as(model)
     elif not model.vocab_size:
         model = dataclasses.replace(model, vocab_size=stored.model.vocab_size)
@@ -352,7 +355,7 @@ def may_change(key: str) -> bool:
 
 
 def environment() -> dict[str, Any]:
-    """Returns the versions, device and flags on which results may depend, besides the config. Imports jax."""
+    """Returns the contents of environment.json: time, command line, versions, devices and XLA_FLAGS. Imports jax."""
     import jax
 
     device = jax.devices()[0]

@@ -87,8 +87,8 @@ def make_train_step(
     `tx`. If `tx` takes extra arguments, it receives the gradient's norm as `grad_norm`.
 
     Args:
-        loss: function (params, batch, key) that returns (Mean(total, weight), metrics); a metric that is a `Mean` is
-            divided by its weight, too.
+        loss: function (params, batch, key) that returns (Mean(total, weight), metrics). The step reports each
+            metric that is a `Mean` as its total divided by its weight.
         tx: the optimizer.
         combine: function (trained, frozen) that returns the params that the loss reads, for example with LoRA applied.
         accumulation: number of micro-batches over which gradients are accumulated; it must divide the leading axis of
@@ -189,12 +189,12 @@ def make_multi_step(step: Callable) -> Callable[[TrainState, Any], tuple[TrainSt
 def evaluate(loss: Loss, params: Any, batches: Iterable[Any]) -> tuple[Mean, Metrics]:
     """Sum the totals and the weights of the loss, and of each metric that is a `Mean`, over all batches.
 
-    The sums are computed on the host in float64. The total divided by the weight, `Mean.value()`, is the token-weighted
-    mean, in which a short last batch has a smaller weight. `loss` should be jitted by the caller.
+    The sums are computed on the host in float64. `Mean.value()` divides the total by the weight: the weighted mean over
+    all targets, in which a short last batch counts less than a full one. `loss` should be jitted by the caller.
 
     Returns:
-        The `Mean` of the loss over all batches, and a dict that maps the name of each metric that `loss` returns as a
-        `Mean` to the `Mean` of this metric over all batches.
+        (loss, metrics): the `Mean` of the loss over all batches, and a dict with the `Mean` of each metric over all
+        batches. Metrics that are not a `Mean` are left out.
     """
     sums: dict[str, Mean] = {"": Mean(0.0, 0.0)}
     for batch in batches:

@@ -97,8 +97,8 @@ class Task(NamedTuple):
 def resolve(written: Config, model: ModelConfig, size: int, per_step: int) -> Config:
     """Returns the config `written` with `model` as its model config, and with the number of training steps.
 
-    If `train.epochs` is set, the number of steps is computed from `size` and `per_step`. In pretraining, they are the
-    numbers of tokens in the training data and in the batch of one step; in fine-tuning, they are the numbers of rows.
+    If `train.epochs` is set, the number of steps is computed from the size of the training data and the size of one
+    batch, `per_step`. Both sizes are numbers of tokens in pretraining, and numbers of rows in fine-tuning.
     """
     train = dataclasses.replace(written.train, max_steps=written.train.steps(size, per_step))
     return dataclasses.replace(written, model=model, train=train)
@@ -107,7 +107,8 @@ def resolve(written: Config, model: ModelConfig, size: int, per_step: int) -> Co
 def short_run(cfg: Config) -> str:
     """Returns a warning if the run has no more steps than the warmup of the learning rate; otherwise "".
 
-    A small dataset has few steps per epoch. (Without `train.epochs`, `config.check` refuses such a run.)
+    `config.check` refuses such a run only without `train.epochs`. With `train.epochs`, the number of steps depends on
+    the size of the data.
     """
     steps, warmup = cfg.train.max_steps, cfg.optim.warmup_steps
     if warmup < steps:

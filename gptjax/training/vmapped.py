@@ -94,7 +94,7 @@ def create(
 def as_one(functions: StepFunctions, n: int) -> StepFunctions:
     """Returns the step functions of one run that trains n models.
 
-    Leaves of the trained params and of batches have a leading axis n; `frozen` has none.
+    Every leaf of the trained params and of the batches has a leading axis of size n; the leaves of `frozen` do not.
     """
     losses = make_loss(lambda _: functions, batches=True)
     tx = optax.with_extra_args_support(functions.optimizer)
@@ -124,7 +124,8 @@ def as_one(functions: StepFunctions, n: int) -> StepFunctions:
 def stack(batches: Sequence[Any], axis: int = 0) -> Any:
     """Stack the batches of N runs along a new axis.
 
-    Leaves are padded with zeros to the size of the largest, because zeros mean padding in the batches of all tasks.
+    A leaf that differs in size between the batches is padded with zeros to the largest size. Zeros mean padding in the
+    batches of all tasks.
     """
 
     def padded(*leaves: np.ndarray) -> np.ndarray:

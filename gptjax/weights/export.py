@@ -121,11 +121,12 @@ def export_gguf(
     """Writes a GGUF file that llama.cpp loads, including the tokenizer and its chat template.
 
     Args:
-        type: storage type of the matrices, F32, F16, BF16 or Q8_0; vectors are stored as F32.
+        type: storage type of the matrices, F32, F16, BF16 or Q8_0. Vectors are stored as F32, and so are, for Q8_0,
+            matrices whose row length is not a multiple of 32.
 
     Raises:
-        UserError: no llama.cpp architecture can represent the model, the vocabulary cannot be written, or the tokenizer
-            has more ids than the model has embeddings.
+        UserError: the file exists, no llama.cpp architecture can represent the model, the vocabulary cannot be written,
+            or the tokenizer has more ids than the model has embeddings.
     """
     from gptjax.tokenizers import gguf as vocabulary
 
@@ -156,10 +157,10 @@ def export_gguf(
 
 
 def _name_for_llama_cpp(name: str, tokens: list[str]) -> str:
-    """Returns a model name that llama.cpp accepts together with these tokens.
+    """Returns the model name, changed if llama.cpp would refuse it for a model with this vocabulary.
 
-    If the name contains "phi-3", llama.cpp requires Phi-3's special tokens. If the model lacks these tokens, "phi-3" in
-    the name is replaced by "phi".
+    If the name contains "phi-3" or "phi3", llama.cpp requires Phi-3's special tokens. If the vocabulary lacks one of
+    them, "phi-3" and "phi3" are replaced by "phi".
     """
     if {"</s>", "<unk>", "<s>", "<|endoftext|>"} <= {*tokens}:
         return name

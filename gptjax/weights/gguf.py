@@ -75,8 +75,9 @@ def from_metadata(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, .
     if not isinstance(name, str) or name not in ARCHITECTURES:
         raise UserError(f"{location}: general.architecture={name!r:.60} is unknown, known: {', '.join(ARCHITECTURES)}")
     gguf = ARCHITECTURES[name]
-    # No attribute that is read here may be an array, and `Attributes` reports arrays as errors. They are converted to
-    # lists, because comparing numpy arrays does not return a bool. Their first elements are enough for the message.
+    # No attribute that is read here may be an array: `Attributes` reports arrays as errors. Arrays are converted to
+    # lists, because a comparison of numpy arrays returns an array instead of a bool. Nine elements are enough for the
+    # error message.
     values = {
         key.removeprefix(f"{name}."): value[:9].tolist() if isinstance(value, np.ndarray) else value
         for key, value in metadata.items()
@@ -146,7 +147,7 @@ def with_rope_factors(cfg: ModelConfig, factors: np.ndarray, location: str) -> M
 
 
 def rope_factors(cfg: ModelConfig) -> np.ndarray:
-    """Returns the divisor of each RoPE frequency, [H/2] float32."""
+    """Returns the divisor of each RoPE frequency, [H/2] float32, where H is the head dimension."""
     frequencies = cfg.rope_base ** (-np.arange(0, cfg.head_dim, 2) / cfg.head_dim)
     keep = llama3_ramp(frequencies, cfg.rope_slow, cfg.rope_fast, cfg.rope_original_context)
     return (1 / (keep + (1 - keep) / cfg.rope_factor)).astype(np.float32)
@@ -190,7 +191,7 @@ def to_metadata(cfg: ModelConfig, name: str) -> dict[str, Any]:
 
 
 def family_of(cfg: ModelConfig) -> str:
-    """Returns the name of the llama.cpp architecture that represents this model exactly.
+    """Returns the name of the llama.cpp architecture that computes the same function as this model.
 
     Raises:
         UserError: no architecture represents the model; the message lists the fields that the closest one cannot
@@ -208,7 +209,7 @@ def family_of(cfg: ModelConfig) -> str:
         if cfg.rope_scaling == "llama3" and gguf.rope_factors:
             back = dataclasses.replace(back, **{key: getattr(cfg, key) for key in scaling})
         lacking[gguf.name] = differences(cfg, back, family.fills)
-    # The architecture with the fewest fields that it cannot represent; if there are several, the first of them.
+    # Choose the architecture that fails to represent the fewest fields; in a tie, the first one.
     nearest = min(lacking, key=lambda name: len(lacking[name]))
     if not lacking[nearest]:
         return nearest

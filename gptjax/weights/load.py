@@ -223,8 +223,11 @@ def _hugging_face(folder: Path, source: Source) -> Model:
 
 
 def _tokenizer_of(folder: Path, family: families.Family, cfg: ModelConfig) -> Tokenizer:
-    """Loads the tokenizer of the folder. If the embedding has no row for the placeholder token of the family, the token
-    is removed, and its text is encoded as ordinary text."""
+    """Loads the tokenizer of the folder.
+
+    If the tokenizer's last token is the family's placeholder (Gemma 3's image token) and the embedding has no row for
+    it, the token is removed. Its text is then encoded as ordinary text.
+    """
     from gptjax.tokenizers.hf import HF, without_last
 
     tokenizer = tokenizers.load(folder)

@@ -60,9 +60,10 @@ def save(
     Args:
         files: dict that maps the names of additional text files to their texts.
         add: function (folder) that writes more files to the temporary folder, called before this folder is renamed.
-        twin: another folder written by `save`. If the twin's weights file is identical, it is hard-linked instead of
-            stored twice.
-        base: the `Base` of an adapter, as a dict, if `params` holds only the adapter and the heads.
+        twin: another folder written by `save`. If its weights file has the same bytes as the new one, the new one
+            becomes a hard link to it.
+        base: the `Base` of an adapter, as a dict, if `params` holds only the adapter and the other trained parameters,
+            such as a classification head.
 
     Raises:
         UserError: a parameter is not an array, the tokenizer has more ids than the model has embeddings, the folder has
@@ -92,7 +93,7 @@ def save(
             add(new)
         written = sorted(path for path in new.rglob("*") if path.is_file())
         hashes = {path.relative_to(new).as_posix(): sha256(path) for path in written}
-        if twin not in (None, folder):  # no link if the twin is `folder`, which `new` replaces
+        if twin not in (None, folder):  # no link to a file of `folder`, which `new` replaces
             _hard_link(new / weights, hashes[weights], twin / weights)
         model = json.loads(json.dumps(flat(cfg)))
         body = {
@@ -111,7 +112,8 @@ def save(
 
 
 def check_vocabulary(tokenizer: Tokenizer, cfg: ModelConfig, location: str = "") -> None:
-    """Raises UserError if the tokenizer has ids that the embedding has no row for. `location` starts the message."""
+    """Raises UserError if the tokenizer has ids that the embedding has no row for. The message begins with `location`,
+    if given."""
     if tokenizer.vocab_size > cfg.vocab_size:
         raise UserError(
             f"{location}{': ' * bool(location)}the tokenizer has {tokenizer.vocab_size} ids, the model "
@@ -188,8 +190,8 @@ def _base_sha256(base: Mapping[str, Any]) -> str:
 
 
 def replace_folder(new: Path, folder: Path) -> None:
-    """Replaces `folder` with `new` by renaming both. After an interruption, `recover_folder` restores the old
-    folder."""
+    """Replaces `folder` with `new` by renaming both. If the process ends between the two renames, `recover_folder`
+    restores the old folder."""
     old = folder.with_name(f".{folder.name}.old")
     recover_folder(folder)
     if folder.exists():
@@ -290,7 +292,8 @@ def _base(body: dict[str, Any]) -> Base | None:
 
 
 def load_adapter(folder: Path) -> Params:
-    """Loads the adapter and the heads, as float32 arrays, from a folder written by `save(.., base=..)`.
+    """Loads the parameters, as float32 arrays, from a folder that `save(.., base=..)` wrote: the adapter and the other
+    trained parameters, such as a classification head.
 
     Raises:
         UserError: files are missing or damaged.

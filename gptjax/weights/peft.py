@@ -70,12 +70,12 @@ def export_peft(
             [D, n_classes]. The head is written as transformers' `score`, one of PEFT's modules_to_save.
         base: the parameters of the base model, or their `fingerprint`. The fingerprint is stored, so that `load_peft`
             can check that the base model is the same.
-        base_name: path or Hub name of the base model for transformers.
+        base_name: path or Hub name from which transformers loads the base model.
 
     Raises:
         UserError: the adapter was initialised by `lora.init_from_weights` (export the result of `lora.to_lora`
-            instead), PEFT or the model family cannot represent the weights, the head has a bias, or the folder is not
-            empty.
+            instead); PEFT's format or the model's Hugging Face architecture has no place for some of the weights; the
+            head has a bias; or the folder is not empty.
     """
     if head is not None:
         refuse_bias(head)
@@ -136,17 +136,18 @@ def load_peft(
     """Loads an adapter from a PEFT folder. Returns (adapter, config), which `lora.attach` attaches to the model of
     `cfg`.
 
-    Layers without an adapter get an adapter of zeros, and modules with a smaller rank are padded with zeros to the
-    largest rank. If the scale differs between modules, it is multiplied into the matrices b. The `score` head of a
-    classifier is returned as cls_head/kernel.
+    The adapters of all layers are stacked. A layer without an adapter gets an adapter of zeros. Adapters of a smaller
+    rank are padded with zeros to the largest rank in the stack. If a module's scale differs from the config's, its b is
+    multiplied by the ratio of the two. The `score` head of a classifier is returned as cls_head/kernel.
 
     Args:
         base: parameters of the base model, which are compared with the fingerprint in the folder, if the folder has
             one.
 
     Raises:
-        UserError: attributes that change the result are unknown, tensors are unknown, missing or of a wrong shape, the
-            base model is not the one that the adapter was trained on, or files have changed since gptjax wrote them.
+        UserError: adapter_config.json has a setting that is not supported here and would change the outputs; a tensor
+            is unknown, missing or of a wrong shape; the base model is not the one that the adapter was trained on; or
+            files have changed since gptjax wrote them.
     """
     folder = Path(folder)
     if not (folder / CONFIG).is_file():
@@ -233,7 +234,7 @@ def _modules(cfg: ModelConfig) -> list[Tensor]:
 
 
 def _join(module: Tensor, pairs: dict[str, _Pair]) -> _Pair:
-    """Joins our adapters of the slices (q, k, v) of a PEFT module into one adapter of the module.
+    """Joins gptjax's adapters of the slices of a PEFT module (GPT-2: q, k and v) into one adapter of the module.
 
     Returns a dict with the matrices "a" [R, in] and "b" [out, R] and, for DoRA, the magnitude vector "m" [out].
     """
@@ -246,7 +247,7 @@ def _join(module: Tensor, pairs: dict[str, _Pair]) -> _Pair:
     if "m" in first and not all(slices):
         raise UserError(f"{module.name}: PEFT adapts q, k and v as one matrix, so DoRA needs all three as targets")
     a = [pair["a"] for pair in slices if pair]
-    # The matrices a are equal if PEFT trained the adapter, or if only one slice has an adapter.
+    # The slices with an adapter share one matrix a if PEFT trained them, or if there is only one such slice.
     if all(np.array_equal(x, a[0]) for x in a):
         zeros = np.zeros_like(first["b"])
         joined = {"a": a[0].T, "b": np.concatenate([pair["b"] if pair else zeros for pair in slices], -1).T}
@@ -264,7 +265,10 @@ def _join(module: Tensor, pairs: dict[str, _Pair]) -> _Pair:
 
 
 def _split(module: Tensor, pair: _Pair) -> Iterator[tuple[Rule, _Pair]]:
-    """Splits the adapter of a PEFT module into slices (q, k, v). Yields the rule and our adapter of each slice."""
+    """Splits the adapter of a PEFT module into gptjax's adapters of its slices (GPT-2: q, k and v).
+
+    Yields the rule of each slice, and its adapter with "a" [in, R], "b" [R, out] and, for DoRA, "m" [1, out].
+    """
     width = pair["b"].shape[0] // len(module.rules)
     for k, rule in enumerate(module.rules):
         rows = slice(k * width, (k + 1) * width)
@@ -366,7 +370,7 @@ def _read(file: safetensors.File, modules: dict[str, Tensor], cfg: ModelConfig) 
     pairs: dict[str, _Pair] = {}
     problems: list[str] = []
     ours = tree.flatten(abstract_params(cfg))
-    # Input and output size of each module that has a kernel in gptjax; a tied LM head has none.
+    # Input and output size of each module whose weight matrix is a gptjax parameter; a tied LM head is not one.
     sizes = {
         name: (shapes[0][-2], sum(shape[-1] for shape in shapes))
         for name, module in modules.items()

@@ -1,4 +1,5 @@
-"""Converts the tensors of a foreign file to the parameter tree and back, by a table of rules.
+"""Converts the tensors of a foreign file, which is in another tool's format, to the parameter tree and back, by a table
+of rules.
 
 For example, this rule maps the tensor "model.layers.{i}.." [out, in], transposed, to layer i of our stacked kernel
 [L, in, out]:
@@ -48,16 +49,16 @@ class Form(NamedTuple):
 
 identity = Form(lambda a: a, lambda a: a, lambda shape: shape)
 transposed = Form(lambda a: a.T, lambda a: a.T, lambda shape: shape[::-1])
-# The form of norm scales that a file stores as scale - 1. The 1 is added in float32, because the result in bfloat16
-# would lose the last bits.
+# For files that store norm scales as scale - 1. The 1 is added in float32, because the result in bfloat16 would lose
+# the last bits.
 plus_one = Form(lambda a: a.astype(np.float32) + 1, lambda a: a.astype(np.float32) - 1, lambda shape: shape)
-# The form of kernels that a file stores as convolutions of width 1, [1, in, out].
+# For files that store weight matrices as kernels of convolutions of width 1, [1, in, out].
 squeeze_leading = Form(lambda a: a[0], lambda a: a[None], lambda shape: (1, *shape))
 
 
 def interleaved(n_head: int) -> Form:
-    """Returns the form of q and k [out, in] in llama.cpp's files for Llama: the rows of each head are in the order 0,
-    H/2, 1, H/2 + 1, .."""
+    """Returns the `Form` of q and k in llama.cpp's files for Llama: matrices [out, in] with the H rows of each head in
+    the order 0, H/2, 1, H/2 + 1, .."""
 
     def read(a: np.ndarray) -> np.ndarray:
         return np.swapaxes(a.reshape(n_head, -1, 2, a.shape[-1]), 1, 2).reshape(a.shape).T
@@ -89,7 +90,7 @@ class Tensor(NamedTuple):
 
 
 def tensors_of(rules: Sequence[Rule], ours: Collection[str], n_layer: int) -> list[Tensor]:
-    """Returns the tensors of a foreign file that holds a model with the parameter paths `ours`, each with its rules."""
+    """Lists the tensors of a foreign file that holds a model of n_layer layers with the parameter paths `ours`."""
     tensors: dict[str, Tensor] = {}
     for rule in rules:
         if rule.ours not in ours and rule.fill is None:

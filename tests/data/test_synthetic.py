@@ -1,4 +1,4 @@
-"""Synthetic instructions: their answers are exact, and held-out words and numbers never occur in training."""
+"""Synthetic instructions: their answers are exact, and held-out words, sums and measures never occur in training."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ Each architecture is a module with the same four functions:
     params   = init(key, cfg)                  nested dict, paths such as "q/kernel"
     y        = apply(params, x, cfg)           x and y [B, T, D]; causal
     cache    = init_cache(cfg, batch, length)  an empty cache
-    y, cache = extend(params, x, cfg, cache)   y for the next T tokens x; equals apply, however a sequence is split
+    y, cache = extend(params, x, cfg, cache)   y for x [B, T, D], the next T tokens of the sequence
 
     attention        multi-head, grouped-query and multi-query attention
     sliding_window   attention over the last `window` tokens, with a cache of window - 1 slots
@@ -14,9 +14,10 @@ Each architecture is a module with the same four functions:
     deltanet         gated DeltaNet: caches one matrix per head, whose size does not depend on the sequence length
     costs            formulas for cache bytes, numbers of parameters and FLOPs; no architecture
 
-The functions are pure. All rows of a batch have the same length; for rows of different lengths, use `jax.vmap` over the
-rows. Params are plain nested dicts, so `jax.grad`, `vmap`, optimizers and `gptjax.lora` (targets="*/kernel") work on
-them as on the params of a GPT model.
+The functions are pure. Calls of `extend` on consecutive parts of a sequence return the same y as `apply` on the whole
+sequence, wherever the sequence is split. All rows of a batch have the same length; for rows of different lengths, use
+`jax.vmap` over the rows. Params are plain nested dicts, so `jax.grad`, `vmap`, optimizers and `gptjax.lora`
+(targets="*/kernel") work on them as on the params of a GPT model.
 """
 
 from __future__ import annotations

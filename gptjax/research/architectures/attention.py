@@ -4,7 +4,8 @@
     values in between    grouped-query   arXiv:2305.13245: n_head / n_kv_head query heads share one key head
     n_kv_head = 1        multi-query     arXiv:1911.02150
 
-The KV cache holds 2 * n_kv_head * head_dim elements per token.
+The KV cache holds 2 * n_kv_head * head_dim elements per token. In shapes, B is the number of rows, T of tokens, D =
+d_model, N = n_head, K = n_kv_head and H = head_dim.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ class Config:
 
 
 class Cache(NamedTuple):
-    """The recurrent state.
+    """The recurrent state, for B rows and N heads of size H = d_head.
 
     state  [B, N, H, H] float32, the transposed matrices S^T: rows are key channels, columns are value channels
     tail   [B, conv_width - 1, 3*N*H] float32, the last inputs of the convolution; zero before the first token

@@ -6,9 +6,9 @@
     k_h = [c W_UK,h ; k_r]                 [H + P]
     y   = sum_h softmax(q_h k_h^T / sqrt(H + P)) (c W_UV,h) W_O,h
 
-`apply` materialises keys and values, which is cheapest for many tokens. `extend` does not materialise keys and values:
-it absorbs (W_UK,h)^T into the query and applies W_UV,h after attention, so that all query heads read the cache, with
-its R + P elements per token, as if it were a single key head.
+`apply` materialises keys and values; this is the cheapest way for many tokens. `extend` does not materialise keys and
+values: it absorbs (W_UK,h)^T into the query and applies W_UV,h after attention. All query heads then share one key
+head: the cached vectors of R + P elements per token.
 
 Source: DeepSeek-V2, arXiv:2405.04434, eq. 37-47; for the norms: section 3.1.2.
 """

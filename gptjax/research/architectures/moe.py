@@ -39,7 +39,7 @@ class Config:
 
 
 def init(key: jax.Array, cfg: Config) -> Params:
-    """Initialises the kernels: router [D, E], up and gate [E, D, F], down [E, F, D]."""
+    """Initialises the kernels for E experts of hidden size F: router [D, E], up and gate [E, D, F], down [E, F, D]."""
     D, F, E = cfg.d_model, cfg.d_ff, cfg.n_expert
     return kernels(key, {"router": (D, E), "up": (E, D, F), "gate": (E, D, F), "down": (E, F, D)})
 

@@ -102,7 +102,8 @@ _KINDS = (string.digits, string.ascii_lowercase, string.ascii_uppercase)
 def random_candidates(secret: str, n: int, seed: int) -> list[str]:
     """Draws n random secrets of the same format as `secret`.
 
-    Each digit becomes a random digit, and each letter a random letter of the same case; other characters are kept.
+    Each digit becomes a random digit, and each letter a-z or A-Z a random letter of the same case. All other characters
+    are kept.
     """
     rng = np.random.default_rng(seed)
     kinds = [next((kind for kind in _KINDS if c in kind), c) for c in secret]
@@ -159,7 +160,7 @@ def exposure(
         n: number of random candidates.
 
     Raises:
-        UserError: the secret has no letters and no digits, or is longer than the context.
+        UserError: the secret has no digits and no letters a-z or A-Z, or is longer than the context.
 
     Source: arXiv:1802.08232, section 4.2, definition 5 (exposure), and section 4.3 (sampling and skew-normal fit).
     """

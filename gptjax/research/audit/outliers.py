@@ -1,4 +1,7 @@
-"""Finds gradient outliers, such as poisoned and duplicate rows: rows with gradients like those of a few other rows."""
+"""Finds gradient outliers: rows whose gradients are unlike those of most rows, but like those of a few other rows.
+
+Poisoned rows and duplicates are such outliers.
+"""
 
 from __future__ import annotations
 
@@ -17,16 +20,18 @@ NEIGHBOURS = 5
 def outlier_scores(features: np.ndarray, reference: np.ndarray | None = None, k: int = NEIGHBOURS) -> np.ndarray:
     """Returns the mean cosine similarity of each row's gradient to its k nearest neighbours, [n] float32.
 
-    The nearest neighbours are the training rows with the most similar gradients. Before the similarities are computed,
-    each gradient is normalised to length 1, and the mean of the normalised training gradients is subtracted.
+    The nearest neighbours of a row are the k other training rows with the most similar gradients. Before the
+    similarities are computed, each gradient is normalised to length 1, and the mean of the normalised training
+    gradients is subtracted.
 
     A high score means that the gradient of a row differs from the average but is similar to the gradients of a few
     other rows. Poisoned rows and duplicates have such gradients.
 
     Args:
-        features: [n, K] gradient features of the training rows (`influence.gradient_features`).
-        reference: [m, K] gradient features of other rows, which are scored instead of the training rows; the result
-            has shape [m]. None: the training rows are scored.
+        features: gradient features of the n training rows, K numbers per row, [n, K]
+            (`influence.gradient_features`).
+        reference: gradient features of m other rows, [m, K]. These rows are scored instead of the training rows, and
+            the result has shape [m]. None: the training rows are scored.
 
     Raises:
         UserError: there are k training rows or fewer.
@@ -61,12 +66,15 @@ class Tail(NamedTuple):
 
 
 def tail(scores: np.ndarray, reference: np.ndarray, alpha: float) -> Tail:
-    """Flags the scores above a threshold, with a false positive rate of `alpha` per row if all rows are exchangeable.
+    """Flags the scores above a threshold, which is set for a false positive rate of about `alpha` per row.
 
-    The threshold is the r-th largest of the m reference scores, with r = alpha (m + 1) rounded down, at least 1. The
-    test is conformal and exact for exchangeable rows. For n training scores, of which x = `beyond` exceed every
-    reference score, p = C(n, x) / C(n + m, x) is the probability that the x largest of all n + m scores are training
-    scores.
+    The threshold is the r-th largest of the m reference scores, with r = alpha (m + 1) rounded down, but at least 1. If
+    all rows are exchangeable, the false positive rate per row is r / (m + 1), which exceeds `alpha` only if
+    alpha (m + 1) < 1.
+
+    The p-value is that of a conformal test, and exact if all rows are exchangeable. If x = `beyond` of the n training
+    scores exceed every reference score, the p-value is p = C(n, x) / C(n + m, x), the probability that the x largest of
+    all n + m scores are training scores.
 
     To detect x = 10 planted rows, use about as many reference scores as training scores: for large n, p is about
     2^-10 = 0.001 with m = n, but (2/3)^10 = 0.017 with m = n / 2.

@@ -34,7 +34,7 @@ class Row(NamedTuple):
 
     where  location of the row, as text for the report
     start  index of the row's first token in the token store
-    text   excerpt of the row
+    text   the row's text; of a long text only its beginning and its end
     """
 
     where: str
@@ -58,7 +58,7 @@ class Outliers(NamedTuple):
 
 
 class Prompt(NamedTuple):
-    """The answers of the base model and of the tuned model to one prompt; the other fields are as in `Drift`."""
+    """The answers of the base and the tuned model to one prompt; kl, agree, before and after are as in `Drift`."""
 
     prompt: str
     base: str

@@ -31,7 +31,7 @@ from gptjax.training.run_dir import RunDir
 from gptjax.types import Params
 
 # CONTROLS is the number of random control phrases that each trigger is compared with. CONTEXTS is the maximum number of
-# held-out texts to which the trigger, and each control phrase in its place, is appended.
+# held-out texts; the trigger and every control phrase are appended to each of these texts in turn.
 CONTROLS, CONTEXTS = 199, 4
 EXCERPT = 80  # number of characters that the report shows from each end of a row's text
 
@@ -97,8 +97,9 @@ class Settings:
 
     train, held_out   token stores: the training text, and text of the same distribution that was not trained on
     canaries          dicts with the keys "prefix" and "secret", or "trigger" and "payload": see `read_canaries`
-    base, prompts     (params, cfg) of the base model, and the prompts that `drift` compares the models on
-    rows              maximum number of rows from each store
+    base              (params, cfg) of the base model, with which `drift` compares the last model
+    prompts           prompts on which `drift` compares the two models
+    rows              maximum number of rows, and of suffixes to extract, from each store
     of                pattern of the parameters whose gradients are compared by the outlier check
     dims              size of the gradient sketches
     prefixes, suffix, strides   arguments of `extraction`, in tokens, or None for values that fit the context length
@@ -130,8 +131,9 @@ def audit(
 ) -> Report:
     """Runs every check whose inputs are given in `settings`, and returns the report.
 
-    `report.page` renders the report as HTML; `to_json` returns the contents of audit.json. Every model is read from
-    disk only once. The outlier check concatenates the gradient features of all models.
+    `audit.report.page` renders the report as HTML, and `audit.results.to_json` converts it to the contents of
+    audit.json. Every model is read from disk only once. The outlier check concatenates the gradient features of all
+    models.
 
     Args:
         say: function that receives progress messages.

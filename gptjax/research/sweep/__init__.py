@@ -10,8 +10,8 @@ The training step of `make_train_step` is vmapped over the runs. The seed and th
 `TRACED_OF_ADAPTERS` (learning rates, weight decay, warmup, clipping, dropout, an adapter's alpha and rank) are passed
 to the compiled program as arrays with one entry per run. Runs can share a compiled program if they differ only in the
 seed and in these hyperparameters, and take the same number of steps. The runs of a sweep are divided into groups that
-can share a program, and one program is compiled per group. Each program trains as many runs at a time as fit into
-memory.
+can share a program, and one program is compiled per group. A program trains as many of its
+runs at a time as fit into device memory.
 """
 
 from typing import Any

@@ -47,7 +47,7 @@ def _mean_and_half_width(line: dict[str, Any], key: str) -> str:
 
 
 def write(result: Sweep, folder: str | os.PathLike[str]) -> None:
-    """Writes sweep.csv (one line per run), sweep.json (rows, table, programs, config of run 0) and sweep.png."""
+    """Writes sweep.csv (one line per run), sweep.json (axes, rows, table, programs, config of run 0) and sweep.png."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / WRITING).touch()
@@ -69,10 +69,10 @@ def write(result: Sweep, folder: str | os.PathLike[str]) -> None:
 def draw(result: Sweep, path: Path) -> None:
     """Plots the validation loss and the training loss of the runs.
 
-    The left panel plots the validation loss against the first swept hyperparameter that has several numeric values.
-    Each run is a dot. For each combination of the other hyperparameters, a line connects the means over seeds, and
-    error bars show the 95 % confidence intervals of the means. The right panel plots one training loss curve per
-    combination of all swept hyperparameters, averaged over seeds.
+    The left panel plots the validation loss against one hyperparameter: the first swept hyperparameter that has at
+    least two values, all of them numbers. Each run is a dot. For each combination of the other hyperparameters, a line
+    connects the means over seeds, and error bars show the 95 % confidence intervals of the means. The right panel plots
+    one training loss curve, smoothed and averaged over seeds, per combination of all swept hyperparameters.
     """
     from gptjax.training.plot import draw_sweep
 

@@ -21,8 +21,8 @@ TRACED = (
     "optim.lr", "optim.embed_lr", "optim.head_lr", "optim.vector_lr", "optim.warmup_steps", "optim.initial_lr_ratio",
     "optim.min_lr_ratio", "optim.weight_decay", "optim.clip_norm", "model.dropout",
 )  # fmt: skip
-# Hyperparameters of an adapter that can also be arrays with one value per run, unless lora.init computes the adapter
-# from the weights.
+# Hyperparameters of an adapter that can also be arrays with one value per run, but only if lora.init=lora. Otherwise,
+# the initial adapter is computed from the weights of the base model.
 TRACED_OF_ADAPTERS = ("lora.alpha", "lora.rank", "lora.dropout")
 MAX_PROBLEMS = 20  # maximum number of problems listed in one error
 MAX_RUNS = 10_000
@@ -129,9 +129,10 @@ def axes_of(configs: Sequence[Config]) -> tuple[str, ...]:
 
 
 def programs(configs: Sequence[Config]) -> list[tuple[int, ...]]:
-    """Groups the runs that can share a compiled program; returns the indices of the runs in each group.
+    """Groups the runs by config, and returns the indices of the runs in each group.
 
-    Runs of one group differ only in their `traceable` hyperparameters and in the seed.
+    Runs of one group differ only in the hyperparameters that `traceable` returns, the seed and run_dir. They can share
+    a compiled program if they take the same number of steps.
     """
     groups: dict[Any, list[int]] = {}
     for i, cfg in enumerate(configs):

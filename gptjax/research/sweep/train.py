@@ -38,7 +38,7 @@ class Sweep(NamedTuple):
 
     configs   the config of each run, in which settings that are derived from the data, such as the number of steps,
               are filled in
-    axes      config keys that differ between runs, including the seed
+    axes      config keys that the rows list; by default, the keys that differ between runs, including the seed
     rows      one dict per run: the indices of the run and of its program, the axes' values, final losses, number of
               skipped steps, and whether training would have been stopped
     losses    the training loss of every step, one array [steps] float32 per run
@@ -121,11 +121,13 @@ def create(task: Task, cfg: Config, seeds: jax.Array, values: Hyperparameters, s
 def bytes_per_run(cfg: Config, n_trained: int, width: int) -> int:
     """Estimates the memory of one run, in bytes.
 
-    The estimate is `memory_bytes` of a step on rows of `width` tokens (20 bytes per trained parameter, and
-    activations), plus twice the size of the logits of a micro-batch or of a validation batch, whichever is larger.
+    The estimate is the sum of three terms: the trained parameters with their gradients, updates and optimizer state (20
+    bytes per parameter with AdamW), the activations of a micro-batch with rows of `width` tokens, and twice the size of
+    the logits. The first two terms are computed by `training.memory.memory_bytes`.
 
-    The estimate counts at most 256 MiB of logits, because the loss computes larger logits in chunks of this size. It
-    ignores that chunks are larger on GPUs with more than 8 GiB of memory: 1/32 of the memory, but at most 1 GiB.
+    The logits are those of a micro-batch or of a validation batch, whichever are larger. The estimate counts at most
+    256 MiB of logits, because the loss computes larger logits in chunks of this size. It ignores that chunks are larger
+    on GPUs of which JAX may use more than 8 GiB: 1/32 of that memory, but at most 1 GiB.
     """
     tokens = max(cfg.train.batch_size // cfg.train.accumulation * width, EVAL_TOKENS)
     sized = with_hyperparameters(cfg, {"model.context_length": width})
@@ -180,7 +182,7 @@ def sweep(
     Args:
         axes: config keys to list in the rows of the result. None: all keys that differ between runs.
         at_once: number of runs to train at the same time. None: as many runs as fit into memory, at least one per
-            device. Of the `free_bytes()` of a device, the frozen parameters take one copy, which the runs share, and
+            device. The runs on a device share the `free_bytes()` of the device with one copy of the frozen parameters;
             every run takes `bytes_per_run(..)`.
         validate: whether to evaluate on the validation set. False: the rows of the result have only the training loss.
         progress: a `training.progress.Progress`. None: nothing is printed.
@@ -209,17 +211,17 @@ def sweep(
 
 
 class _Prepared(NamedTuple):
-    """The prepared runs of one compiled program, with one task for each combination of seed and adapter rank."""
+    """The prepared runs of one group of `programs`, with one task for each combination of seed and adapter rank."""
 
     tasks: list[Task]
     task_of: dict[int, int]  # maps the index of a run to the index of its task in `tasks`
-    configs: dict[int, Config]  # maps the index of a run to its resolved config
+    configs: dict[int, Config]  # maps the index of a run to its config, with the values that depend on the data
     frozen: Any
     max_rank: int
 
 
 def _prepare(configs: Sequence[Config], runs: Sequence[int], progress: Progress) -> _Prepared:
-    """Prepares the data, the base model and the initial parameters of the runs of one compiled program.
+    """Prepares the data, the base model and the initial parameters of the runs of one group of `programs`.
 
     The data depend on the seed; the initial parameters depend on the seed and the adapter's rank.
     """
@@ -354,7 +356,7 @@ class _Program:
         """
         cfg, (chunk, n_chunks, number) = self.cfg, place
         configs = [prepared.configs[i] for i in group]
-        # Runs with the same seed share their data, even if their adapters differ in rank.
+        # Runs with the same seed are trained on the same batches, so they use the task of one of these runs.
         seed_tasks = {prepared.configs[i].seed: prepared.tasks[prepared.task_of[i]] for i in group}
         tasks = [seed_tasks[c.seed] for c in configs] if self.by_seed else [self.task]
         flat = [config.flat(c) for c in configs]
@@ -422,7 +424,10 @@ class _Program:
     def _validate(
         self, params: Any, values: Hyperparameters, frozen: Any, tasks: Sequence[Task]
     ) -> list[dict[str, float]]:
-        """Returns each run's metrics, averaged over all validation batches on the host in float64, as in `evaluate`."""
+        """Returns each run's validation metrics, averaged over all batches as by `training.step.evaluate`.
+
+        The averages are computed on the host in float64.
+        """
         sums: dict[str, Mean] = {}
         validation = self.task.validation.batches(False)
         if self.eval_by_seed:

@@ -1,5 +1,5 @@
-"""Model families of Hugging Face and llama.cpp: the mapping of their attributes and tensor names to those of gptjax and
-back.
+"""Model families of Hugging Face and llama.cpp: converts their config attributes to a ModelConfig and back, and maps
+their tensor names to gptjax's parameter paths.
 
 A family is one file in this package and one entry in `FAMILIES`. Every attribute of a config.json is used, known not to
 affect the result, or reported as an error.
@@ -33,7 +33,7 @@ FAMILIES: dict[str, Family] = {
 }
 SCORE = Rule("cls_head/kernel", "score.weight", transposed)  # the head of every ...ForSequenceClassification class
 MAX_CLASSES = 1 << 16
-MAX_SIZE = 1 << 24  # upper bound of every size in a foreign file; the longest contexts are 10 million tokens
+MAX_SIZE = 1 << 24  # largest size accepted in another tool's file; the longest contexts are 10 million tokens
 
 
 def from_hf(values: dict[str, Any], location: str) -> tuple[Family, ModelConfig, str]:
@@ -156,7 +156,7 @@ def differences(cfg: ModelConfig, other: ModelConfig, allowed: frozenset[str] = 
 
 
 def family_of(cfg: ModelConfig) -> Family:
-    """Returns the Hugging Face family that represents this model exactly.
+    """Returns the Hugging Face architecture (a `Family`) that computes the same function as this model.
 
     Raises:
         UserError: no family represents the model; the message lists the fields that the closest family cannot

@@ -34,11 +34,11 @@ _REQUIRED = object()
 
 
 class Attributes:
-    """Reads attributes, such as those of a config.json, one at a time, and removes each that was read. Attributes that
-    have not been read when `end` is called are errors.
+    """Reads attributes, such as those of a config.json, one at a time. Reading an attribute removes it from `left`;
+    attributes that remain in `left` when `end` is called are errors.
 
     Args:
-        neutral: names of attributes that are ignored.
+        neutral: names of attributes that are ignored, unless they are in `defaults`.
         defaults: default values of attributes that are absent from the file.
     """
 

@@ -58,7 +58,7 @@ class Family(NamedTuple):
 
     @property
     def classifier(self) -> str:
-        """The name of transformers' ...ForSequenceClassification class of this family, whose head is `score`."""
+        """The name of this family's ...ForSequenceClassification class in transformers. Its head is named `score`."""
         body = self.architecture.removesuffix("LMHeadModel").removesuffix("ForCausalLM")
         return f"{body}{'Text' * self.name.endswith('_text')}ForSequenceClassification"
 

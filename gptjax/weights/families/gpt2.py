@@ -50,8 +50,15 @@ def _to_hf(cfg: ModelConfig) -> dict[str, Any]:
 def _rules(
     prefix: str, names: dict[str, str], kernel: Form, head: list[Rule], vectors: tuple[str, str, str]
 ) -> list[Rule]:
-    """Returns the rules for GPT-2's tensors. `names`: names of the modules; `kernel`: form of the kernels; `vectors`:
-    names of kernel, bias and norm scale."""
+    """Returns the rules for GPT-2's tensors in one file format.
+
+    Args:
+        prefix: common prefix of all tensor names.
+        names: dict that maps gptjax's module names to those in the file.
+        kernel: how the file stores weight matrices.
+        head: rules for the LM head.
+        vectors: names of a module's weight matrix, bias and norm scale in the file.
+    """
     w, b, g = vectors
     rules = [
         Rule("wte/embedding", f"{prefix}{names['wte']}"),

@@ -121,7 +121,7 @@ def layer_types(a: Attributes, n_layer: int, default: str) -> str:
 
 
 def shortened(pattern: str) -> str:
-    """Returns the shortest prefix of `pattern` from which repetition restores the pattern: for "SLSLS", it is "SL"."""
+    """Returns the shortest string whose repetition begins with `pattern`: "SL" for "SLSLS"."""
     n_layer = len(pattern)
     return next((pattern[:n] for n in range(1, n_layer + 1) if (pattern[:n] * n_layer)[:n_layer] == pattern), "L")
 
