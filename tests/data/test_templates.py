@@ -61,7 +61,10 @@ SCHEMAS = tuple(
         "type": "object", "properties": {"place": {"type": "string"}}, "required": ["place"]}}}
     for name in ("weather", "time_of_day")
 )  # fmt: skip
-WORDS = ["", "", "where", "is", "Paris?", "what", "time,", "please\n", "it's", "12:30", "in", "", "Où", "日本", "(", "7", "+", "5", ")", "=", "<b>", "&", "'x'", '"y"', "\n\n"]
+WORDS = [
+    "", "", "where", "is", "Paris?", "what", "time,", "please\n", "it's", "12:30", "in", "", "Où", "日本", "(", "7", "+", "5", ")", "=",
+    "<b>", "&", "'x'", '"y"', "\n\n",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
