@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 MAX_SHOWN = 20  # maximum number of problems that `refuse` lists
@@ -61,3 +63,13 @@ def did_you_mean(word: str, known: Iterable[str], form: str = "; did you mean {}
     """Returns the template `form` with the most similar known word in place of {}, or "" if no word is similar."""
     near = nearest(word, known)
     return form.format(near) if near else ""
+
+
+def did_you_mean_path(path: str | os.PathLike[str]) -> str:
+    """Returns a hint that names the file or folder beside a missing path with the most similar name, or ""."""
+    path = Path(path)
+    try:
+        near = nearest(path.name, [item.name for item in path.parent.iterdir()])
+    except OSError:  # the parent folder is missing, too
+        return ""
+    return f"; did you mean {path.with_name(near)}?" if near else ""

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from gptjax import weights
+from gptjax.errors import UserError, did_you_mean_path
 from gptjax.files import json_sha256, replacing, sha256, sync, write_json, write_text
 
 
@@ -88,3 +90,11 @@ def test_a_folder_is_synced_too(tmp_path, monkeypatch):
     for path in (tmp_path, tmp_path / "a"):
         sync(path)
     assert len(synced) == 2
+
+
+def test_a_missing_path_names_the_nearest_one_beside_it(tmp_path):
+    (tmp_path / "default").mkdir()
+    assert did_you_mean_path(tmp_path / "defualt") == f"; did you mean {tmp_path / 'default'}?"
+    assert did_you_mean_path(tmp_path / "x") == did_you_mean_path(tmp_path / "absent" / "default") == ""
+    with pytest.raises(UserError, match="did you mean .*default"):
+        weights.open_model(str(tmp_path / "defualt"))

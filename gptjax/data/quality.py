@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gptjax.data.split import normalized
-from gptjax.errors import UserError
+from gptjax.errors import UserError, did_you_mean_path
 from gptjax.files import user_path
 from gptjax.formats import tables
 
@@ -67,7 +67,7 @@ def _rows(file: str) -> Iterator[tuple[str, tables.Record | UserError]]:
     if path.suffix.lower() != ".txt":
         return tables.read(file)
     if not path.is_file():
-        raise UserError(f"{file}: no such file")
+        raise UserError(f"{file}: no such file{did_you_mean_path(file)}")
     return _paragraphs(file, path)
 
 

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 from gptjax import assets
 from gptjax._moved import moved_name
 from gptjax.config import DataConfig
-from gptjax.errors import UserError, did_you_mean
+from gptjax.errors import UserError, did_you_mean, did_you_mean_path
 from gptjax.files import one_line_end, replacing, sha256, user_path
 from gptjax.formats import tables
 
@@ -113,9 +113,9 @@ def missing(name: str) -> str:
     if name.startswith("hf:") or name in assets.ASSETS or user_path(name, "data.source").exists():
         return ""
     texts = [key for key, asset in assets.ASSETS.items() if not asset.file.endswith((".bpe", ".gguf"))]
-    hint = did_you_mean(name, texts, " Did you mean {!r}?")
+    hint = did_you_mean(name, texts) or did_you_mean_path(user_path(name, "data.source")) or "."
     return (
-        f"data.source={name}: no such file, folder or asset.{hint} "
+        f"data.source={name}: no such file, folder or asset{hint} "
         f"Assets: {', '.join(texts)}; other kinds: a .txt, .md, .jsonl, .csv or .parquet file, "
         "a folder, hf:org/name"
     )

@@ -15,7 +15,7 @@ from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
-from gptjax.errors import UserError
+from gptjax.errors import UserError, did_you_mean_path
 from gptjax.files import one_line_end, other_encoding, user_path
 from gptjax.formats import json as strict_json
 
@@ -46,7 +46,7 @@ def read(source: str) -> Iterator[tuple[str, Record | UserError]]:
     if reader is None:
         raise UserError(f"{source}: expected a {', '.join(KINDS)} file or hf:org/name")
     if not path.is_file():
-        raise UserError(f"{source}: no such file")
+        raise UserError(f"{source}: no such file{did_you_mean_path(path)}")
     return reader(path, source)
 
 
@@ -109,7 +109,7 @@ def tsv(source: str, quoted: bool = False) -> Iterator[tuple[str, Record | UserE
     """
     path = user_path(source)
     if not path.is_file():
-        raise UserError(f"{source}: no such file")
+        raise UserError(f"{source}: no such file{did_you_mean_path(path)}")
     columns: list[str] = []
     quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
     for number, row in delimited(lines(path), delimiter="\t", quoting=quoting):

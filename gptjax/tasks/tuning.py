@@ -12,7 +12,7 @@ import numpy as np
 
 from gptjax import assets, tree, weights
 from gptjax.config import Config, ModelConfig
-from gptjax.errors import UserError, complaints
+from gptjax.errors import UserError, complaints, did_you_mean_path
 from gptjax.model.gpt import abstract_params, refuse_classifier
 from gptjax.tasks.trainable import (
     Trainable,
@@ -40,7 +40,7 @@ def refuse_missing(cfg: Config) -> None:
     if cfg.task == "classify" and not source:
         problems.append("classify.source is missing: name a .csv, .tsv, .jsonl, .json or .parquet file, or hf:org/name")
     if source and not source.startswith("hf:") and not Path(source).expanduser().exists():
-        problems.append(f"{cfg.task}.source={source}: no such file")
+        problems.append(f"{cfg.task}.source={source}: no such file{did_you_mean_path(source)}")
     if not name.startswith("hf:") and name not in assets.ASSETS:
         problems += [f"finetune.base: {problem}" for problem in complaints(base_model, cfg)]
     if problems:

@@ -21,7 +21,7 @@ import numpy as np
 
 from gptjax import assets, lora, tokenizers, tree
 from gptjax.config import ModelConfig
-from gptjax.errors import UserError, refuse
+from gptjax.errors import UserError, did_you_mean_path, refuse
 from gptjax.files import use_json, user_path
 from gptjax.formats import safetensors
 from gptjax.model.gpt import abstract_params
@@ -118,7 +118,10 @@ def open_model(source: str | os.PathLike[str]) -> Model:
     if path.is_file():
         raise UserError(_no_model(path))
     known = [name for name, asset in assets.ASSETS.items() if asset.file.endswith(".gguf")]
-    raise UserError(f"{name}: no such run, folder, .safetensors or .gguf file; named models are {', '.join(known)}")
+    raise UserError(
+        f"{name}: no such run, folder, .safetensors or .gguf file{did_you_mean_path(path)}; named models are "
+        f"{', '.join(known)}"
+    )
 
 
 def _no_model(path: Path) -> str:

@@ -26,7 +26,7 @@ import numpy as np
 
 from gptjax import config, tree
 from gptjax.config import LoraConfig, ModelConfig, flat
-from gptjax.errors import UserError
+from gptjax.errors import UserError, did_you_mean_path
 from gptjax.files import json_sha256, sha256, sync, use_json, user_path
 from gptjax.formats import safetensors
 from gptjax.model.gpt import abstract_params
@@ -232,7 +232,7 @@ def find(path: str | os.PathLike[str]) -> Path:
         if (folder / MODEL).is_file():
             return folder
     if not path.exists():
-        raise UserError(f"{path}: no such run directory or model folder")
+        raise UserError(f"{path}: no such run directory or model folder{did_you_mean_path(path)}")
     hint = "; the run has checkpoints only: let it finish" if (path / "checkpoints").is_dir() else ""
     raise UserError(f"{path} holds no model: expected {MODEL} and {WEIGHTS} in it, in final/ or in best/{hint}")
 

@@ -11,9 +11,9 @@ evaluation; gptjax's compilation is reported separately. Needs `pip install -e '
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import math
-import sys
 import time
 
 import numpy as np
@@ -81,7 +81,9 @@ def gptjax_run(source: str) -> tuple[float, float, float]:
 
 
 def main() -> None:
-    source = sys.argv[1] if len(sys.argv) > 1 else "tiny-shakespeare"
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", nargs="?", default="tiny-shakespeare")
+    source = parser.parse_args().source
     ready = data.prepare(load_config("nanogpt-cpu", f"data.source={source}"))
     ids, held_out = (np.asarray(store.tokens) for store in (ready.train, ready.val))
     theirs = torch_run(ids, held_out, ready.tokenizer.vocab_size)

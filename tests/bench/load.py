@@ -9,6 +9,7 @@ same process.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -51,6 +52,7 @@ def main() -> None:
     if len(sys.argv) == 4:
         print(json.dumps(measure(*sys.argv[1:])))
         return
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         shapes = {"tiny": (1, 2, 8), "124M": (12, 12, 768), "355M": (24, 16, 1024)}
         for name, shape in shapes.items():

@@ -9,6 +9,7 @@ Every size runs in a process of its own.
 
 from __future__ import annotations
 
+import argparse
 import json
 import resource
 import subprocess
@@ -55,6 +56,7 @@ def measure(name: str) -> dict[str, float]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     print(f"{'':<16}{'predicted MiB':>15}{'measured MiB':>14}{'error':>9}")
     for name in SIZES:
         done = subprocess.run([sys.executable, __file__, name], capture_output=True, text=True, check=True)
@@ -67,4 +69,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(sys.argv[1]))) if len(sys.argv) > 1 else main()
+    print(json.dumps(measure(sys.argv[1]))) if sys.argv[1:2] and sys.argv[1] in SIZES else main()

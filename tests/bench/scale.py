@@ -11,6 +11,7 @@ Each line is computed in a process of its own, so that the memory of the compile
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -66,4 +67,6 @@ if __name__ == "__main__":
         os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-8"}
         print(json.dumps(plan_for(int(sys.argv[2]), sys.argv[3])))
     else:
-        main([int(n) for n in sys.argv[1:]] or list(CHIPS))
+        parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        parser.add_argument("chips", nargs="*", type=int, default=list(CHIPS))
+        main(parser.parse_args().chips)

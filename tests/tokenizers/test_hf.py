@@ -391,6 +391,14 @@ def test_tokens_out_of_the_vocabulary_stay_an_error_for_characters(tmp_path):
         tokenizers.load(tmp_path).encode("abcd")
 
 
+def test_an_ordinary_token_does_not_become_a_special_one():
+    tok = hf.from_hf(trained("smollm"), {"eos_token": TURN})
+    word = next(name for name in ("th", "er", "in", "an", "e") if len(tok.encode(name)) == 1)
+    with pytest.raises(UserError, match="is a token already"):
+        tokenizers.extend(tok, [word])
+    assert tokenizers.extend(tok, ["<|new|>"]).special_tokens["<|new|>"] == tok.vocab_size
+
+
 @pytest.mark.parametrize("kind", ["words", "wordpiece", "unigram"])
 def test_kinds_that_no_tokenizer_json_describes_are_refused(kind):
     with pytest.raises(UserError, match=f"{kind} tokenizer has no exact.*tokenizer.name=bpe"):
