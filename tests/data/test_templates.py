@@ -62,8 +62,8 @@ SCHEMAS = tuple(
     for name in ("weather", "time_of_day")
 )  # fmt: skip
 WORDS = [
-    "", "", "where", "is", "Paris?", "what", "time,", "please\n", "it's", "12:30", "in", "", "Où", "日本", "(", "7", "+",
-    "5", ")", "=", "<b>", "&", "'x'", '"y"', "\n\n",
+    "", "", "where", "is", "Paris?", "what", "time,", "please\n", "it's", "12:30", "in", "", "Où", "日本", "(", "7",
+    "+", "5", ")", "=", "<b>", "&", "'x'", '"y"', "\n\n",
 ]  # fmt: skip
 
 
