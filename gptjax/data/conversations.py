@@ -15,6 +15,7 @@ answers). Such a conversation is encoded as a token tree (`data.token_tree`), or
 
 from __future__ import annotations
 
+import json
 import os.path
 import re
 import sys
@@ -35,6 +36,7 @@ from gptjax.tokenizers.base import Tokenizer, found_in, stop_ids, whole_tokens
 
 # usual names of ShareGPT's roles
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "observation": "tool"}
+THINK, END_THINK = "<think>", "</think>"  # the tags around the reasoning of an answer
 MAX_PROBLEMS = 20
 MAX_WEIGHT = 1000.0  # largest loss weight of an answer
 # number of texts rendered per subprocess: starting a subprocess takes 0.1 s, rendering a text less than 1 ms
@@ -237,7 +239,8 @@ def _conversations(
             continue
         invalid = _check_turns(turns) or _check_loss_flags(turns)
         for place, message in turns:
-            lines = _unused_keys(message, TURN_KEYS, location, unused, "messages[].")
+            keys = TURN_KEYS + TOOL_KEYS if message["role"] == "tool" else TURN_KEYS
+            lines = _unused_keys(message, keys, location, unused, "messages[].")
             invalid += [f"{place}: {line}" for line in lines]
         problems += invalid
         if not invalid:
@@ -308,7 +311,8 @@ def _with_context(turns: Turns, record: dict, single_turn: bool) -> Parsed:
 # keys by which OpenAI's fine-tuning API, axolotl and ms-swift set whether an answer is in the loss
 LOSS_FLAGS = ("weight", "train", "training", "loss")
 REASONING = ("reasoning_content", "reasoning", "thinking")  # synonymous keys of an answer
-TURN_KEYS = ("role", "content", "input", "name", "tool_call_id", "tool_calls", *REASONING, *LOSS_FLAGS)
+TURN_KEYS = ("role", "content", "input", "tool_calls", *REASONING, *LOSS_FLAGS)
+TOOL_KEYS = ("name", "tool_call_id")  # keys of a tool message, besides TURN_KEYS
 
 
 def _check_loss_flags(turns: Turns) -> list[str]:
@@ -354,7 +358,8 @@ def _messages(turns: Turns) -> tuple[dict[str, Any], ...]:
     messages = []
     for _, message in turns[: last + 1]:
         kept = {key: message[key] for key in ("role", "content", "input") if key in message}
-        kept |= {key: message[key] for key in ("name", "tool_call_id") if message.get(key)}
+        if message["role"] == "tool":
+            kept |= {key: message[key] for key in TOOL_KEYS if message.get(key)}
         if message["role"] == "assistant":
             if message.get("tool_calls"):
                 kept |= {"content": kept["content"] or "", "tool_calls": _calls(message["tool_calls"])}
@@ -593,8 +598,6 @@ def _unfit(talk: Conversation, tokenizer: Tokenizer, template: str, end: str) ->
         return f"{talk.where}: a message contains the special token {', '.join(sorted(tokens))}: take it out"
     if talk.tools and not re.search(r"\btools\b", template):
         return f"{talk.where}: tools: the chat template of {tokenizer.name} does not write them: take them out"
-    if "tool" not in template and any(message["role"] == "tool" for message in talk.messages):
-        return f"{talk.where}: the chat template of {tokenizer.name} has no tool messages: choose another style or data"
     return None
 
 
@@ -678,6 +681,7 @@ def _chat(conversations: Sequence[Conversation], tokenizer: Tokenizer, end: str)
         for i in _answers(talk):
             message, prompt, full = talk.messages[i], next(texts), next(texts)
             try:
+                _refuse_lost(talk.messages[i - 1], prompt, tokenizer.name)
                 answer = _answer_text(message, prompt, full, ends, tokenizer)
                 of_talk.append(Turn(prompt, answer, message.get("weight", 1.0)))
             except UserError as error:
@@ -696,6 +700,15 @@ def _answers(talk: Conversation) -> list[int]:
     return [i for i, message in enumerate(talk.messages) if message["role"] == "assistant"]
 
 
+def _refuse_lost(message: dict[str, Any], prompt: str, name: str) -> None:
+    """Raises UserError if the template leaves the result of a tool, the last message of the prompt, out of it."""
+    text = message["content"].strip()
+    if message["role"] == "tool" and text not in prompt and json.dumps(text, ensure_ascii=False)[1:-1] not in prompt:
+        raise UserError(
+            f"the chat template of {name} does not write the result of a tool: choose another style or data"
+        )
+
+
 def _answer_text(message: dict[str, Any], prompt: str, full: str, ends: Sequence[str], tokenizer: Tokenizer) -> str:
     """Returns the text of an answer, up to and including the token that ends it.
 
@@ -707,12 +720,12 @@ def _answer_text(message: dict[str, Any], prompt: str, full: str, ends: Sequence
     name, reasoning = tokenizer.name, message.get("reasoning_content")
     if full.startswith(prompt):
         text = full[len(prompt) :]
-    elif opening := next((tag for tag in THINK if prompt.rstrip().endswith(tag)), None):
+    elif full.startswith(prompt.rstrip().removesuffix(THINK)) and prompt.rstrip().endswith(THINK):
         # The prompt begins the reasoning (DeepSeek-R1), and the template leaves the reasoning out of finished answers.
-        closing = opening.replace("<", "</")
-        thought, found, rest = message["content"].rpartition(closing)
-        thought = (reasoning or thought).removeprefix(opening).strip("\n")
-        text = f"{thought}\n{closing}\n\n{(rest if found else message['content']).lstrip()}"
+        thought = reasoning or message["content"].rpartition(END_THINK)[0].removeprefix(THINK)
+        rest = full[len(prompt.rstrip().removesuffix(THINK)) :]
+        between = "" if rest.startswith(END_THINK) else f"\n{END_THINK}\n\n"
+        text = thought.strip("\n") + between + rest
     else:
         n = len(os.path.commonprefix([prompt, full]))  # noqa: RUF071  # of characters, not of paths
         raise UserError(
@@ -734,9 +747,6 @@ def _answer_text(message: dict[str, Any], prompt: str, full: str, ends: Sequence
             "content, or remove it"
         )
     return body + end
-
-
-THINK = ("<think>", "<thinking>")  # tags that open the reasoning of an answer
 
 
 def _render_all(tokenizer: Tokenizer, jobs: list[_Job]) -> list[str]:
@@ -848,7 +858,7 @@ def encode(
             f"{talk.where}: loss_on=all learns every token, but an answer there has a loss weight of its own: "
             "remove its weight or train, or set loss_on=response"
             for talk in conversations
-            if any("weight" in message for message in talk.messages)
+            if any(message.get("weight", 1) != 1 for message in talk.messages)
         )
     rows: list[np.ndarray] = []
     weights: list[np.ndarray] = []

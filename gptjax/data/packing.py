@@ -40,21 +40,23 @@ class Encoded(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Packed or padded examples: n rows of T tokens; all arrays are [n, T].
-
-    positions and subtree_end are None if no example is a token tree. The model then derives the positions from
-    segment_ids.
-    """
+    """Packed or padded examples: n rows of T tokens; all arrays are [n, T]."""
 
     tokens: np.ndarray  # int32
     targets: np.ndarray  # int32
     weights: np.ndarray  # float32
     segment_ids: np.ndarray  # int32: 1, 2, .. for the examples of a row, 0 for padding
-    positions: np.ndarray | None = None  # int32
-    subtree_end: np.ndarray | None = None  # int32, index in the row
 
-    def arrays(self) -> list[np.ndarray]:
-        return [array for array in self if array is not None]
+
+class TreeRows(NamedTuple):
+    """`Rows` of which some examples are token trees."""
+
+    tokens: np.ndarray
+    targets: np.ndarray
+    weights: np.ndarray
+    segment_ids: np.ndarray
+    positions: np.ndarray  # int32, the number of earlier tokens on the path to each token
+    subtree_end: np.ndarray  # int32: index in the row after the last token of the subtree that begins at each token
 
 
 def packed(encoded: Encoded, context_length: int) -> Rows:
@@ -71,7 +73,7 @@ def packed(encoded: Encoded, context_length: int) -> Rows:
     return _fill(encoded, first_fit(_lengths(encoded, context_length), context_length), context_length)
 
 
-def padded(encoded: Encoded, context_length: int | None = None) -> Rows:
+def padded(encoded: Encoded, context_length: int | None = None) -> Rows | TreeRows:
     """Returns rows of one example each, in input order, padded to `context_length` tokens.
 
     If `context_length` is None, rows have the length of the longest example.
@@ -126,13 +128,13 @@ def members(places: list[tuple[int, int]]) -> list[list[int]]:
     return rows
 
 
-def _fill(encoded: Encoded, places: list[tuple[int, int]], length: int) -> Rows:
+def _fill(encoded: Encoded, places: list[tuple[int, int]], length: int) -> Rows | TreeRows:
     """Returns rows of `length` tokens that contain the examples.
 
     places[i] is the row of example i and the position in the row at which the example starts. There are no gaps between
     the examples of a row; all padding is at the end of the row.
     """
-    rows = empty(1 + max(row for row, _ in places), length, trees=bool(encoded.trees))
+    rows = (empty_trees if encoded.trees else empty)(1 + max(row for row, _ in places), length)
     n_plain = len(encoded.rows)
     for i in sorted(range(len(places)), key=lambda i: places[i]):
         row, start = places[i]
@@ -147,22 +149,23 @@ def _fill(encoded: Encoded, places: list[tuple[int, int]], length: int) -> Rows:
         rows.targets[row, span] = example.targets
         rows.weights[row, span] = example.weights
         rows.segment_ids[row, span] = rows.segment_ids[row, start - 1] + 1 if start else 1
-        if rows.positions is not None and rows.subtree_end is not None:
+        if isinstance(rows, TreeRows):
             rows.positions[row, span] = example.positions
             rows.subtree_end[row, span] = start + example.subtree_end
     return rows
 
 
-def empty(n: int, length: int, trees: bool = False) -> Rows:
-    """Returns n rows of padding. `trees` adds the arrays that token trees need."""
-    ids, targets, segment_ids = (np.zeros((n, length), np.int32) for _ in range(3))
-    rows = Rows(ids, targets, np.zeros((n, length), np.float32), segment_ids)
-    if not trees:
-        return rows
-    return rows._replace(positions=np.zeros((n, length), np.int32), subtree_end=np.full((n, length), length, np.int32))
+def empty(n: int, length: int) -> Rows:
+    """Returns n rows of padding."""
+    return Rows(*(np.zeros((n, length), kind) for kind in (np.int32, np.int32, np.float32, np.int32)))
 
 
-def batch(rows: Rows, step: int, *, batch_size: int, seed: int) -> Batch:
+def empty_trees(n: int, length: int) -> TreeRows:
+    """Returns n rows of padding, among rows with token trees."""
+    return TreeRows(*empty(n, length), np.zeros((n, length), np.int32), np.full((n, length), length, np.int32))
+
+
+def batch(rows: Rows | TreeRows, step: int, *, batch_size: int, seed: int) -> Batch:
     """Returns the batch for training step `step`, with arrays [B, T].
 
     Every epoch contains each row once, in a new order.
@@ -170,20 +173,20 @@ def batch(rows: Rows, step: int, *, batch_size: int, seed: int) -> Batch:
     return _batch(rows, epoch_rows(step, batch_size, len(rows.tokens), seed))
 
 
-def eval_batches(rows: Rows, batch_size: int) -> Iterator[Batch]:
+def eval_batches(rows: Rows | TreeRows, batch_size: int) -> Iterator[Batch]:
     """Yields batches that contain every row once, in order; the last batch is padded with rows of weight 0."""
     n = len(rows.tokens)
-    filler = empty(-n % batch_size, rows.tokens.shape[1], trees=rows.subtree_end is not None)
+    filler = (empty_trees if isinstance(rows, TreeRows) else empty)(-n % batch_size, rows.tokens.shape[1])
     for first in range(0, n, batch_size):
         batch = _batch(rows, np.arange(first, min(first + batch_size, n)))
         if len(batch.tokens) < batch_size:
-            padding = filler._asdict().items()
-            batch = batch._replace(
-                **{name: np.concatenate([getattr(batch, name), x]) for name, x in padding if x is not None}
-            )
+            batch = batch._replace(**{k: np.concatenate([getattr(batch, k), x]) for k, x in filler._asdict().items()})
         yield batch
 
 
-def _batch(rows: Rows, index: np.ndarray) -> Batch:
-    """Returns the batch of the rows with indices `index`."""
-    return Batch(**{name: None if leaf is None else leaf[index] for name, leaf in rows._asdict().items()})
+def _batch(rows: Rows | TreeRows, index: np.ndarray) -> Batch:
+    """Returns the batch of the rows with indices `index`.
+
+    Without token trees `positions` is None, because the model derives the positions from segment_ids.
+    """
+    return Batch(**{name: leaf[index] for name, leaf in rows._asdict().items()})

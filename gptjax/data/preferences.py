@@ -254,7 +254,7 @@ def rows(encoded: EncodedPairs, context_length: int | None = None, packed: bool 
                 out.tokens[row, span], out.targets[row, span], out.weights[row, span] = ids[:-1], ids[1:], weights[1:]
                 out.segment_ids[row, span] = 2 * p + 1 + rejected
                 start = span.stop
-    return PairRows(out.tokens, out.targets, out.weights, out.segment_ids, index)
+    return PairRows(*out, index)
 
 
 def batch(rows: PairRows, step: int, *, batch_size: int, seed: int, reference: np.ndarray | None = None) -> PairBatch:

@@ -163,7 +163,7 @@ def prepare(cfg: Config, progress: Progress) -> Ready:
         batch=lambda step: packing.batch(train, step, batch_size=size, seed=cfg.seed),
         eval_batches=lambda: packing.eval_batches(val, size),
         width=train.tokens.shape[1],
-        data=loader.fingerprint(*train.arrays(), *val.arrays()),
+        data=loader.fingerprint(*train, *val),
         lines=lines,
     )
     return Ready(resolved, task, splits.test)

@@ -147,7 +147,9 @@ def test_a_model_with_smear_has_no_trees():
     with pytest.raises(UserError, match="smear"):
         gptjax.backbone(params, tokens, cfg, positions=tokens, subtree_end=tokens + 4)
     with pytest.raises(UserError, match="need positions"):
-        gptjax.backbone(params, tokens, ModelConfig(vocab_size=50, n_layer=1, d_model=8), subtree_end=tokens + 4)
+        gptjax.backbone(
+            params, tokens, ModelConfig(vocab_size=50, n_layer=1, n_head=1, d_model=8), subtree_end=tokens + 4
+        )
 
 
 def test_eval_batches_are_padded_with_trees():
