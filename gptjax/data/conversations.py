@@ -664,8 +664,9 @@ def _chat(conversations: Sequence[Conversation], tokenizer: Tokenizer, end: str)
     answer                                                              Hello!<|im_end|>
     """
     jobs = []
+    reasoning_key = next((key for key in REASONING if key in (tokenizer.chat_template or "")), REASONING[0])
     for talk in conversations:
-        messages = [_template_message(tokenizer, m) for m in talk.messages]
+        messages = [_template_message(m, tokenizer, reasoning_key) for m in talk.messages]
         tools = list(talk.tools) or None
         for i in _answers(talk):
             before, upto = messages[:i], messages[: i + 1]
@@ -681,8 +682,9 @@ def _chat(conversations: Sequence[Conversation], tokenizer: Tokenizer, end: str)
         for i in _answers(talk):
             message, prompt, full = talk.messages[i], next(texts), next(texts)
             try:
-                _refuse_lost(talk.messages[i - 1], prompt, tokenizer.name)
-                answer = _answer_text(message, prompt, full, ends, tokenizer)
+                before = talk.messages[i - 1]
+                _refuse_lost(before, prompt, tokenizer.name)
+                answer = _answer_text(message, before["content"].strip(), prompt, full, ends, tokenizer)
                 of_talk.append(Turn(prompt, answer, message.get("weight", 1.0)))
             except UserError as error:
                 problems.append(f"{talk.where}: {error}")
@@ -691,8 +693,11 @@ def _chat(conversations: Sequence[Conversation], tokenizer: Tokenizer, end: str)
     return turns
 
 
-def _template_message(tokenizer: Tokenizer, message: dict[str, Any]) -> dict[str, Any]:
-    kept = {key: value for key, value in message.items() if key not in ("input", "weight")}
+def _template_message(message: dict[str, Any], tokenizer: Tokenizer, reasoning_key: str) -> dict[str, Any]:
+    """Returns a message as the chat template reads it, with the reasoning under the key that the template uses."""
+    kept = {key: value for key, value in message.items() if key not in ("input", "weight", REASONING[0])}
+    if REASONING[0] in message:
+        kept[reasoning_key] = message[REASONING[0]]
     return kept | {"content": chat.with_input(tokenizer, message)}
 
 
@@ -709,10 +714,13 @@ def _refuse_lost(message: dict[str, Any], prompt: str, name: str) -> None:
         )
 
 
-def _answer_text(message: dict[str, Any], prompt: str, full: str, ends: Sequence[str], tokenizer: Tokenizer) -> str:
+def _answer_text(
+    message: dict[str, Any], question: str, prompt: str, full: str, ends: Sequence[str], tokenizer: Tokenizer
+) -> str:
     """Returns the text of an answer, up to and including the token that ends it.
 
     Args:
+        question: the text of the message before the answer.
         prompt: the rendered messages before the answer, up to where the answer begins.
         full: the rendered messages up to and including the answer.
         ends: the tokens that can end an answer; the first one is added if the template writes none.
@@ -726,6 +734,9 @@ def _answer_text(message: dict[str, Any], prompt: str, full: str, ends: Sequence
         rest = full[len(prompt.rstrip().removesuffix(THINK)) :]
         between = "" if rest.startswith(END_THINK) else f"\n{END_THINK}\n\n"
         text = thought.strip("\n") + between + rest
+    elif question and (since := prompt[max(prompt.rfind(question), 0) :]) in full:
+        # The template writes something before the last question only while it is the last message (Mistral's tools).
+        text = full[full.rfind(since) + len(since) :]
     else:
         n = len(os.path.commonprefix([prompt, full]))  # noqa: RUF071  # of characters, not of paths
         raise UserError(

@@ -488,23 +488,10 @@ def test_a_template_without_an_end_token_gets_end_of_text(tok):
         render(TWO, chars.replace(chat_template=plain))
 
 
-REWRITES = {
-    "last turn": (
-        "{% for m in messages %}{{ '*' if loop.last }}{{ m.content }}{% endfor %}",
-        "does not render an answer",
-    ),
-    "says nothing": (
-        "{% for m in messages %}{{ m.content if m.role == 'user' }}{% endfor %}",
-        "does not write the answer",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", REWRITES)
-def test_a_template_that_writes_no_answer_after_its_prompt_is_refused(chatty, name):
-    template, message = REWRITES[name]
-    with pytest.raises(UserError, match=f"here: the chat template of .* {message}.*choose"):
-        render(TWO, chatty.replace(chat_template=template))
+def test_a_template_that_writes_no_answer_is_refused(chatty):
+    tok = chatty.replace(chat_template="{% for m in messages %}{{ m.content if m.role == 'user' }}{% endfor %}")
+    with pytest.raises(UserError, match="here: the chat template of .* does not write the answer: choose"):
+        render(TWO, tok)
 
 
 def test_a_special_token_in_a_message_is_refused(chatty, tok):
