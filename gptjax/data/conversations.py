@@ -357,7 +357,7 @@ def _messages(turns: Turns) -> tuple[dict[str, Any], ...]:
     last = max(i for i, (_, m) in enumerate(turns) if m["role"] == "assistant" and _weight(m))
     messages = []
     for _, message in turns[: last + 1]:
-        kept = {key: message[key] for key in ("role", "content", "input") if key in message}
+        kept: dict[str, Any] = {key: message[key] for key in ("role", "content", "input") if key in message}
         if message["role"] == "tool":
             kept |= {key: message[key] for key in TOOL_KEYS if message.get(key)}
         if message["role"] == "assistant":
@@ -682,9 +682,9 @@ def _chat(conversations: Sequence[Conversation], tokenizer: Tokenizer, end: str)
         for i in _answers(talk):
             message, prompt, full = talk.messages[i], next(texts), next(texts)
             try:
-                before = talk.messages[i - 1]
-                _refuse_lost(before, prompt, tokenizer.name)
-                answer = _answer_text(message, before["content"].strip(), prompt, full, ends, tokenizer)
+                question = talk.messages[i - 1]
+                _refuse_lost(question, prompt, tokenizer.name)
+                answer = _answer_text(message, question["content"].strip(), prompt, full, ends, tokenizer)
                 of_talk.append(Turn(prompt, answer, message.get("weight", 1.0)))
             except UserError as error:
                 problems.append(f"{talk.where}: {error}")

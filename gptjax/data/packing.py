@@ -59,7 +59,7 @@ class TreeRows(NamedTuple):
     subtree_end: np.ndarray  # int32: index in the row after the last token of the subtree that begins at each token
 
 
-def packed(encoded: Encoded, context_length: int) -> Rows:
+def packed(encoded: Encoded, context_length: int) -> Rows | TreeRows:
     """Packs several examples per row by first-fit decreasing. No example is split between rows.
 
     The examples are placed from the longest to the shortest, each in the first row with enough space. Examples of equal

@@ -171,8 +171,8 @@ def prepare(cfg: Config, progress: Progress) -> Ready:
 
 def shown(talk: Conversation, tokenizer: Tokenizer, trees: bool) -> str:
     """Returns the text of a conversation for a terminal, as a token tree if it has branches and `trees` is True."""
-    [tree] = encode([talk], tokenizer, context_length=1 << 30, trees=trees).trees or [None]
-    return show(render(talk, tokenizer), tokenizer) if tree is None else show_tree(tree, tokenizer)
+    branched = encode([talk], tokenizer, context_length=1 << 30, trees=trees).trees
+    return show_tree(branched[0], tokenizer) if branched else show(render(talk, tokenizer), tokenizer)
 
 
 def inspect(cfg: Config) -> list[str]:
