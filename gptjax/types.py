@@ -34,6 +34,8 @@ class Batch(NamedTuple):
     weights      [B, T] float32  loss weight per target, or None if every weight is 1
     segment_ids  [B, T] int32    id of the document that a token belongs to, or None for one document per row
     positions    [B, T] int32    position within the document, or None for 0..T-1
+    subtree_end  [B, T] int32    for documents that are token trees (`data.token_tree`): index in the row from which on
+                                 the token is no longer visible, or None if no document is a tree
     """
 
     tokens: Any
@@ -41,3 +43,4 @@ class Batch(NamedTuple):
     weights: Any = None
     segment_ids: Any = None
     positions: Any = None
+    subtree_end: Any = None

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 from gptjax.cli import options
 from gptjax.cli.pretrain import DEFAULT, plan
-from gptjax.config import Config
+from gptjax.config import Config, file_layers
 from gptjax.errors import UserError, did_you_mean
 from gptjax.files import new_file, write_json
 
@@ -26,6 +27,8 @@ def run(args: list[str]) -> int:
     if action == "check":
         return check(rest)
     parsed = options.parse(rest, words=1)
+    if action == "inspect" and _names_a_tuning(parsed):
+        return inspect_conversation(parsed)
     cfg, provenance = options.configure(parsed, DEFAULT, f"data {action}", "pretrain")
     if options.show_only(parsed, cfg, provenance, lambda cfg: [*plan(cfg), "dry run: no step was taken"]):
         return 0
@@ -35,6 +38,27 @@ def run(args: list[str]) -> int:
     print("\n".join(data.describe(prepared)))
     if action == "inspect":
         print("\n".join(first_window(prepared, cfg)))
+    return 0
+
+
+def _names_a_tuning(args: options.Args) -> bool:
+    """Returns whether the preset, the file or the settings are for a task other than pretrain."""
+    in_file = [leaf.value for leaf in file_layers(args.words[0]) if leaf.key == "task"] if args.words else []
+    named = [*in_file, *(leaf.value for leaf in args.leaves if leaf.key == "task")]
+    return bool(named) and named[-1] != "pretrain"
+
+
+def inspect_conversation(args: options.Args) -> int:
+    """Prints how the first conversation of `gptjax finetune instruct` with the same arguments is trained: the text,
+    with the tokens in the loss marked, or the branches of its token tree."""
+    cfg, provenance = options.configure(args, "instruct", "data inspect", "instruct")
+    from gptjax.tasks import instruct
+    from gptjax.training.progress import without_colours
+
+    if options.show_only(args, cfg, provenance, lambda cfg: options.report(cfg, instruct.plan)):
+        return 0
+    text = "\n".join(instruct.inspect(cfg))
+    print(text if sys.stdout.isatty() else without_colours(text))
     return 0
 
 

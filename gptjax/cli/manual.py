@@ -714,8 +714,10 @@ PAGES: dict[str, Page] = {
         notes=("Without a preset it uses shakespeare-char, whose text is downloaded once.", LAYERS),
     ),
     "data inspect": Page(
-        about="Tokenizes like `gptjax data prepare`, and prints the first tokens of the first batch and their targets.",
+        about="Tokenizes like `gptjax data prepare`, and prints the first tokens of the first batch and their targets."
+        " With a config of `finetune instruct` it prints one conversation, as it is trained.",
         usage=f"gptjax data inspect {CONFIG_USAGE}",
+        needs=(BASE,),
         examples=(
             ("gptjax data inspect tiny-gpt2", "Show text that comes with Python as bytes."),
             (
@@ -723,8 +725,8 @@ PAGES: dict[str, Page] = {
                 "Show the same text as tokens of a BPE vocabulary.",
             ),
             (
-                "seq 1000 > my.txt; gptjax data inspect tiny-gpt2 data.source=my.txt seed=1 model.context_length=8",
-                "Show a file of your own, in the order of another seed.",
+                "gptjax data inspect instruct finetune.base=runs/base",
+                "Show a conversation of `gptjax finetune instruct`: the tokens in the loss, and its branches.",
             ),
         ),
         options=SWITCHES,

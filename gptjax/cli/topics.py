@@ -96,8 +96,9 @@ Instructions: instruct.source (.jsonl .json .csv .parquet)
     {"prompt": "2 + 2 =", "completion": " 4"}
     {"prompt": "2 + 2 =", "response": "4"}
 
-  system, history and tools may be added. An answer with "weight": 0 is read as
-  context and does not count in the loss.
+  system, history and tools may be added. An answer may have tool_calls and
+  reasoning_content, and messages of role tool may follow it. "weight" is the loss
+  weight of an answer; with weight 0 it is read as context.
 
 Preferences: prefer.source (.jsonl .json .csv .parquet)
 

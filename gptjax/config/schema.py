@@ -685,6 +685,12 @@ class InstructConfig:
     packing: Literal["packed", "padded"] = setting(
         "packed", "Layout of the rows. packed: several examples per row; padded: one example per row."
     )
+    branches: Optional[Literal["tree", "rows"]] = setting(
+        None,
+        "Layout of a conversation whose chat template renders earlier turns differently later, as Qwen3's drops earlier"
+        " reasoning. tree: one example with the common prefixes once; rows: one example per answer. null: tree on a"
+        " CPU; rows on other devices, whose attention kernels do not support trees.",
+    )
     context_length: int = setting(
         512, "Tokens per row; examples with more tokens are dropped, and their number is reported.", COUNT
     )

@@ -1,32 +1,44 @@
 """Conversations for supervised fine-tuning: reading, chat templates, token ids and the loss mask.
 
     talks   = read("instruction-data.json")
-    spans   = render(talks[0], tok)      [Span(ids of the prompt, False), Span(ids of the answer and its end, True)]
+    spans   = render(talks[0], tok)      [Span(ids of the prompt, 0), Span(ids of the answer and its end, 1)]
     encoded = encode(talks, tok, context_length=256)
     rows    = packing.packed(encoded, 256)
 
 The loss mask depends on the position of a token in the conversation, not on its id: the token that ends an answer is a
 target, but the same token id in the padding or in a user turn is not.
+
+Every answer is trained after exactly the tokens that the model gets as its prompt at that point of the conversation. A
+chat template may render earlier turns differently once later turns follow (Qwen3's drops the reasoning of earlier
+answers). Such a conversation is encoded as a token tree (`data.token_tree`), or as one row per answer.
 """
 
 from __future__ import annotations
 
+import json
+import os.path
 import re
 import sys
 from collections.abc import Callable, Collection, Iterable, Sequence
+from itertools import groupby
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from gptjax._moved import moved_name
+from gptjax.data import token_tree
 from gptjax.data.packing import Encoded
-from gptjax.errors import UserError
+from gptjax.data.token_tree import TokenTree
+from gptjax.errors import UserError, complaints
 from gptjax.formats import tables
 from gptjax.tokenizers import chat
-from gptjax.tokenizers.base import Tokenizer, found_in
+from gptjax.tokenizers.base import Tokenizer, found_in, stop_ids, whole_tokens
 
-ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}  # the role for each role name of ShareGPT
+# usual names of ShareGPT's roles
+ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "observation": "tool"}
+THINK, END_THINK = "<think>", "</think>"  # the tags around the reasoning of an answer
 MAX_PROBLEMS = 20
+MAX_WEIGHT = 1000.0  # largest loss weight of an answer
 # number of texts rendered per subprocess: starting a subprocess takes 0.1 s, rendering a text less than 1 ms
 RENDER_BATCH = 2048
 COLOUR, PLAIN = "\x1b[32m", "\x1b[0m"
@@ -36,8 +48,10 @@ class Conversation(NamedTuple):
     """One conversation.
 
     messages     messages {"role": .., "content": ..}, with the roles [system,] user, assistant, user, assistant, ..
-                 in this order. If an Alpaca record has a non-empty "input", its user message has the key "input",
-                 too. An answer whose key "learn" is False is excluded from the loss.
+                 in this order; tool messages may stand between an answer that calls tools and the next answer. If an
+                 Alpaca record has a non-empty "input", its user message has the key "input", too. An answer may have
+                 "tool_calls" [{"type": "function", "function": {"name": .., "arguments": {..}}}, ..],
+                 "reasoning_content" (text), and "weight" (its loss weight; 1 if it is missing).
     where        location of the conversation in its source, such as rows.jsonl:3
     constraints  verifiable constraints on the answer, see `evaluation.generation_metrics`
     tools        JSON schemas of functions, for chat templates that support tools
@@ -50,10 +64,18 @@ class Conversation(NamedTuple):
 
 
 class Span(NamedTuple):
-    """Consecutive token ids of a conversation. `learn` is True if the ids are targets of the loss."""
+    """Consecutive token ids of a conversation. `learn` is their loss weight as targets; 0 excludes them."""
 
     ids: list[int]
-    learn: bool
+    learn: float
+
+
+class Turn(NamedTuple):
+    """An answer and its prompt, as texts or as token ids."""
+
+    prompt: Any
+    answer: Any  # up to and including the token that ends the answer
+    weight: float  # loss weight of the answer
 
 
 class Unused(NamedTuple):
@@ -71,11 +93,11 @@ def read(source: str, notes: list[str] | None = None) -> list[Conversation]:
     """Reads the conversations of a .json (array), .jsonl, .parquet or .csv file, or of hf:org/name[:config][@split].
 
     Each record has one of the formats in `FORMATS`. Optional keys of a record are system (or system_prompt or
-    system_message), tools, constraints, and history, which is [[question, answer], ..]. An optional key of a message
-    says whether an answer is in the loss: weight (1 or 0), or train, training or loss (true or false). If the prompt
-    is a list of messages, the answers in the prompt are excluded from the loss. Keys in METADATA and keys with empty
-    values are ignored. Keys in UNUSABLE raise an error, because they would change the prompt or the loss in an
-    unsupported way.
+    system_message), tools, constraints, and history, which is [[question, answer], ..]. Optional keys of an answer are
+    tool_calls, reasoning_content (or reasoning or thinking), weight (its loss weight), and train (or training or loss;
+    true or false), which includes it in the loss or excludes it. If the prompt is a list of messages, the answers in
+    the prompt are excluded from the loss. Keys in METADATA and keys with empty values are ignored. Keys in UNUSABLE
+    raise an error, because they would change the prompt or the loss in an unsupported way.
 
     Args:
         notes: list to which a line of text is appended if keys that are not in METADATA were ignored; the line names
@@ -161,9 +183,9 @@ score_rejected chosen_score rejected_score chosen_rating rejected_rating chosen_
 METADATA = frozenset(_METADATA.split())
 
 _MEDIA = "pictures and sound are not supported"
-_TOOLS = "calls of tools are not supported (a list of tool schemas is: tools)"
+_TOOLS = "supported in a message only, as tool_calls"
 _PROMPT = "would be left out of the prompt: put it in the instruction, input or system"
-_THOUGHT = "would be left out of the answer: put it in the content, as the chat template writes it, or remove it"
+_THOUGHT = "would be left out of the answer: put it in the message of the answer, as reasoning_content"
 UNUSABLE: dict[str, str] = {
     **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), _MEDIA),
     **dict.fromkeys(("tool_calls", "tool_call_id", "tool_call", "function_call", "functions", "function"), _TOOLS),
@@ -217,7 +239,8 @@ def _conversations(
             continue
         invalid = _check_turns(turns) or _check_loss_flags(turns)
         for place, message in turns:
-            lines = _unused_keys(message, TURN_KEYS, location, unused, "messages[].")
+            keys = TURN_KEYS + TOOL_KEYS if message["role"] == "tool" else TURN_KEYS
+            lines = _unused_keys(message, keys, location, unused, "messages[].")
             invalid += [f"{place}: {line}" for line in lines]
         problems += invalid
         if not invalid:
@@ -287,7 +310,9 @@ def _with_context(turns: Turns, record: dict, single_turn: bool) -> Parsed:
 
 # keys by which OpenAI's fine-tuning API, axolotl and ms-swift set whether an answer is in the loss
 LOSS_FLAGS = ("weight", "train", "training", "loss")
-TURN_KEYS = ("role", "content", "input", *LOSS_FLAGS)
+REASONING = ("reasoning_content", "reasoning", "thinking")  # synonymous keys of an answer
+TURN_KEYS = ("role", "content", "input", "tool_calls", *REASONING, *LOSS_FLAGS)
+TOOL_KEYS = ("name", "tool_call_id")  # keys of a tool message, besides TURN_KEYS
 
 
 def _check_loss_flags(turns: Turns) -> list[str]:
@@ -298,15 +323,15 @@ def _check_loss_flags(turns: Turns) -> list[str]:
     problems = []
     for place, message in turns:
         for key, value in _loss_flags(message).items():
-            if key == "weight" and (isinstance(value, bool) or value not in (0, 1)):
-                problems.append(f"{place}: weight: expected 0 or 1, found {value!r:.40}")
+            if key == "weight" and (isinstance(value, bool) or not _is_weight(value)):
+                problems.append(f"{place}: weight: expected a number from 0 to {MAX_WEIGHT:g}, found {value!r:.40}")
             elif key != "weight" and not isinstance(value, bool):
                 problems.append(f"{place}: {key}: expected true or false, found {value!r:.40}")
             elif message["role"] != "assistant" and value:
                 problems.append(
                     f"{place}: {key}: only answers can be in the loss, and the role here is {message['role']}"
                 )
-    learned = [_learn(message) for _, message in turns if message["role"] == "assistant"]
+    learned = [not problems and _weight(message) for _, message in turns if message["role"] == "assistant"]
     return problems or ([] if any(learned) else ["all its answers are excluded from the loss"])
 
 
@@ -314,8 +339,14 @@ def _loss_flags(message: dict[str, Any]) -> dict[str, Any]:
     return {key: message[key] for key in LOSS_FLAGS if message.get(key) is not None}
 
 
-def _learn(message: dict[str, Any]) -> bool:
-    return all(_loss_flags(message).values())
+def _is_weight(value: Any) -> bool:
+    return isinstance(value, int | float) and 0 <= value <= MAX_WEIGHT  # False for NaN
+
+
+def _weight(message: dict[str, Any]) -> float:
+    """Returns the loss weight of an answer: 0 if one of its flags is false, otherwise its weight, or 1."""
+    flags = _loss_flags(message)
+    return float(flags.pop("weight", 1)) if all(flags.values()) else 0.0
 
 
 def _messages(turns: Turns) -> tuple[dict[str, Any], ...]:
@@ -323,13 +354,53 @@ def _messages(turns: Turns) -> tuple[dict[str, Any], ...]:
 
     Later messages are left out, because they do not change the loss.
     """
-    last = max(i for i, (_, m) in enumerate(turns) if m["role"] == "assistant" and _learn(m))
+    last = max(i for i, (_, m) in enumerate(turns) if m["role"] == "assistant" and _weight(m))
     messages = []
     for _, message in turns[: last + 1]:
-        skipped = message["role"] == "assistant" and not _learn(message)
-        kept = {key: message[key] for key in ("role", "content", "input") if key in message}
-        messages.append(kept | ({"learn": False} if skipped else {}))
+        kept: dict[str, Any] = {key: message[key] for key in ("role", "content", "input") if key in message}
+        if message["role"] == "tool":
+            kept |= {key: message[key] for key in TOOL_KEYS if message.get(key)}
+        if message["role"] == "assistant":
+            if message.get("tool_calls"):
+                kept |= {"content": kept["content"] or "", "tool_calls": _calls(message["tool_calls"])}
+            if reasoning := _reasoning(message):
+                kept["reasoning_content"] = reasoning
+            if (weight := _weight(message)) != 1:
+                kept["weight"] = weight
+        messages.append(kept)
     return tuple(messages)
+
+
+def _reasoning(message: dict[str, Any]) -> Any:
+    return next((message[key] for key in REASONING if message.get(key) not in (None, "")), None)
+
+
+def _calls(value: Any) -> list[dict[str, Any]]:
+    """Returns the tool calls of an answer as chat templates expect them, with the arguments as an object.
+
+    A call is {"type": "function", "function": {"name": .., "arguments": ..}}, or {"name": .., "arguments": ..}, with an
+    optional "id". The arguments may be JSON text, as in OpenAI's API.
+
+    Raises:
+        UserError: the calls have another form.
+    """
+    calls = tables.loads(value) if isinstance(value, str) else value
+    expected = 'tool_calls: expected a list such as [{"function": {"name": .., "arguments": {..}}}]'
+    if not isinstance(calls, list):
+        raise UserError(f"{expected}, found {tables.kind_of(calls)}")
+    out = []
+    for call in calls:
+        function = call.get("function", call) if isinstance(call, dict) else None
+        name = function.get("name") if isinstance(function, dict) else None
+        if not isinstance(function, dict) or not isinstance(name, str) or not name:
+            raise UserError(f"{expected}, found {tables.kind_of(call)} without a name")
+        arguments = function.get("arguments", {})
+        arguments = tables.loads(arguments or "{}") if isinstance(arguments, str) else arguments
+        if not isinstance(arguments, dict):
+            raise UserError(f"tool_calls: the arguments of {name} must be an object, or the JSON text of one")
+        called = {"type": "function", "function": {"name": name, "arguments": arguments}}
+        out.append(called | ({"id": call["id"]} if isinstance(call.get("id"), str) else {}))
+    return out
 
 
 def _pair(question: str, answer: str, extra: str = "") -> Callable[[tables.Record], Parsed]:
@@ -364,11 +435,12 @@ def turns(key: str) -> Callable[[tables.Record], Parsed]:
         parsed: Turns = []
         for i, turn in enumerate(messages):
             role, content = _one_of(turn, ("role", "from")), _one_of(turn, ("content", "value"))
-            if role is None or content is None:
+            if role is None or (content is None and not turn.get("tool_calls")):
                 return f"{key}[{i}]: expected role and content (or from and value), found {_keys(turn)}"
             rest = {name: value for name, value in turn.items() if name not in (role, content)}
             named = ROLES.get(turn[role], turn[role]) if isinstance(turn[role], str) else turn[role]
-            parsed.append((f"{key}[{i}]", {"role": named, "content": turn[content]} | rest))
+            text = turn[content] if content is not None else ""
+            parsed.append((f"{key}[{i}]", {"role": named, "content": text} | rest))
         return parsed
 
     return parse
@@ -410,17 +482,50 @@ FORMATS: Formats = {
 def _check_turns(turns: Turns) -> list[str]:
     problems = []
     for place, message in turns:
-        if message["role"] not in ("system", "user", "assistant"):
-            problems.append(f"{place}: expected system, user or assistant, found {message['role']!r:.40}")
+        role = message["role"]
+        if role not in chat.ROLES:
+            problems.append(f"{place}: expected {', '.join(chat.ROLES)}, found {role!r:.40}")
+        calls = role == "assistant" and message.get("tool_calls") not in (None, "", [])
         for key in ("content", "input"):
-            if key in message and (problem := _text_problem(message[key])):
-                problems.append(f"{place}: {'the response' if message['role'] == 'assistant' else key} {problem}")
+            if key not in message or (message[key] in (None, "") and (calls or role == "tool")):
+                continue
+            if problem := _text_problem(message[key]):
+                problems.append(f"{place}: {'the response' if role == 'assistant' else key} {problem}")
+        if role != "assistant":
+            problems += [f"{place}: {key}: only an answer can have it" for key in _answer_keys(message)]
+            continue
+        if calls:
+            problems += [f"{place}: {problem}" for problem in complaints(_calls, message["tool_calls"])]
+        reasoning = _reasoning(message)
+        if reasoning is not None and (problem := _text_problem(reasoning)):
+            problems.append(f"{place}: the reasoning {problem}")
     roles = [message["role"] for _, message in turns]
-    spoken = roles[1:] if roles[:1] == ["system"] else roles
-    if not problems and (not spoken or spoken != ["user", "assistant"] * (len(spoken) // 2)):
+    if not problems and not _in_order([message for _, message in turns]):
         shown = ", ".join(roles[:8]) + ", .." * (len(roles) > 8) or "no turn"
-        problems.append(f"expected turns of user, assistant, .. up to a last response, found {shown}")
+        expected = "turns of user, assistant, .. up to a last response"
+        if "tool" in roles:
+            expected += ", and tool messages only after an answer with tool_calls"
+        problems.append(f"expected {expected}, found {shown}")
     return problems
+
+
+def _answer_keys(message: dict[str, Any]) -> list[str]:
+    return [key for key in ("tool_calls", *REASONING) if message.get(key) not in (None, "", [])]
+
+
+def _in_order(messages: list[dict[str, Any]]) -> bool:
+    """Returns whether the messages are [system,] user, assistant, user, .., assistant.
+
+    One or more tool messages must stand between an answer with tool_calls and the next message, which is an answer.
+    """
+    expected: tuple[str, ...] = ("user",)
+    for message in messages[1:] if messages and messages[0]["role"] == "system" else messages:
+        if message["role"] not in expected:
+            return False
+        calls = bool(message.get("tool_calls"))
+        after = {"user": ("assistant",), "assistant": ("tool",) if calls else ("user",), "tool": ("tool", "assistant")}
+        expected = after[message["role"]]
+    return bool(messages) and messages[-1]["role"] == "assistant"
 
 
 def _text_problem(text: Any) -> str | None:
@@ -439,10 +544,11 @@ def _text_problem(text: Any) -> str | None:
 
 
 def render(conversation: Conversation, tokenizer: Tokenizer, style: chat.Style | None = None) -> list[Span]:
-    """Returns the token ids of a conversation as spans, each of which is either in the loss or excluded from it.
+    """Returns the token ids of a conversation as spans, each of which has one loss weight.
 
-    The last span is the last answer with its end token. The ids before an answer are exactly the prompt that the model
-    gets when it generates this answer.
+    The last span is the last answer with its end token. The ids before it are exactly the prompt that the model gets
+    when it generates this answer. If the template renders earlier turns as the model generated them, each earlier
+    answer is a span of its own. Otherwise the spans are the last prompt and the last answer; `encode` adds the others.
 
     Args:
         style: the chat style, see `chat.styled`.
@@ -451,8 +557,7 @@ def render(conversation: Conversation, tokenizer: Tokenizer, style: chat.Style |
         UserError: one of the following is true.
             - `chat.styled` raises an error for the tokenizer or the style.
             - A message contains the text of a special token, which could end a turn.
-            - The chat template writes a turn differently if other turns follow it.
-            - The conversation has tools, but the chat template does not support tools.
+            - The template fails, or leaves out an answer, its reasoning, its tool calls, the tools or their results.
     """
     return render_all([conversation], tokenizer, style)[0]
 
@@ -461,11 +566,24 @@ def render_all(
     conversations: Sequence[Conversation], tokenizer: Tokenizer, style: chat.Style | None = None
 ) -> list[list[Span]]:
     """Renders several conversations as `render` does, but faster, because one subprocess renders many of them."""
+    return [
+        _spans(turns) or [Span(turns[-1].prompt, 0.0), Span(turns[-1].answer, turns[-1].weight)]
+        for turns in turns_of(conversations, tokenizer, style)
+    ]
+
+
+def turns_of(
+    conversations: Sequence[Conversation], tokenizer: Tokenizer, style: chat.Style | None = None
+) -> list[list[Turn]]:
+    """Returns a `Turn` of token ids for each answer of each conversation. Raises the same errors as `render`.
+
+    The prompt is the text that the template renders of the messages before the answer, encoded as a whole.
+    """
     tokenizer = chat.styled(tokenizer, style)
     template, end = tokenizer.chat_template, chat.end_of_answer(tokenizer)
     assert template is not None and end is not None  # `chat.styled` refuses tokenizers without a template or end token
     _refuse(problem for talk in conversations if (problem := _unfit(talk, tokenizer, template, end)))
-    return [_encode_spans(spans, tokenizer) for spans in _chat(conversations, tokenizer, end)]
+    return [_encode_turns(turns, tokenizer) for turns in _chat(conversations, tokenizer, end)]
 
 
 def _refuse(problems: Iterable[str]) -> None:
@@ -475,8 +593,7 @@ def _refuse(problems: Iterable[str]) -> None:
 
 
 def _unfit(talk: Conversation, tokenizer: Tokenizer, template: str, end: str) -> str | None:
-    text = "\0".join(message["content"] + "\0" + message.get("input", "") for message in talk.messages)
-    text = "\0".join([text, *chat.strings(talk.tools)])
+    text = "\0".join(chat.strings([talk.messages, talk.tools]))
     if tokens := found_in(text, {*tokenizer.special_tokens, end}):
         return f"{talk.where}: a message contains the special token {', '.join(sorted(tokens))}: take it out"
     if talk.tools and not re.search(r"\btools\b", template):
@@ -484,31 +601,46 @@ def _unfit(talk: Conversation, tokenizer: Tokenizer, template: str, end: str) ->
     return None
 
 
-def _encode_spans(texts: list[tuple[str, bool]], tokenizer: Tokenizer) -> list[Span]:
-    """Encodes the texts that a conversation consists of, in order, as one span of token ids per text.
+def _encode_turns(turns: list[Turn], tokenizer: Tokenizer) -> list[Turn]:
+    """Encodes the prompt of each turn as a whole, as for generation, and the answer as its continuation.
 
     SentencePiece encodes a text differently at the beginning of its input, or after some special tokens, than in the
-    middle. The ids of a span are therefore found by encoding all text up to the end of the span and removing the ids of
-    the earlier spans from the front. If the encoding does not begin with the ids of the earlier spans, the text of the
-    span is encoded on its own instead.
+    middle. The ids of an answer are therefore found by encoding prompt and answer together and removing the ids of the
+    prompt from the front. If the encoding does not begin with the ids of the prompt, the answer is encoded on its own.
 
         <s>[INST] Hi [/INST] | Hello</s>     two spans, separated by "|": Hello is encoded as "▁Hello" together with
                                              the first span, but as "▁ ▁Hello" on its own
     """
-    spans: list[Span] = []
-    prefix, ids = "", list[int]()
     in_context = getattr(tokenizer, "kind", "") == "hf"  # other tokenizers encode a text regardless of its context
 
     def encode(text: str) -> list[int]:
         # all special tokens come from the template, because `_unfit` refuses messages that contain special tokens
         return tokenizer.encode(text, allowed_special="all")
 
-    for text, learn in texts:
-        prefix += text
-        whole = encode(prefix) if in_context else []
-        new = whole[len(ids) :] if in_context and whole[: len(ids)] == ids else encode(text)
-        ids += new
-        spans.append(Span(new, learn))
+    encoded = []
+    for prompt, answer, weight in turns:
+        prompt_ids = encode(prompt)
+        n = len(prompt_ids)
+        whole = encode(prompt + answer) if in_context else []
+        answer_ids = whole[n:] if in_context and whole[:n] == prompt_ids else encode(answer)
+        encoded.append(Turn(prompt_ids, answer_ids, weight))
+    return encoded
+
+
+def is_linear(turns: list[Turn]) -> bool:
+    """Returns whether every prompt begins with the turns before it, so that one row holds all answers."""
+    return bool(_spans(turns))
+
+
+def _spans(turns: list[Turn]) -> list[Span]:
+    """Returns the spans of a conversation, or [] if the prompt of a turn does not begin with the turn before it."""
+    spans: list[Span] = []
+    before: list[int] = []
+    for prompt, answer, weight in turns:
+        if prompt[: len(before)] != before:
+            return []
+        spans += [Span(prompt[len(before) :], 0.0), Span(answer, weight)]
+        before = prompt + answer
     return spans
 
 
@@ -517,13 +649,13 @@ def _encode_spans(texts: list[tuple[str, bool]], tokenizer: Tokenizer) -> list[S
 
 class _Job(NamedTuple):
     where: str
-    messages: list[dict[str, str]]
+    messages: list[dict[str, Any]]
     begin: bool  # whether to add the generation prompt, after which the answer begins
     tools: list[dict[str, Any]] | None = None
 
 
-def _chat(conversations: Sequence[Conversation], tokenizer: Tokenizer, end: str) -> list[list[tuple[str, bool]]]:
-    """Returns, for each conversation, the text of each span and whether the span is in the loss.
+def _chat(conversations: Sequence[Conversation], tokenizer: Tokenizer, end: str) -> list[list[Turn]]:
+    """Returns, for each conversation, the texts of its turns.
 
     An answer is the text that the template adds to the prompt, up to and including the end token.
 
@@ -532,53 +664,100 @@ def _chat(conversations: Sequence[Conversation], tokenizer: Tokenizer, end: str)
     answer                                                              Hello!<|im_end|>
     """
     jobs = []
+    reasoning_key = next((key for key in REASONING if key in (tokenizer.chat_template or "")), REASONING[0])
     for talk in conversations:
-        messages = [{"role": m["role"], "content": chat.with_input(tokenizer, m)} for m in talk.messages]
+        messages = [_template_message(m, tokenizer, reasoning_key) for m in talk.messages]
         tools = list(talk.tools) or None
         for i in _answers(talk):
-            jobs += [_Job(talk.where, messages[:i], True, tools), _Job(talk.where, messages[: i + 1], False, tools)]
+            before, upto = messages[:i], messages[: i + 1]
+            jobs += [
+                _Job(talk.where, before, True, tools), _Job(talk.where, upto, False, tools),
+            ]  # fmt: skip
     texts = iter(_render_all(tokenizer, jobs))
-    spans: list[list[tuple[str, bool]]] = []
+    ends = [end, *(name for name, i in whole_tokens(tokenizer).items() if i in stop_ids(tokenizer))]
+    turns: list[list[Turn]] = []
     problems: list[str] = []
     for talk in conversations:
-        turns = [(next(texts), next(texts), talk.messages[i].get("learn", True)) for i in _answers(talk)]
-        try:
-            spans.append(_spans(turns, tokenizer, end))
-        except UserError as error:
-            problems.append(f"{talk.where}: {error}")
+        of_talk = []
+        for i in _answers(talk):
+            message, prompt, full = talk.messages[i], next(texts), next(texts)
+            try:
+                question = talk.messages[i - 1]
+                _refuse_lost(question, prompt, tokenizer.name)
+                answer = _answer_text(message, question["content"].strip(), prompt, full, ends, tokenizer)
+                of_talk.append(Turn(prompt, answer, message.get("weight", 1.0)))
+            except UserError as error:
+                problems.append(f"{talk.where}: {error}")
+        turns.append(of_talk)
     _refuse(problems)
-    return spans
+    return turns
+
+
+def _template_message(message: dict[str, Any], tokenizer: Tokenizer, reasoning_key: str) -> dict[str, Any]:
+    """Returns a message as the chat template reads it, with the reasoning under the key that the template uses."""
+    kept = {key: value for key, value in message.items() if key not in ("input", "weight", REASONING[0])}
+    if REASONING[0] in message:
+        kept[reasoning_key] = message[REASONING[0]]
+    return kept | {"content": chat.with_input(tokenizer, message)}
 
 
 def _answers(talk: Conversation) -> list[int]:
     return [i for i, message in enumerate(talk.messages) if message["role"] == "assistant"]
 
 
-def _spans(turns: list[tuple[str, str, bool]], tokenizer: Tokenizer, end: str) -> list[tuple[str, bool]]:
-    """Splits the text of a conversation into spans: a prompt, its answer, the next prompt, and so on.
+def _refuse_lost(message: dict[str, Any], prompt: str, name: str) -> None:
+    """Raises UserError if the template leaves the result of a tool, the last message of the prompt, out of it."""
+    text = message["content"].strip()
+    if message["role"] == "tool" and text not in prompt and json.dumps(text, ensure_ascii=False)[1:-1] not in prompt:
+        raise UserError(
+            f"the chat template of {name} does not write the result of a tool: choose another style or data"
+        )
+
+
+def _answer_text(
+    message: dict[str, Any], question: str, prompt: str, full: str, ends: Sequence[str], tokenizer: Tokenizer
+) -> str:
+    """Returns the text of an answer, up to and including the token that ends it.
 
     Args:
-        turns: for each answer, the rendered text before the answer, the rendered text that includes the answer, and
-            whether the answer is in the loss.
-
-    Returns:
-        For each span, its text and whether it is in the loss.
+        question: the text of the message before the answer.
+        prompt: the rendered messages before the answer, up to where the answer begins.
+        full: the rendered messages up to and including the answer.
+        ends: the tokens that can end an answer; the first one is added if the template writes none.
     """
-    spans: list[tuple[str, bool]] = []
-    before = ""
-    for prompt, full, learn in turns:
-        if not prompt.startswith(before) or not full.startswith(prompt) or full == prompt:
-            shorter, longer = (prompt, full) if prompt.startswith(before) else (before, prompt)
-            raise UserError(
-                f"the chat template of {tokenizer.name} renders earlier turns differently when more follow, so the "
-                f"tokens of an answer are not fixed: {longer[-60:]!r} does not begin with {shorter[-60:]!r}; choose "
-                "style alpaca or phi3, or other data (one turn each, without thinking)"
-            )
-        answer, _, _ = full[len(prompt) :].partition(end)  # some templates omit `end` after the last answer
-        spans += [(prompt[len(before) :], False), (answer + end, learn)]
-        # generation stops after `end`, so text that the template writes after `end` belongs to the next prompt
-        before = prompt + answer + end
-    return spans
+    name, reasoning = tokenizer.name, message.get("reasoning_content")
+    if full.startswith(prompt):
+        text = full[len(prompt) :]
+    elif full.startswith(prompt.rstrip().removesuffix(THINK)) and prompt.rstrip().endswith(THINK):
+        # The prompt begins the reasoning (DeepSeek-R1), and the template leaves the reasoning out of finished answers.
+        thought = reasoning or message["content"].rpartition(END_THINK)[0].removeprefix(THINK)
+        rest = full[len(prompt.rstrip().removesuffix(THINK)) :]
+        between = "" if rest.startswith(END_THINK) else f"\n{END_THINK}\n\n"
+        text = thought.strip("\n") + between + rest
+    elif question and (since := prompt[max(prompt.rfind(question), 0) :]) in full:
+        # The template writes something before the last question only while it is the last message (Mistral's tools).
+        text = full[full.rfind(since) + len(since) :]
+    else:
+        n = len(os.path.commonprefix([prompt, full]))  # noqa: RUF071  # of characters, not of paths
+        raise UserError(
+            f"the chat template of {name} does not render an answer after its prompt: after {prompt[:n][-60:]!r} comes "
+            f"{prompt[n : n + 60]!r} in the prompt and {full[n : n + 60]!r} in the finished turn; choose style chatml, "
+            "alpaca or phi3"
+        )
+    found = [(text.find(end), end) for end in ends if end in text]
+    body, end = (text[: min(found)[0]], min(found)[1]) if found else (text, ends[0])
+    missing = [
+        call["function"]["name"] for call in message.get("tool_calls", ()) if call["function"]["name"] not in body
+    ]
+    if missing or not body.strip():
+        what = f"the call of {missing[0]} (tool_calls)" if missing else "the answer"
+        raise UserError(f"the chat template of {name} does not write {what}: choose another style or data")
+    if reasoning and reasoning.strip() not in body:
+        raise UserError(
+            f"the chat template of {name} does not write the reasoning of an answer (reasoning_content): put it in the "
+            "content, or remove it"
+        )
+    return body + end
 
 
 def _render_all(tokenizer: Tokenizer, jobs: list[_Job]) -> list[str]:
@@ -623,8 +802,7 @@ def _limits(jobs: list[_Job]) -> dict[str, Any]:
     Both limits grow with the number of jobs. The limit on the characters also grows with the length of the messages
     and tools of the jobs.
     """
-    n_chars = sum(len(message["content"]) for job in jobs for message in job.messages)
-    n_chars += sum(len(text) + 64 for job in jobs for text in chat.strings(job.tools))
+    n_chars = sum(len(text) + 64 for job in jobs for text in chat.strings([job.messages, job.tools]))
     return {"timeout_s": 1 + 0.002 * len(jobs), "max_chars": (1 << 16) + 4096 * len(jobs) + 4 * n_chars}
 
 
@@ -657,6 +835,7 @@ def encode(
     style: chat.Style | None = None,
     context_length: int,
     loss_on: Literal["response", "all"] = "response",
+    trees: bool = True,
     because: str = "",
 ) -> Encoded:
     """Encodes each conversation as one training example. Conversations longer than the context are dropped and counted.
@@ -667,9 +846,14 @@ def encode(
         ids      10 11 12 20 21  1     prompt 10 11 12, answer 20 21, end token 1; fits a context of 5 tokens
         weights   0  0  0  1  1  1     with loss_on="all": 1 everywhere
 
+    If the chat template renders earlier turns differently later, no single sequence of ids has every answer after its
+    prompt. The example is then a token tree or, if the tree does not fit in the context, one example per answer.
+
     Args:
         style: the chat style, see `chat.styled`.
         loss_on: "response" computes the loss on the answers and their end tokens, "all" on every token.
+        trees: whether to encode such conversations as token trees. False: one example per answer, for attention
+            kernels that do not support trees.
         because: text that the error message adds to "no conversation fits a context of .. tokens": the setting that the
             context length comes from, such as " (instruct.context_length)".
 
@@ -682,24 +866,46 @@ def encode(
         raise UserError(f"loss_on: expected response or all, got {loss_on!r}")
     if loss_on == "all":
         _refuse(
-            f"{talk.where}: loss_on=all learns every token, but an answer there is excluded from the loss: "
+            f"{talk.where}: loss_on=all learns every token, but an answer there has a loss weight of its own: "
             "remove its weight or train, or set loss_on=response"
             for talk in conversations
-            if not all(message.get("learn", True) for message in talk.messages)
+            if any(message.get("weight", 1) != 1 for message in talk.messages)
         )
-    rows, weights, shortest = [], [], None
-    for spans in render_all(conversations, tokenizer, style):
-        ids = [i for span in spans for i in span.ids]
-        shortest = min(len(ids) - 1, shortest or len(ids))
-        if len(ids) > context_length + 1:
+    rows: list[np.ndarray] = []
+    weights: list[np.ndarray] = []
+    merged, dropped, shortest = [], 0, None
+    for turns in turns_of(conversations, tokenizer, style):
+        sequences = _sequences(turns, loss_on)
+        longest = max(len(ids) for ids, _ in sequences) - 1
+        shortest = min(longest, shortest or longest)
+        if longest > context_length:
+            dropped += 1
             continue
-        learn = [span.learn or loss_on == "all" for span in spans for _ in span.ids]
-        rows.append(np.array(ids, np.int32))
-        weights.append(np.array(learn, np.float32))
-    if not rows:
+        if len(sequences) > 1 and trees:
+            tree = token_tree.merge(sequences)
+            if len(tree.tokens) <= context_length:
+                merged.append(tree._replace(weights=np.minimum(tree.weights, 1)) if loss_on == "all" else tree)
+                continue
+        rows += [ids for ids, _ in sequences]
+        weights += [weight for _, weight in sequences]
+    if not rows and not merged:
         needs = f"the shortest needs {shortest}" if conversations else "there is none"
         raise UserError(f"no conversation fits a context of {context_length} tokens{because}: {needs}")
-    return Encoded(rows, weights, len(conversations) - len(rows))
+    return Encoded(rows, weights, dropped, merged)
+
+
+def _sequences(turns: list[Turn], loss_on: str) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Returns token ids and loss weights: one pair of arrays, or one for each answer in the loss if no single sequence
+    of ids has every answer after its prompt."""
+    whole = _spans(turns)
+    by_answer = [[Span(prompt, 0.0), Span(answer, weight)] for prompt, answer, weight in turns if weight]
+    return [
+        (
+            np.array([i for span in spans for i in span.ids], np.int32),
+            np.array([1.0 if loss_on == "all" else span.learn for span in spans for _ in span.ids], np.float32),
+        )
+        for spans in ([whole] if whole else by_answer)
+    ]
 
 
 def show(spans: Sequence[Span], tokenizer: Tokenizer) -> str:
@@ -707,11 +913,42 @@ def show(spans: Sequence[Span], tokenizer: Tokenizer) -> str:
 
     Control characters are escaped.
     """
-    text = ""
-    for span in spans:
-        plain = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in tokenizer.decode(span.ids))
-        text += f"{COLOUR}{plain}{PLAIN}" if span.learn else plain
-    return text
+    return "".join(_coloured(tokenizer.decode(span.ids), bool(span.learn)) for span in spans)
+
+
+def show_tree(tree: TokenTree, tokenizer: Tokenizer) -> str:
+    """Returns the text of a token tree for a terminal: one paragraph per stretch of tokens without a branch.
+
+    A line before each paragraph tells the positions of its tokens. Paragraphs are indented by the number of branches
+    before them. Tokens in the loss are green.
+    """
+    children = token_tree.children(tree)
+    lines: list[str] = []
+    stack = [(root, 0, False) for root in reversed(children[-1])]
+    while stack:
+        node, depth, learn = stack.pop()
+        first, runs = node, [(learn, [int(tree.tokens[node])])]
+        while True:
+            learn, following = bool(tree.weights[node]), children.get(node, [])
+            if len(following) != 1 or (learn and tree.tokens[following[0]] != tree.targets[node]):
+                break
+            node = following[0]
+            runs.append((learn, [int(tree.tokens[node])]))
+        if learn and all(tree.tokens[child] != tree.targets[node] for child in following):
+            runs.append((True, [int(tree.targets[node])]))  # the end of an answer, which is only a target
+        grouped = [(learn, [i for _, ids in run for i in ids]) for learn, run in groupby(runs, lambda item: item[0])]
+        text = "".join(_coloured(tokenizer.decode(ids), learn) for learn, ids in grouped)
+        header = f"-- positions {tree.positions[first]} to {tree.positions[node]}"
+        lines += [f"{'  | ' * depth}{line}" for line in [header, *text.split("\n")]]
+        after = [(child, depth + 1, learn and tree.tokens[child] == tree.targets[node]) for child in following]
+        stack += reversed(after)
+    return "\n".join(lines)
+
+
+def _coloured(text: str, learn: bool) -> str:
+    plain = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+    # one colour code per line, so that lines can be indented
+    return "\n".join(f"{COLOUR}{line}{PLAIN}" if learn and line else line for line in plain.split("\n"))
 
 
 def __getattr__(name: str) -> Any:

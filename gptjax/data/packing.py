@@ -7,16 +7,19 @@ example:
     tokens        a b c d p q . .          both examples in one row of 8 tokens
     targets       b c d E q E . .
     segment_ids   1 1 1 1 2 2 0 0          0: padding, with weight 0
+
+An example may also be a token tree (`data.token_tree`). Rows then have positions and subtree_end, too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from gptjax.data.loader import epoch_rows
+from gptjax.data.token_tree import TokenTree
 from gptjax.errors import UserError
 from gptjax.types import Batch
 
@@ -27,11 +30,13 @@ class Encoded(NamedTuple):
     rows     token ids of each example, [n] int32
     weights  loss weight of each id as a target, [n] float32; the first weight is not used, as the first id is no target
     dropped  number of examples left out because they are longer than the context
+    trees    further examples that are token trees; they come after the examples in `rows`
     """
 
     rows: list[np.ndarray]
     weights: list[np.ndarray]
     dropped: int
+    trees: Sequence[TokenTree] = ()
 
 
 class Rows(NamedTuple):
@@ -43,7 +48,18 @@ class Rows(NamedTuple):
     segment_ids: np.ndarray  # int32: 1, 2, .. for the examples of a row, 0 for padding
 
 
-def packed(encoded: Encoded, context_length: int) -> Rows:
+class TreeRows(NamedTuple):
+    """`Rows` of which some examples are token trees."""
+
+    tokens: np.ndarray
+    targets: np.ndarray
+    weights: np.ndarray
+    segment_ids: np.ndarray
+    positions: np.ndarray  # int32, the number of earlier tokens on the path to each token
+    subtree_end: np.ndarray  # int32: index in the row after the last token of the subtree that begins at each token
+
+
+def packed(encoded: Encoded, context_length: int) -> Rows | TreeRows:
     """Packs several examples per row by first-fit decreasing. No example is split between rows.
 
     The examples are placed from the longest to the shortest, each in the first row with enough space. Examples of equal
@@ -57,7 +73,7 @@ def packed(encoded: Encoded, context_length: int) -> Rows:
     return _fill(encoded, first_fit(_lengths(encoded, context_length), context_length), context_length)
 
 
-def padded(encoded: Encoded, context_length: int | None = None) -> Rows:
+def padded(encoded: Encoded, context_length: int | None = None) -> Rows | TreeRows:
     """Returns rows of one example each, in input order, padded to `context_length` tokens.
 
     If `context_length` is None, rows have the length of the longest example.
@@ -90,8 +106,8 @@ def first_fit(lengths: np.ndarray, context_length: int) -> list[tuple[int, int]]
 
 
 def _lengths(encoded: Encoded, context_length: int | None) -> np.ndarray:
-    """Returns the number of inputs of each example, which is one less than the number of its ids."""
-    lengths = np.array([len(row) - 1 for row in encoded.rows])
+    """Returns the number of inputs of each example: one less than the number of its ids, or the size of its tree."""
+    lengths = np.array([len(row) - 1 for row in encoded.rows] + [len(tree.tokens) for tree in encoded.trees])
     if not len(lengths):
         raise UserError("no examples to make rows of")
     if lengths.min() < 1:
@@ -112,20 +128,30 @@ def members(places: list[tuple[int, int]]) -> list[list[int]]:
     return rows
 
 
-def _fill(encoded: Encoded, places: list[tuple[int, int]], length: int) -> Rows:
+def _fill(encoded: Encoded, places: list[tuple[int, int]], length: int) -> Rows | TreeRows:
     """Returns rows of `length` tokens that contain the examples.
 
     places[i] is the row of example i and the position in the row at which the example starts. There are no gaps between
     the examples of a row; all padding is at the end of the row.
     """
-    rows = empty(1 + max(row for row, _ in places), length)
-    examples = zip(places, encoded.rows, encoded.weights, strict=True)
-    for (row, start), ids, weights in sorted(examples, key=lambda example: example[0]):
-        span = slice(start, start + len(ids) - 1)
-        rows.tokens[row, span] = ids[:-1]
-        rows.targets[row, span] = ids[1:]
-        rows.weights[row, span] = weights[1:]
+    rows = (empty_trees if encoded.trees else empty)(1 + max(row for row, _ in places), length)
+    n_plain = len(encoded.rows)
+    for i in sorted(range(len(places)), key=lambda i: places[i]):
+        row, start = places[i]
+        if i < n_plain:
+            ids, weights = encoded.rows[i], encoded.weights[i]
+            n = len(ids) - 1
+            example = TokenTree(ids[:-1], ids[1:], weights[1:], np.arange(n), np.full(n, n))  # a tree of one path
+        else:
+            example = encoded.trees[i - n_plain]
+        span = slice(start, start + len(example.tokens))
+        rows.tokens[row, span] = example.tokens
+        rows.targets[row, span] = example.targets
+        rows.weights[row, span] = example.weights
         rows.segment_ids[row, span] = rows.segment_ids[row, start - 1] + 1 if start else 1
+        if isinstance(rows, TreeRows):
+            rows.positions[row, span] = example.positions
+            rows.subtree_end[row, span] = start + example.subtree_end
     return rows
 
 
@@ -134,7 +160,12 @@ def empty(n: int, length: int) -> Rows:
     return Rows(*(np.zeros((n, length), kind) for kind in (np.int32, np.int32, np.float32, np.int32)))
 
 
-def batch(rows: Rows, step: int, *, batch_size: int, seed: int) -> Batch:
+def empty_trees(n: int, length: int) -> TreeRows:
+    """Returns n rows of padding, among rows with token trees."""
+    return TreeRows(*empty(n, length), np.zeros((n, length), np.int32), np.full((n, length), length, np.int32))
+
+
+def batch(rows: Rows | TreeRows, step: int, *, batch_size: int, seed: int) -> Batch:
     """Returns the batch for training step `step`, with arrays [B, T].
 
     Every epoch contains each row once, in a new order.
@@ -142,10 +173,10 @@ def batch(rows: Rows, step: int, *, batch_size: int, seed: int) -> Batch:
     return _batch(rows, epoch_rows(step, batch_size, len(rows.tokens), seed))
 
 
-def eval_batches(rows: Rows, batch_size: int) -> Iterator[Batch]:
+def eval_batches(rows: Rows | TreeRows, batch_size: int) -> Iterator[Batch]:
     """Yields batches that contain every row once, in order; the last batch is padded with rows of weight 0."""
     n = len(rows.tokens)
-    filler = empty(-n % batch_size, rows.tokens.shape[1])
+    filler = (empty_trees if isinstance(rows, TreeRows) else empty)(-n % batch_size, rows.tokens.shape[1])
     for first in range(0, n, batch_size):
         batch = _batch(rows, np.arange(first, min(first + batch_size, n)))
         if len(batch.tokens) < batch_size:
@@ -153,9 +184,9 @@ def eval_batches(rows: Rows, batch_size: int) -> Iterator[Batch]:
         yield batch
 
 
-def _batch(rows: Rows, index: np.ndarray) -> Batch:
+def _batch(rows: Rows | TreeRows, index: np.ndarray) -> Batch:
     """Returns the batch of the rows with indices `index`.
 
-    `positions` of the batch is None, because the model derives the positions from segment_ids.
+    Without token trees `positions` is None, because the model derives the positions from segment_ids.
     """
     return Batch(**{name: leaf[index] for name, leaf in rows._asdict().items()})

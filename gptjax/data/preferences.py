@@ -219,11 +219,11 @@ def encode(
             the context.
     """
     talks = [getattr(pair, response) for pair in pairs for response in RESPONSES]
-    encoded = conversations.encode(talks, tokenizer, style=style, context_length=1 << 30)
     examples = []
-    for ids, weights in zip(encoded.rows, encoded.weights, strict=True):
-        last = np.flatnonzero(np.diff(weights, prepend=0) > 0)[-1]  # index of the first token of the last answer
-        examples.append((ids, np.where(np.arange(len(weights)) < last, 0, weights).astype(np.float32)))
+    for turns in conversations.turns_of(talks, tokenizer, style):
+        prompt, answer, _ = turns[-1]
+        weights = np.repeat(np.array([0, 1], np.float32), [len(prompt), len(answer)])
+        examples.append((np.array(prompt + answer, np.int32), weights))
     all_pairs = list(zip(examples[::2], examples[1::2], strict=True))
     lengths = [sum(len(ids) - 1 for ids, _ in pair) for pair in all_pairs]
     fitting = [pair for pair, length in zip(all_pairs, lengths, strict=True) if length <= context_length]

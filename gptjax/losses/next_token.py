@@ -35,7 +35,7 @@ def next_token(cfg: ModelConfig, *, chunk: int | None = None) -> Callable[..., t
         """
         hidden = backbone(
             params, batch.tokens, cfg, positions=batch.positions, segment_ids=batch.segment_ids,
-            dropout_key=None if off(cfg.dropout) else key,
+            subtree_end=batch.subtree_end, dropout_key=None if off(cfg.dropout) else key,
         )  # fmt: skip
         hidden, head = head_factors(params, hidden, cfg)
         mean = linear_cross_entropy(

@@ -61,6 +61,7 @@ def backbone(
     *,
     positions: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
+    subtree_end: jax.Array | None = None,
     dropout_key: jax.Array | None = None,
     patches: Patches | None = None,
 ) -> jax.Array:
@@ -70,16 +71,22 @@ def backbone(
         positions: position of each token, [B, T] or [T] int32. None: positions are counted from 0 within each document.
         segment_ids: document of each token, [B, T] int32; a token attends only to tokens of its own document. Padding
             counts as one more document.
+        subtree_end: [B, T] int32, for documents that are token trees: index in the row from which on each token is no
+            longer visible (see `data.token_tree`). It needs `positions`, and a model without cfg.smear. None: every
+            document is a plain sequence.
         dropout_key: random key for dropout, or None for no dropout.
         patches: maps paths (or patterns of paths) of activations to their patches. A patch is an array that replaces
             the activation, a function that computes the replacement from the activation, a `Patch`, or a tuple of
             these. Paths and shapes are listed in `gptjax.model.activations`.
 
     Raises:
-        UserError: a patch matches no activation, or its shape does not fit the activation.
+        UserError: a patch matches no activation, or its shape does not fit the activation; or `subtree_end` is given
+            without `positions`, or for a model with cfg.smear, which reads the token before each token in the row.
     """
-    placed = activations.place(patches, cfg)
-    return GPT(cfg).apply({"params": params}, tokens, positions, segment_ids, dropout_key, None, placed)[0]
+    if subtree_end is not None and (positions is None or cfg.smear):
+        raise UserError("subtree_end: token trees need positions, and a model with smear=false")
+    placed, model = activations.place(patches, cfg), GPT(cfg)
+    return model.apply({"params": params}, tokens, positions, segment_ids, dropout_key, None, placed, subtree_end)[0]
 
 
 def _check(tokens: Any, cfg: ModelConfig, positions: Any) -> None:

@@ -16,7 +16,7 @@ from gptjax.model import activations
 from gptjax.model.activations import WEIGHTS, Patch, Placed, Reader
 from gptjax.model.cache import Cache
 from gptjax.ops import activation, device, position
-from gptjax.ops.attention import attention_weights, heads_attention, weighted_values
+from gptjax.ops.attention import Branches, attention_weights, heads_attention, weighted_values
 from gptjax.ops.dropout import dropout
 from gptjax.ops.fused import SAVED
 from gptjax.ops.linear import Gathered, linear, take
@@ -35,6 +35,7 @@ class SharedInputs(NamedTuple):
 
     rope: tuple[jax.Array, jax.Array] | None  # cosines and sines, from `_rope_table`
     segment_ids: jax.Array | None
+    branches: Branches | None
     dropout_key: jax.Array | None
     patches: Mapping[str, dict[int, tuple[Patch, ...]]]  # patches of single layers, from `activations.layer_patches`
 
@@ -157,8 +158,8 @@ class Attention(nn.Module):
                 offset = cache.length
         drop_keys = None if key is None else jax.random.split(key)
         options: dict[str, Any] = dict(
-            offset=offset, segment_ids=shared.segment_ids, window=window, scale=cfg.attention_scale,
-            alibi=cfg.position == "alibi",
+            offset=offset, segment_ids=shared.segment_ids, branches=shared.branches, window=window,
+            scale=cfg.attention_scale, alibi=cfg.position == "alibi",
         )  # fmt: skip
         weights_dropout: dict[str, Any] = dict(
             dropout=cfg.dropout, dropout_key=None if drop_keys is None else drop_keys[0]
@@ -291,9 +292,14 @@ class GPT(nn.Module):
         dropout_key: jax.Array | None = None,
         cache: Cache | None = None,
         patches: Placed | None = None,
+        subtree_end: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache | None, dict[str, jax.Array]]:
         cfg, patches = self.cfg, patches or {}
         B, T = tokens.shape
+        branches = None
+        if subtree_end is not None:
+            assert positions is not None and not cfg.smear  # checked by `gpt.backbone`
+            branches = Branches(positions, subtree_end)
         tap = Reader(self.taps, patches)
         if positions is None:
             positions = jnp.arange(T) if segment_ids is None else position.segment_positions(segment_ids)
@@ -328,7 +334,7 @@ class GPT(nn.Module):
             layer=jnp.int32(0),
         )
         run = self._run_unstacked if self.has_variable("params", "blocks_0") else self._run_stacked
-        stream, seen = run(stream, SharedInputs(rope, segment_ids, keys[1], {}), patches)
+        stream, seen = run(stream, SharedInputs(rope, segment_ids, branches, keys[1], {}), patches)
         hidden = tap("ln_f/out", Norm(cfg, name="ln_f")(device.constrain(stream.x, *TOKENS)))
         if not cfg.tie_embeddings and self.is_initializing():
             std = 0.0 if cfg.zero_init_head else 0.02

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,17 @@ from gptjax.ops.precision import custom_vjp
 
 _MASKED = -1e30  # finite, because with -inf the softmax of a query whose keys are all masked would be NaN
 _BLOCK = 64  # the smallest block of queries for which a separate matrix multiplication pays off
+
+
+class Branches(NamedTuple):
+    """Token trees in the rows of a batch, in depth-first order; both arrays are [B, T] int32.
+
+    A query attends to the keys on the path from the root to its own token: the keys up to its own index whose
+    `subtree_end` is larger than that index. Distances between tokens (for windows and ALiBi) are those of `positions`.
+    """
+
+    positions: jax.Array  # number of tokens before this one on its path
+    subtree_end: jax.Array  # index after the last token of the subtree that begins at this token
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, **options: Any) -> jax.Array:
@@ -41,6 +52,7 @@ def heads_attention(
     *,
     offset: int | jax.Array = 0,
     segment_ids: jax.Array | None = None,
+    branches: Branches | None = None,
     window: int | jax.Array = 0,
     scale: float | None = None,
     alibi: bool = False,
@@ -51,12 +63,13 @@ def heads_attention(
 
     A fused kernel computes attention if one supports the arguments (see `fused.kernel_for`): splash on a TPU, and
     cuDNN's or our own flash attention kernel on a GPU. No fused kernel is used on a CPU, with ALiBi, with dropout, or
-    if the queries are not at the same positions as the keys, as in decoding. Without a fused kernel, attention is
-    computed with plain XLA operations.
+    with token trees, or if the queries are not at the same positions as the keys, as in decoding. Without a fused
+    kernel, attention is computed with plain XLA operations.
 
     Args:
         offset: position of the first query among the keys; an array [B] if it differs between the rows of the batch.
         segment_ids: document of each token, [B, T], where T == S; a token attends only to tokens of its own document.
+        branches: the token trees of the rows, where T == S, or None if every document is a plain sequence.
         window: size of the sliding window, the number of tokens that a query attends to, itself included; 0: no window
             (arXiv:2004.05150, section 3.1).
         scale: factor of the scores q k^T, or None for 1 / sqrt(H).
@@ -66,7 +79,7 @@ def heads_attention(
     (B, T, N, H), (K, S) = q.shape, k.shape[1:3]
     square = S == T and isinstance(offset, int) and offset == 0
     q = q * (H**-0.5 if scale is None else scale)
-    if square and not alibi and (dropout_key is None or off(dropout)) and platform() != "cpu":
+    if square and branches is None and not alibi and (dropout_key is None or off(dropout)) and platform() != "cpu":
         from gptjax.ops import fused
 
         if (kernel := fused.kernel_for(q, segment_ids=segment_ids, window=window)) is not None:
@@ -79,8 +92,8 @@ def heads_attention(
         first, end = i * T // blocks, (i + 1) * T // blocks
         n_key = end if blocks > 1 else S
         bias = _bias(
-            first, end, n_key, S + T, heads=(K, N // K), offset=offset, segment_ids=segment_ids, window=window,
-            alibi=alibi,
+            first, end, n_key, S + T, heads=(K, N // K), offset=offset, segment_ids=segment_ids, branches=branches,
+            window=window, alibi=alibi,
         )  # fmt: skip
         keep = None
         if (key := dropout_keys[i]) is not None:
@@ -96,6 +109,7 @@ def attention_weights(
     *,
     offset: int | jax.Array = 0,
     segment_ids: jax.Array | None = None,
+    branches: Branches | None = None,
     window: int | jax.Array = 0,
     scale: float | None = None,
     alibi: bool = False,
@@ -108,7 +122,8 @@ def attention_weights(
     (B, T, N, H), (K, S) = q.shape, k.shape[1:3]
     q = (q * (H**-0.5 if scale is None else scale)).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
     bias = _bias(
-        0, T, S, S + T, heads=(K, N // K), offset=offset, segment_ids=segment_ids, window=window, alibi=alibi
+        0, T, S, S + T, heads=(K, N // K), offset=offset, segment_ids=segment_ids, branches=branches, window=window,
+        alibi=alibi,
     )  # fmt: skip
     scores = _dot(_rows(q), _transposed(k)).reshape(B, K, N // K, T, S)
     return jax.nn.softmax(scores + bias, axis=-1).reshape(B, N, T, S)
@@ -133,6 +148,7 @@ def _bias(
     heads: tuple[int, int],
     offset: int | jax.Array,
     segment_ids: jax.Array | None,
+    branches: Branches | None,
     window: int | jax.Array,
     alibi: bool,
 ) -> jax.Array:
@@ -148,6 +164,10 @@ def _bias(
     """
     distance = jnp.arange(first, end)[:, None] + jnp.reshape(offset, (-1, 1, 1, 1, 1)) - jnp.arange(n_key)
     mask = distance >= 0
+    if branches is not None:
+        mask = mask & (jnp.arange(first, end)[:, None] < branches.subtree_end[:, None, None, None, :n_key])
+        positions = branches.positions[:, None, None]
+        distance = positions[..., first:end, None] - positions[..., None, :n_key]
     if not isinstance(window, int) or window:
         mask = mask & (distance < jnp.where(window == 0, beyond, window))
     if segment_ids is not None:

@@ -12,14 +12,25 @@ import jax
 import numpy as np
 
 from gptjax import losses, weights
-from gptjax.config import Config
+from gptjax.config import Config, ModelConfig
 from gptjax.data import loader, packing, synthetic
-from gptjax.data.conversations import Conversation, encode, read, render, render_all, show
+from gptjax.data.conversations import (
+    Conversation,
+    encode,
+    is_linear,
+    read,
+    render,
+    render_all,
+    show,
+    show_tree,
+    turns_of,
+)
 from gptjax.data.split import Splits, split_records
 from gptjax.errors import UserError
 from gptjax.evaluation.generation_metrics import MAX_PROBLEMS, check_constraints, scores, win_rate
 from gptjax.files import use_json, write_json, write_text
 from gptjax.generation import for_decoding, generate
+from gptjax.ops import device
 from gptjax.tasks import tuning
 from gptjax.tasks.tuning import refuse_missing
 from gptjax.tokenizers import Tokenizer, chat
@@ -30,6 +41,7 @@ from gptjax.types import Batch, Params
 
 RESPONSES, BEFORE, RESULTS = "responses.jsonl", "responses-before.jsonl", "test.json"
 __all__ = ["answers", "conversations", "evaluate", "loss", "plan", "prepare", "refuse_missing"]
+INSPECTED = 200  # number of conversations in which `inspect` looks for one with branches
 TURNS = 8  # maximum number of questions per synthetic training conversation
 # With LoRA, the loss is computed in chunks of 256 tokens, so that only the logits of one chunk are in memory. Small
 # chunks slow down training only if the LM head is trained, and with LoRA it is frozen.
@@ -122,12 +134,13 @@ def prepare(cfg: Config, progress: Progress) -> Ready:
                 tokenizer,
                 context_length=width,
                 loss_on=instruct.loss_on,
+                trees=token_trees(cfg, model),
                 because=tuning.why_so_long(cfg, model),
             )
             for talks in (splits.train, splits.val)
         ]
         train, val = (getattr(packing, instruct.packing)(examples, width) for examples in encoded)
-        example = show(render(splits.train[0], tokenizer), tokenizer)
+        example = shown(splits.train[0], tokenizer, token_trees(cfg, model))
     size = cfg.train.batch_size
     resolved = resolve(cfg, model, len(train.tokens), cfg.train.batch_size)
     trainable, fingerprint = tuning.load_base(resolved, base, {}, jax.random.key(cfg.seed), progress)
@@ -156,6 +169,49 @@ def prepare(cfg: Config, progress: Progress) -> Ready:
     return Ready(resolved, task, splits.test)
 
 
+def shown(talk: Conversation, tokenizer: Tokenizer, trees: bool) -> str:
+    """Returns the text of a conversation for a terminal, as a token tree if it has branches and `trees` is True."""
+    branched = encode([talk], tokenizer, context_length=1 << 30, trees=trees).trees
+    return show_tree(branched[0], tokenizer) if branched else show(render(talk, tokenizer), tokenizer)
+
+
+def inspect(cfg: Config) -> list[str]:
+    """Returns lines of text that show how one conversation is trained: the first one with branches, or the first."""
+    base = tuning.base_model(cfg)
+    tokenizer, style_lines = tuning.styled(base, cfg.instruct.style)
+    talks = conversations(cfg).train
+    turns = turns_of(talks[:INSPECTED], tokenizer)
+    branched = [i for i, of_talk in enumerate(turns) if not is_linear(of_talk)]
+    i = branched[0] if branched else 0
+    lengths = [len(prompt) + len(answer) - 1 for prompt, answer, _ in turns[i]]
+    example = shown(talks[i], tokenizer, trees=True)
+    size = f"{lengths[-1]} tokens"
+    if branched:
+        [tree] = encode([talks[i]], tokenizer, context_length=1 << 30).trees
+        size = f"{len(tree.tokens)} tokens as a tree, {sum(lengths)} as one row per answer"
+    return [
+        *style_lines,
+        f"data    {talks[i].where}: {len(turns[i])} answers, {size}; of the first {len(turns):,} conversations, "
+        f"{len(branched):,} have branches, because the template renders earlier turns differently later",
+        f"---- tokens in the loss are green, or between « and » ----\n{example}\n----",
+    ]
+
+
+def token_trees(cfg: Config, model: ModelConfig) -> bool:
+    """Returns whether conversations with branches are encoded as token trees, by instruct.branches.
+
+    Raises:
+        UserError: instruct.branches=tree, but the model does not support token trees.
+    """
+    if cfg.instruct.branches == "tree" and model.smear:
+        raise UserError(
+            "instruct.branches=tree: a model with smear=true has no token trees; set instruct.branches=rows"
+        )
+    if cfg.instruct.branches is None:
+        return device.platform() == "cpu" and not model.smear
+    return cfg.instruct.branches == "tree"
+
+
 def loss(cfg: Config) -> Loss:
     return losses.next_token(cfg.model, chunk=CHUNK if cfg.finetune.trainable == "lora" else None)
 
@@ -173,7 +229,7 @@ def plan(cfg: Config) -> list[str]:
     width = tuning.longest_row(cfg, model)
     tokenizer, style_lines = tuning.styled(base, cfg.instruct.style)
     encoded = encode(
-        splits.train, tokenizer, loss_on=cfg.instruct.loss_on, context_length=width,
+        splits.train, tokenizer, loss_on=cfg.instruct.loss_on, context_length=width, trees=token_trees(cfg, model),
         because=tuning.why_so_long(cfg, model),
     )  # fmt: skip
     n_rows = len(getattr(packing, cfg.instruct.packing)(encoded, width).tokens)

@@ -85,7 +85,7 @@ END = (
     "{% for message in messages %}"
     "{% if message['role'] == 'assistant' and not message['tool_calls'] %}"
     "{% set with_ends.messages = with_ends.messages"
-    " + [{'role': 'assistant', 'content': message['content'] + eos_token}] %}"
+    " + [dict(message, content=message['content'] + eos_token)] %}"
     "{% else %}{% set with_ends.messages = with_ends.messages + [message] %}{% endif %}"
     "{% endfor %}"
     "{% set messages = with_ends.messages %}\n"

@@ -148,7 +148,7 @@ QUESTION, ANSWER = [message("user", "a")], [message("assistant", "b")]
                     message("assistant", "b", weight=1),
                 ]
             },
-            [*QUESTION, message("assistant", "BAD", learn=False), *QUESTION, *ANSWER],
+            [*QUESTION, message("assistant", "BAD", weight=0.0), *QUESTION, *ANSWER],
         ),
         (
             {
@@ -159,7 +159,7 @@ QUESTION, ANSWER = [message("user", "a")], [message("assistant", "b")]
                     message("assistant", "b", loss=True),
                 ]
             },
-            [*QUESTION, message("assistant", "BAD", learn=False), *QUESTION, *ANSWER],
+            [*QUESTION, message("assistant", "BAD", weight=0.0), *QUESTION, *ANSWER],
         ),
         (
             {
@@ -174,7 +174,7 @@ QUESTION, ANSWER = [message("user", "a")], [message("assistant", "b")]
         ),
         (
             {"prompt": [*QUESTION, *ANSWER, *QUESTION], "completion": ANSWER},
-            [*QUESTION, message("assistant", "b", learn=False), *QUESTION, *ANSWER],
+            [*QUESTION, message("assistant", "b", weight=0.0), *QUESTION, *ANSWER],
         ),
     ],
 )
@@ -256,7 +256,12 @@ BAD = {
     "surrogate": (".jsonl", '{"prompt": "a", "response": "\\ud800"}', "lone surrogate at character 0"),
     "turns": (".jsonl", '{"messages": "hi"}', "messages: expected a list such as .*found a string"),
     "no turns": (".jsonl", '{"messages": []}', "found no turn"),
-    "role": (".jsonl", '{"messages": [{"role": "tool", "content": "x"}]}', r"messages\[0\]: expected system, .*'tool'"),
+    "role": (".jsonl", '{"messages": [{"role": "bot", "content": "x"}]}', r"messages\[0\]: expected system, .*'bot'"),
+    "tool": (
+        ".jsonl",
+        '{"messages": [{"role": "user", "content": "x"}, {"role": "tool", "content": "y"}]}',
+        "only after an answer with tool_calls, found user, tool",
+    ),
     "no role": (".jsonl", '{"conversations": [{"value": "x"}]}', r"\[0\]: expected role and content .*found value"),
     "last": (".jsonl", '{"messages": [{"role": "user", "content": "x"}]}', "a last response, found user"),
     "not an array": (".json", '{"prompt": "a"}', r"rows\.json: expected an array of records, found an object"),
@@ -279,12 +284,12 @@ BAD = {
     "call": (
         ".jsonl",
         '{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y", "tool_calls": [{}]}]}',
-        r"messages\[1\]: tool_calls: calls of tools",
+        r"messages\[1\]: tool_calls: expected a list such as",
     ),
     "weight": (
         ".jsonl",
-        '{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y", "weight": 0.5}]}',
-        r"messages\[1\]: weight: expected 0 or 1, found 0.5",
+        '{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y", "weight": -1}]}',
+        r"messages\[1\]: weight: expected a number from 0 to 1000, found -1",
     ),
     "user's weight": (
         ".jsonl",
@@ -483,17 +488,9 @@ def test_a_template_without_an_end_token_gets_end_of_text(tok):
         render(TWO, chars.replace(chat_template=plain))
 
 
-REWRITES = {
-    "last turn": "{% for m in messages %}{{ '*' if loop.last }}{{ m.content }}{% endfor %}",
-    "says nothing": "{% for m in messages %}{{ m.content if m.role == 'user' }}{% endfor %}",
-    "thinks": "{% for m in messages %}{{ m.content }}{% endfor %}{{ '<think>' if add_generation_prompt }}",
-}
-
-
-@pytest.mark.parametrize("template", REWRITES.values(), ids=REWRITES)
-def test_a_template_that_rewrites_earlier_turns_is_refused(chatty, template):
-    tok = chatty.replace(chat_template=template)
-    with pytest.raises(UserError, match="here: the chat template of .* choose style alpaca or phi3"):
+def test_a_template_that_writes_no_answer_is_refused(chatty):
+    tok = chatty.replace(chat_template="{% for m in messages %}{{ m.content if m.role == 'user' }}{% endfor %}")
+    with pytest.raises(UserError, match="here: the chat template of .* does not write the answer: choose"):
         render(TWO, tok)
 
 

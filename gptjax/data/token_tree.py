@@ -1,0 +1,117 @@
+"""Token trees: several token sequences with common prefixes as one example, which holds each prefix once.
+
+    tree = merge([(ids_1, weights_1), (ids_2, weights_2)])
+
+A chat template may render an earlier turn differently once later turns follow: Qwen3's drops the reasoning of earlier
+answers. The sequence in which an answer is trained is then no prefix of the sequence of the next answer:
+
+    sequences      u 1 < t > a E            user turn "u1", answer "<t>aE" with reasoning t; E is only a target
+                   u 1 a E v 2 b E          the same turn without the reasoning, a second turn "v2", answer "bE"
+
+    index          0 1 2 3 4 5 6 7 8 9 10   a row of the tree in depth-first order
+    tokens         u 1 < t > a a E v 2 b
+    targets        1 < t > a E E v 2 b E
+    weights        0 1 1 1 1 1 0 0 0 1 1
+    positions      0 1 2 3 4 5 2 3 4 5 6    number of tokens before this one on the path from the root
+    subtree_end    11 11 6 6 6 6 11 11 11 11 11
+
+A token attends to the tokens on its own path: the earlier tokens whose `subtree_end` is larger than its index. Losses
+and gradients are therefore those of one row per sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+
+class TokenTree(NamedTuple):
+    """One example of n tokens in depth-first order; all arrays are [n]."""
+
+    tokens: np.ndarray  # int32
+    targets: np.ndarray  # int32
+    weights: np.ndarray  # float32, the loss weight of each target
+    positions: np.ndarray  # int32
+    subtree_end: np.ndarray  # int32: index after the last token of the subtree that begins at this token
+
+
+class _Node:
+    """A token of the tree, and the target that follows it."""
+
+    __slots__ = ("children", "depth", "target", "token", "weight")
+
+    def __init__(self, token: int, depth: int):
+        self.token, self.depth = token, depth
+        self.target, self.weight = 0, 0.0
+        self.children: list[_Node] = []
+
+    def admits(self, target: int, weight: float) -> bool:
+        """Returns whether the node can have this target, which has no effect on the loss if its weight is 0."""
+        return target == self.target or weight == 0 or self.weight == 0
+
+    def add(self, target: int, weight: float) -> None:
+        if weight or not self.weight:
+            self.target = target
+        self.weight += weight
+
+
+def merge(sequences: Sequence[tuple[np.ndarray, np.ndarray]]) -> TokenTree:
+    """Merges the common prefixes of sequences into one tree.
+
+    A token has one target. If two sequences agree up to a token, and both have different targets with a weight after
+    it, the tree holds the token twice. The weight of a target that several sequences share is the sum of their weights.
+
+    Args:
+        sequences: for each sequence its token ids [n] and the loss weight of each id as a target [n], with n >= 2. The
+            first weight is not used, as the first id is no target; the last id is only a target.
+    """
+    root = _Node(-1, -1)
+    for ids, weights in sequences:
+        node = root
+        targets = zip(ids[:-1].tolist(), ids[1:].tolist(), weights[1:].tolist(), strict=True)
+        for token, target, weight in targets:
+            same = (child for child in node.children if child.token == token and child.admits(target, weight))
+            child = next(same, None)
+            if child is None:
+                child = _Node(token, node.depth + 1)
+                node.children.append(child)
+            child.add(target, weight)
+            node = child
+    return _depth_first(root)
+
+
+def _depth_first(root: _Node) -> TokenTree:
+    order: list[_Node] = []
+    ends: list[int] = []
+    stack: list[tuple[_Node, int]] = [(child, -1) for child in reversed(root.children)]
+    while stack:
+        node, index = stack.pop()
+        if index >= 0:  # all descendants have been visited
+            ends[index] = len(order)
+            continue
+        stack.append((node, len(order)))
+        stack += [(child, -1) for child in reversed(node.children)]
+        order.append(node)
+        ends.append(0)
+
+    def column(name: str, dtype: type) -> np.ndarray:
+        return np.array([getattr(node, name) for node in order], dtype)
+
+    return TokenTree(
+        column("token", np.int32), column("target", np.int32), column("weight", np.float32), column("depth", np.int32),
+        np.array(ends, np.int32),
+    )  # fmt: skip
+
+
+def children(tree: TokenTree) -> dict[int, list[int]]:
+    """Returns the indices of the children of each token that has any; those of -1 are the tokens that begin a path."""
+    found: dict[int, list[int]] = {}
+    path: list[int] = []
+    for i in range(len(tree.tokens)):
+        while path and tree.subtree_end[path[-1]] <= i:
+            path.pop()
+        found.setdefault(path[-1] if path else -1, []).append(i)
+        path.append(i)
+    return found
