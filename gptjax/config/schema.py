@@ -316,8 +316,8 @@ class DataConfig:
 
     source: tuple[str, ...] = setting(
         ("shakespeare",),
-        "Training text: files, folders, datasets on the Hugging Face Hub (hf:org/name), or texts that gptjax"
-        " provides by name, such as shakespeare and python-docs.",
+        "Training text: files, folders, datasets on the Hugging Face Hub (hf:org/name), or the names of"
+        " built-in texts, such as shakespeare and python-docs.",
     )
     text_field: str = setting("text", "Name of the text field in .jsonl, .csv, .parquet and hf: sources.")
     weights: tuple[float, ...] = setting(
