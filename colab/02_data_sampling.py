@@ -146,7 +146,8 @@ ids = np.array([7, 8, 9, 0, 3, 4, 5, 0, 6, 2, 0])  # 0 ends a document
 store = data.TokenStore.from_ids(ids, doc_starts=(0, 4, 8))
 row = gather(store, np.array([0]), 10, True)
 for name, leaf in row._asdict().items():
-    print(f"{name:12} {leaf[0]}")
+    if leaf is not None:  # subtree_end is for rows that hold a token tree
+        print(f"{name:12} {leaf[0]}")
 assert row.segment_ids[0].tolist() == [1, 1, 1, 2, 2, 2, 2, 3, 3, 3]
 assert row.positions[0].tolist() == [0, 1, 2, 0, 1, 2, 3, 0, 1, 2]
 assert row.weights[0].tolist() == [1] * 10
@@ -296,6 +297,7 @@ show.maps(titles, x="position in the row", y="row", colours="viridis", size=4)
 # weights      None
 # segment_ids  None
 # positions    None
+# subtree_end  None
 # ```
 #
 # </details>

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from gptjax.cli import options
 from gptjax.cli.pretrain import DEFAULT, plan
 from gptjax.config import Config, file_layers
+from gptjax.config.uses import TUNINGS, task_of
 from gptjax.errors import UserError, did_you_mean
 from gptjax.files import new_file, write_json
 
@@ -27,8 +28,10 @@ def run(args: list[str]) -> int:
     if action == "check":
         return check(rest)
     parsed = options.parse(rest, words=1)
-    if action == "inspect" and _names_a_tuning(parsed):
-        return inspect_conversation(parsed)
+    if action == "inspect":
+        layers = file_layers(parsed.words[0]) if parsed.words else []
+        if task_of([*layers, *parsed.leaves]) in TUNINGS:
+            return inspect_conversation(parsed)
     cfg, provenance = options.configure(parsed, DEFAULT, f"data {action}", "pretrain")
     if options.show_only(parsed, cfg, provenance, lambda cfg: [*plan(cfg), "dry run: no step was taken"]):
         return 0
@@ -39,13 +42,6 @@ def run(args: list[str]) -> int:
     if action == "inspect":
         print("\n".join(first_window(prepared, cfg)))
     return 0
-
-
-def _names_a_tuning(args: options.Args) -> bool:
-    """Returns whether the preset, the file or the settings are for a task other than pretrain."""
-    in_file = [leaf.value for leaf in file_layers(args.words[0]) if leaf.key == "task"] if args.words else []
-    named = [*in_file, *(leaf.value for leaf in args.leaves if leaf.key == "task")]
-    return bool(named) and named[-1] != "pretrain"
 
 
 def inspect_conversation(args: options.Args) -> int:

@@ -98,15 +98,19 @@ def resolve(
 def _task(source: object, layers: list[Leaf], leaves: list[Leaf], verb: str, task: str | None) -> str:
     """Returns the name of the command's task. Names of unknown tasks are ignored here, because `load.build`
     reports them."""
-    in_files = [leaf.value for leaf in layers if leaf.key == "task" and leaf.value in USES][-1:]
-    given = [leaf.value for leaf in leaves if leaf.key == "task" and leaf.value in USES][-1:]
-    expected = [task] if task else given or in_files or ["pretrain"]
+    in_files, given = task_of(layers), task_of(leaves)
+    expected = task or given or in_files or "pretrain"
     if in_files and in_files != expected:
-        hint = f": gptjax {verb_of(in_files[0])} {source}" if task else f", not for task={expected[0]}"
-        raise UserError(f"{source} is for task={in_files[0]}{hint}")
+        hint = f": gptjax {verb_of(in_files)} {source}" if task else f", not for task={expected}"
+        raise UserError(f"{source} is for task={in_files}{hint}")
     if given and given != expected:
-        raise UserError(f"task={given[0]}: this is gptjax {verb}; use gptjax {verb_of(given[0])}")
-    return expected[0]
+        raise UserError(f"task={given}: this is gptjax {verb}; use gptjax {verb_of(given)}")
+    return expected
+
+
+def task_of(leaves: Iterable[Leaf]) -> str | None:
+    """Returns the name of the task that the settings name last, or None. Names of unknown tasks are ignored."""
+    return next(iter([leaf.value for leaf in leaves if leaf.key == "task" and leaf.value in USES][-1:]), None)
 
 
 def _unread(leaves: list[Leaf], task: str, verb: str, also: Sequence[str]) -> list[str]:

@@ -323,7 +323,7 @@ def _check_loss_flags(turns: Turns) -> list[str]:
     problems = []
     for place, message in turns:
         for key, value in _loss_flags(message).items():
-            if key == "weight" and (isinstance(value, bool) or not _is_weight(value)):
+            if key == "weight" and not _is_weight(value):
                 problems.append(f"{place}: weight: expected a number from 0 to {MAX_WEIGHT:g}, found {value!r:.40}")
             elif key != "weight" and not isinstance(value, bool):
                 problems.append(f"{place}: {key}: expected true or false, found {value!r:.40}")
@@ -331,8 +331,9 @@ def _check_loss_flags(turns: Turns) -> list[str]:
                 problems.append(
                     f"{place}: {key}: only answers can be in the loss, and the role here is {message['role']}"
                 )
-    learned = [not problems and _weight(message) for _, message in turns if message["role"] == "assistant"]
-    return problems or ([] if any(learned) else ["all its answers are excluded from the loss"])
+    if problems or any(_weight(message) for _, message in turns if message["role"] == "assistant"):
+        return problems
+    return ["all its answers are excluded from the loss"]
 
 
 def _loss_flags(message: dict[str, Any]) -> dict[str, Any]:
@@ -340,7 +341,8 @@ def _loss_flags(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_weight(value: Any) -> bool:
-    return isinstance(value, int | float) and 0 <= value <= MAX_WEIGHT  # False for NaN
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and 0 <= value <= MAX_WEIGHT  # False for NaN
 
 
 def _weight(message: dict[str, Any]) -> float:
@@ -566,10 +568,7 @@ def render_all(
     conversations: Sequence[Conversation], tokenizer: Tokenizer, style: chat.Style | None = None
 ) -> list[list[Span]]:
     """Renders several conversations as `render` does, but faster, because one subprocess renders many of them."""
-    return [
-        _spans(turns) or [Span(turns[-1].prompt, 0.0), Span(turns[-1].answer, turns[-1].weight)]
-        for turns in turns_of(conversations, tokenizer, style)
-    ]
+    return [_row(turns) for turns in turns_of(conversations, tokenizer, style)]
 
 
 def turns_of(
@@ -627,11 +626,6 @@ def _encode_turns(turns: list[Turn], tokenizer: Tokenizer) -> list[Turn]:
     return encoded
 
 
-def is_linear(turns: list[Turn]) -> bool:
-    """Returns whether every prompt begins with the turns before it, so that one row holds all answers."""
-    return bool(_spans(turns))
-
-
 def _spans(turns: list[Turn]) -> list[Span]:
     """Returns the spans of a conversation, or [] if the prompt of a turn does not begin with the turn before it."""
     spans: list[Span] = []
@@ -642,6 +636,11 @@ def _spans(turns: list[Turn]) -> list[Span]:
         spans += [Span(prompt[len(before) :], 0.0), Span(answer, weight)]
         before = prompt + answer
     return spans
+
+
+def _row(turns: list[Turn]) -> list[Span]:
+    """Returns the spans of a conversation, or those of its last turn if the prompts do not begin with earlier turns."""
+    return _spans(turns) or [Span(turns[-1].prompt, 0.0), Span(turns[-1].answer, turns[-1].weight)]
 
 
 # --- the template
@@ -669,12 +668,10 @@ def _chat(conversations: Sequence[Conversation], tokenizer: Tokenizer, end: str)
         messages = [_template_message(m, tokenizer, reasoning_key) for m in talk.messages]
         tools = list(talk.tools) or None
         for i in _answers(talk):
-            before, upto = messages[:i], messages[: i + 1]
-            jobs += [
-                _Job(talk.where, before, True, tools), _Job(talk.where, upto, False, tools),
-            ]  # fmt: skip
+            jobs += [_Job(talk.where, messages[:i], True, tools), _Job(talk.where, messages[: i + 1], False, tools)]
     texts = iter(_render_all(tokenizer, jobs))
-    ends = [end, *(name for name, i in whole_tokens(tokenizer).items() if i in stop_ids(tokenizer))]
+    stops = stop_ids(tokenizer)
+    ends = [end, *(name for name, i in whole_tokens(tokenizer).items() if i in stops)]
     turns: list[list[Turn]] = []
     problems: list[str] = []
     for talk in conversations:
@@ -726,12 +723,13 @@ def _answer_text(
         ends: the tokens that can end an answer; the first one is added if the template writes none.
     """
     name, reasoning = tokenizer.name, message.get("reasoning_content")
+    before = prompt.rstrip().removesuffix(THINK)
     if full.startswith(prompt):
         text = full[len(prompt) :]
-    elif full.startswith(prompt.rstrip().removesuffix(THINK)) and prompt.rstrip().endswith(THINK):
+    elif full.startswith(before) and prompt.rstrip() != before:
         # The prompt begins the reasoning (DeepSeek-R1), and the template leaves the reasoning out of finished answers.
         thought = reasoning or message["content"].rpartition(END_THINK)[0].removeprefix(THINK)
-        rest = full[len(prompt.rstrip().removesuffix(THINK)) :]
+        rest = full[len(before) :]
         between = "" if rest.startswith(END_THINK) else f"\n{END_THINK}\n\n"
         text = thought.strip("\n") + between + rest
     elif question and (since := prompt[max(prompt.rfind(question), 0) :]) in full:
@@ -894,7 +892,7 @@ def encode(
     return Encoded(rows, weights, dropped, merged)
 
 
-def _sequences(turns: list[Turn], loss_on: str) -> list[tuple[np.ndarray, np.ndarray]]:
+def _sequences(turns: list[Turn], loss_on: str = "response") -> list[tuple[np.ndarray, np.ndarray]]:
     """Returns token ids and loss weights: one pair of arrays, or one for each answer in the loss if no single sequence
     of ids has every answer after its prompt."""
     whole = _spans(turns)
@@ -906,6 +904,19 @@ def _sequences(turns: list[Turn], loss_on: str) -> list[tuple[np.ndarray, np.nda
         )
         for spans in ([whole] if whole else by_answer)
     ]
+
+
+def tree_of(turns: list[Turn]) -> TokenTree | None:
+    """Returns the token tree of a conversation, or None if one row holds all answers that are in the loss."""
+    sequences = _sequences(turns)
+    return token_tree.merge(sequences) if len(sequences) > 1 else None
+
+
+def show_turns(turns: list[Turn], tokenizer: Tokenizer, trees: bool = True) -> str:
+    """Returns the text of a conversation for a terminal: `show_tree` if it is a tree and `trees` is True, else `show`
+    of its last row."""
+    tree = tree_of(turns) if trees else None
+    return show(_row(turns), tokenizer) if tree is None else show_tree(tree, tokenizer)
 
 
 def show(spans: Sequence[Span], tokenizer: Tokenizer) -> str:

@@ -135,15 +135,8 @@ def _fill(encoded: Encoded, places: list[tuple[int, int]], length: int) -> Rows 
     the examples of a row; all padding is at the end of the row.
     """
     rows = (empty_trees if encoded.trees else empty)(1 + max(row for row, _ in places), length)
-    n_plain = len(encoded.rows)
-    for i in sorted(range(len(places)), key=lambda i: places[i]):
-        row, start = places[i]
-        if i < n_plain:
-            ids, weights = encoded.rows[i], encoded.weights[i]
-            n = len(ids) - 1
-            example = TokenTree(ids[:-1], ids[1:], weights[1:], np.arange(n), np.full(n, n))  # a tree of one path
-        else:
-            example = encoded.trees[i - n_plain]
+    examples = [*map(_path, encoded.rows, encoded.weights), *encoded.trees]
+    for (row, start), example in sorted(zip(places, examples, strict=True), key=lambda item: item[0]):
         span = slice(start, start + len(example.tokens))
         rows.tokens[row, span] = example.tokens
         rows.targets[row, span] = example.targets
@@ -153,6 +146,12 @@ def _fill(encoded: Encoded, places: list[tuple[int, int]], length: int) -> Rows 
             rows.positions[row, span] = example.positions
             rows.subtree_end[row, span] = start + example.subtree_end
     return rows
+
+
+def _path(ids: np.ndarray, weights: np.ndarray) -> TokenTree:
+    """Returns an example of n + 1 ids as a tree of one path of n tokens."""
+    n = len(ids) - 1
+    return TokenTree(ids[:-1], ids[1:], weights[1:], np.arange(n), np.full(n, n))
 
 
 def empty(n: int, length: int) -> Rows:

@@ -14,17 +14,7 @@ import numpy as np
 from gptjax import losses, weights
 from gptjax.config import Config, ModelConfig
 from gptjax.data import loader, packing, synthetic
-from gptjax.data.conversations import (
-    Conversation,
-    encode,
-    is_linear,
-    read,
-    render,
-    render_all,
-    show,
-    show_tree,
-    turns_of,
-)
+from gptjax.data.conversations import Conversation, encode, read, render_all, show_turns, tree_of, turns_of
 from gptjax.data.split import Splits, split_records
 from gptjax.errors import UserError
 from gptjax.evaluation.generation_metrics import MAX_PROBLEMS, check_constraints, scores, win_rate
@@ -140,7 +130,8 @@ def prepare(cfg: Config, progress: Progress) -> Ready:
             for talks in (splits.train, splits.val)
         ]
         train, val = (getattr(packing, instruct.packing)(examples, width) for examples in encoded)
-        example = shown(splits.train[0], tokenizer, token_trees(cfg, model))
+        [turns] = turns_of(splits.train[:1], tokenizer)
+        example = show_turns(turns, tokenizer, token_trees(cfg, model))
     size = cfg.train.batch_size
     resolved = resolve(cfg, model, len(train.tokens), cfg.train.batch_size)
     trainable, fingerprint = tuning.load_base(resolved, base, {}, jax.random.key(cfg.seed), progress)
@@ -169,31 +160,25 @@ def prepare(cfg: Config, progress: Progress) -> Ready:
     return Ready(resolved, task, splits.test)
 
 
-def shown(talk: Conversation, tokenizer: Tokenizer, trees: bool) -> str:
-    """Returns the text of a conversation for a terminal, as a token tree if it has branches and `trees` is True."""
-    branched = encode([talk], tokenizer, context_length=1 << 30, trees=trees).trees
-    return show_tree(branched[0], tokenizer) if branched else show(render(talk, tokenizer), tokenizer)
-
-
 def inspect(cfg: Config) -> list[str]:
     """Returns lines of text that show how one conversation is trained: the first one with branches, or the first."""
     base = tuning.base_model(cfg)
     tokenizer, style_lines = tuning.styled(base, cfg.instruct.style)
-    talks = conversations(cfg).train
-    turns = turns_of(talks[:INSPECTED], tokenizer)
-    branched = [i for i, of_talk in enumerate(turns) if not is_linear(of_talk)]
+    talks = conversations(cfg).train[:INSPECTED]
+    turns = turns_of(talks, tokenizer)
+    trees = [tree_of(of_talk) for of_talk in turns]
+    branched = [i for i, tree in enumerate(trees) if tree is not None]
     i = branched[0] if branched else 0
-    lengths = [len(prompt) + len(answer) - 1 for prompt, answer, _ in turns[i]]
-    example = shown(talks[i], tokenizer, trees=True)
+    lengths = [len(prompt) + len(answer) - 1 for prompt, answer, weight in turns[i] if weight]
+    tree = trees[i]
     size = f"{lengths[-1]} tokens"
-    if branched:
-        [tree] = encode([talks[i]], tokenizer, context_length=1 << 30).trees
+    if tree is not None:
         size = f"{len(tree.tokens)} tokens as a tree, {sum(lengths)} as one row per answer"
     return [
         *style_lines,
         f"data    {talks[i].where}: {len(turns[i])} answers, {size}; of the first {len(turns):,} conversations, "
         f"{len(branched):,} have branches, because the template renders earlier turns differently later",
-        f"---- tokens in the loss are green, or between « and » ----\n{example}\n----",
+        f"---- tokens in the loss are green, or between « and » ----\n{show_turns(turns[i], tokenizer)}\n----",
     ]
 
 

@@ -69,4 +69,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(sys.argv[1]))) if sys.argv[1:2] and sys.argv[1] in SIZES else main()
+    print(json.dumps(measure(sys.argv[1]))) if sys.argv[-1] in SIZES else main()

@@ -13,7 +13,7 @@ import pytest
 
 from gptjax import tokenizers
 from gptjax.data import conversations
-from gptjax.data.conversations import Conversation, encode, is_linear, turns_of
+from gptjax.data.conversations import Conversation, encode, tree_of, turns_of
 from gptjax.errors import UserError
 from gptjax.tokenizers import chat
 
@@ -109,7 +109,7 @@ def test_every_answer_is_trained_after_its_prompt(chatty, name):
     tok, rng = chatty.replace(chat_template=TEMPLATES[name]), random.Random(name)
     talks = [random_talk(rng) for _ in range(60)]
     turns = turns_of(talks, tok)
-    assert sum(not is_linear(of_talk) for of_talk in turns) > 5 or name == "trims"
+    assert sum(tree_of(of_talk) is not None for of_talk in turns) > 5 or name == "trims"
     for talk, of_talk in list(zip(talks, turns, strict=True))[:12]:
         answers = [i for i, m in enumerate(talk.messages) if m["role"] == "assistant"]
         for i, (prompt, answer, weight) in zip(answers, of_talk, strict=True):
