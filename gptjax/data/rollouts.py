@@ -1,11 +1,11 @@
 """Questions, and the answers that a model gives to them in reward tuning, as batches.
 
     kept, dropped = questions(conversations, tokenizer, longest=400)
-    batch = rollout_batch(prompts, completions, advantages, length=464)
+    batch = rollout_batch([Rollout(prompt, tokens, logprobs), ..], advantages, length=464)
 
-A row holds one answer with its prompt; the answer's end token is only a target:
+A row holds one prompt with its answer. The end token E of the answer is only a target:
 
-    tokens        a b c d e . .     prompt "abc", answer "de", where E ends the answer
+    tokens        a b c d e . .     prompt "abc", answer "deE"
     targets       b c d e E . .
     weights       0 0 1 1 1 0 0
     old           0 0 x x x 0 0     x: log-probability of the target when it was drawn
@@ -16,12 +16,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from gptjax.data.conversations import Conversation, render_all
 from gptjax.data.loader import epoch_rows
-from gptjax.generation.decode import Completion
 from gptjax.tokenizers import Tokenizer
 
 
@@ -32,16 +30,30 @@ class Question(NamedTuple):
     talk: Conversation
 
 
-class RolloutBatch(NamedTuple):
-    """A batch of B answers of the model, each in a row of T tokens.
+class Rollout(NamedTuple):
+    """An answer to a prompt, as token ids, and the log-probability of each of its tokens when it was drawn.
 
-    tokens, targets      [B, T] int32
-    weights              [B, T] float32: 1 for targets that the model generated (the answer and its end token), else 0
-    segment_ids          [B, T] int32: 1, and 0 for padding
-    positions            [B, T] int32: 0 to T - 1
-    old                  [B, T] float32: log-probability of each target when it was drawn, at the sampling temperature
-    reference            [B, T] float32: log-probability of each target under the reference model, or None
-    advantages           [B] float32
+    The end token is the last token of the answer, if there is one.
+    """
+
+    prompt: Sequence[int]
+    tokens: Sequence[int]
+    logprobs: Sequence[float]
+
+
+class RolloutBatch(NamedTuple):
+    """A batch of B rollouts, one per row: a prompt and a sampled answer, padded at the end.
+
+    tokens        [B, T] int32    input ids
+    targets       [B, T] int32    the token after each input token
+    weights       [B, T] float32  1 for the targets that are tokens of the answer, including its end token; else 0
+    segment_ids   [B, T] int32    as in `Batch`, or None
+    positions     [B, T] int32    as in `Batch`, or None
+    old           [B, T] float32  log-probability of each target under the sampler, at the temperature of sampling
+    reference     [B, T] float32  the same under the reference model, or None if the loss has no KL penalty
+    advantages    [B] float32     the advantage of each answer
+
+    `old` and `reference` are used where weights is 1 only. The weights of a row without an answer are all 0.
     """
 
     tokens: Any
@@ -75,40 +87,23 @@ def draw(n: int, step: int, size: int, seed: int) -> np.ndarray:
     return epoch_rows(step, size, n, seed)
 
 
-def rollout_batch(
-    prompts: Sequence[Sequence[int]], completions: Sequence[Completion], advantages: np.ndarray, length: int
-) -> RolloutBatch:
-    """Returns the batch of B answers, without reference log-probabilities.
+def rollout_batch(rollouts: Sequence[Rollout], advantages: np.ndarray, length: int) -> RolloutBatch:
+    """Returns the batch of B rollouts, without reference log-probabilities.
 
     Args:
-        prompts: token ids of the prompt of each answer.
-        completions: the answers with log-probabilities, from `generation.complete`. An answer without an end token was
-            cut off; then only its tokens are targets.
         advantages: [B].
-        length: the number T of tokens per row; a prompt and its answer must fit.
+        length: the number T of tokens per row; each prompt with its answer must fit, but for the last token.
     """
-    n = len(prompts)
+    n = len(rollouts)
     ids = np.zeros((n, length + 1), np.int32)
     old, weights = np.zeros((n, length), np.float32), np.zeros((n, length), np.float32)
     segments = np.zeros((n, length), np.int32)
-    for row, (prompt, answer) in enumerate(zip(prompts, completions, strict=True)):
-        new, logprobs = list(answer.tokens), list(answer.logprobs)
-        if answer.end is not None:
-            new, logprobs = [*new, answer.end[0]], [*logprobs, answer.end[1]]
-        begin, end = len(prompt), len(prompt) + len(new)
-        ids[row, :end] = [*prompt, *new]
-        old[row, begin - 1 : end - 1] = logprobs
-        weights[row, begin - 1 : end - 1] = 1
-        segments[row, : end - 1] = 1
-    positions = np.broadcast_to(np.arange(length, dtype=np.int32), (n, length))
-    return RolloutBatch(
-        ids[:, :-1] * segments, ids[:, 1:] * segments, weights, segments, positions, old, None,
-        np.asarray(advantages, np.float32),
-    )  # fmt: skip
-
-
-def shapes(rows: int, length: int, reference: bool) -> RolloutBatch:
-    """Returns the shapes and dtypes of a batch; `reference`: whether it has reference log-probabilities."""
-    ids, floats = (jax.ShapeDtypeStruct((rows, length), dtype) for dtype in (np.int32, np.float32))
-    advantages = jax.ShapeDtypeStruct((rows,), np.float32)
-    return RolloutBatch(ids, ids, floats, ids, ids, floats, floats if reference else None, advantages)
+    for row, (prompt, tokens, logprobs) in enumerate(rollouts):
+        begin, end = len(prompt) - 1, len(prompt) + len(tokens) - 1
+        ids[row, : end + 1] = [*prompt, *tokens]
+        old[row, begin:end] = logprobs
+        weights[row, begin:end] = 1
+        segments[row, :end] = 1
+    positions = np.tile(np.arange(length, dtype=np.int32), (n, 1))
+    inputs, targets = ids[:, :-1] * segments, ids[:, 1:] * segments
+    return RolloutBatch(inputs, targets, weights, segments, positions, old, None, np.asarray(advantages, np.float32))

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from gptjax.config import ModelConfig
+from gptjax.data.rollouts import RolloutBatch
 from gptjax.errors import Problems, UserError, nearest
 from gptjax.losses.next_token import token_log_probs_and_entropies
 from gptjax.ops.dropout import off
@@ -32,31 +33,6 @@ Kind = Literal["grpo", "dr_grpo", "dapo", "gspo", "rloo", "reinforce_pp"]
 
 _STD_EPSILON = 1e-4  # added to the standard deviation of rewards, as in TRL
 _MAX_LOG_RATIO = 20.0  # the exponential of a larger one could overflow, and its gradient would be NaN
-
-
-class RolloutBatch(NamedTuple):
-    """A batch of B rollouts, one per row: a prompt and a sampled answer, padded at the end.
-
-    tokens        [B, T] int32    input ids
-    targets       [B, T] int32    the token after each input token
-    weights       [B, T] float32  1 for the targets that are tokens of the answer, including its end token; else 0
-    segment_ids   [B, T] int32    as in `Batch`, or None
-    positions     [B, T] int32    as in `Batch`, or None
-    old           [B, T] float32  log-probability of each target under the sampler, at the temperature of sampling
-    reference     [B, T] float32  the same under the reference model, or None if the loss has no KL penalty
-    advantages    [B] float32     the advantage of each answer
-
-    `old` and `reference` are used where weights is 1 only. The weights of a row without an answer are all 0.
-    """
-
-    tokens: Any
-    targets: Any
-    weights: Any
-    segment_ids: Any
-    positions: Any
-    old: Any
-    reference: Any
-    advantages: Any
 
 
 class Switches(NamedTuple):

@@ -19,7 +19,7 @@ from gptjax import losses, weights
 from gptjax.config import Config, ModelConfig
 from gptjax.data import loader, rollouts
 from gptjax.data.conversations import Conversation, read
-from gptjax.data.rollouts import Question, RolloutBatch
+from gptjax.data.rollouts import Question, Rollout, RolloutBatch
 from gptjax.data.split import Splits, split_records
 from gptjax.data.synthetic import skills
 from gptjax.errors import UserError
@@ -88,7 +88,8 @@ def row_length(cfg: Config, model: ModelConfig, kept: Sequence[Question]) -> int
 def scorer(cfg: Config) -> Scorer:
     """Returns the reward functions of a config, in processes that end with this process."""
     reward = cfg.reward
-    return Scorer(reward.functions, reward.weights or None, time_limit_s=reward.time_limit)
+    shares = reward.weights or (1.0,) * len(reward.functions)
+    return Scorer(reward.functions, shares, time_limit_s=reward.time_limit)
 
 
 def score(scoring: Scorer, talks: Sequence[Conversation], answers: Sequence[str]) -> Scores:
@@ -165,6 +166,7 @@ def prepare(cfg: Config, progress: Progress) -> Ready:
         describe_batch=lambda step: f"see the rows of step {step + 1} in rollouts.jsonl",
         score=_validation(resolved, tokenizer, val, scoring),
         rollouts=_roller(resolved, tokenizer, train, width, scoring, trainable.combine, start, progress.say),
+        during=scoring,
     )
     return Ready(resolved, task, splits.test)
 
@@ -178,7 +180,7 @@ def _weighted(cfg: Config) -> list[str]:
 
 
 def _empty(rows: int, width: int) -> RolloutBatch:
-    return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), rollouts.shapes(rows, width, False))
+    return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), _shapes(rows, width, False))
 
 
 def loss(cfg: Config) -> Loss:
@@ -190,7 +192,13 @@ def loss(cfg: Config) -> Loss:
 
 
 def batch_shapes(cfg: Config, rows: int, width: int) -> RolloutBatch:
-    return rollouts.shapes(rows, width, reference=bool(cfg.reward.kl))
+    return _shapes(rows, width, bool(cfg.reward.kl))
+
+
+def _shapes(rows: int, width: int, reference: bool) -> RolloutBatch:
+    ids, floats = (jax.ShapeDtypeStruct((rows, width), dtype) for dtype in (np.int32, np.float32))
+    advantages = jax.ShapeDtypeStruct((rows,), np.float32)
+    return RolloutBatch(ids, ids, floats, ids, ids, floats, floats if reference else None, advantages)
 
 
 def _roller(
@@ -254,10 +262,10 @@ def _roller(
         kept += flat[: n - len(kept)]
         advantages = group_advantages(kept, reward.loss)
         batch = rollouts.rollout_batch(
-            [group.question.ids for group in kept for _ in group.texts],
-            [completion for group in kept for completion in group.completions],
-            advantages.reshape(-1), width,
-        )  # fmt: skip
+            [_rollout(group.question, answer) for group in kept for answer in group.completions],
+            advantages.reshape(-1),
+            width,
+        )
         if start is not None:
             batch = batch._replace(reference=np.asarray(reference_log_probs(combine(start, frozen), batch)))
         metrics = measures(drawn) | {"seconds": generated_s}
@@ -267,6 +275,13 @@ def _roller(
         return Rollouts(jax.tree.map(lambda leaf: np.stack([leaf] * k), batch), metrics, rows)
 
     return roll
+
+
+def _rollout(question: Question, answer: Completion) -> Rollout:
+    tokens, logprobs = (answer.tokens, answer.logprobs) if answer.end is None else (
+        [*answer.tokens, answer.end[0]], [*answer.logprobs, answer.end[1]]
+    )  # fmt: skip
+    return Rollout(question.ids, tokens, logprobs)
 
 
 def measures(groups: Sequence[Group]) -> dict[str, float]:

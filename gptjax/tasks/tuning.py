@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,7 @@ def make_task(
     files: dict[str, str] | None = None,
     score: Callable[[Params], tuple[Mean, Metrics]] | None = None,
     rollouts: Callable[[Params, Params, int, int], Rollouts] | None = None,
+    during: AbstractContextManager[Any] = nullcontext(),
 ) -> Task:
     """Build the `Task` of a fine-tuning run.
 
@@ -128,6 +130,7 @@ def make_task(
         files: further text files to write into the model's folder, as a dict from file name to text.
         score: the function `Validation.score`, or None for an evaluation by the loss on `eval_batches`.
         rollouts: the function `Task.rollouts`, or None.
+        during: the context manager `Task.during`.
     """
     model, shapes = cfg.model, abstract_params(cfg.model)
     n_params, base_shapes = tree.size(shapes), split_heads(shapes)[0]
@@ -165,6 +168,7 @@ def make_task(
         describe=lambda n_trained: [*lines, *_describe(cfg, n_params, n_trained)],
         write=write,
         rollouts=rollouts,
+        during=during,
     )  # fmt: skip
 
 

@@ -100,6 +100,7 @@ def _run(
         with distributed.synchronise_errors(), Progress(log=log, alive=dir.touch if writes else _nothing) as progress:
             ready = prepare(written, progress)
             resolved, held_out = ready.cfg, ready.held_out
+            stack.enter_context(ready.task.during)
             steps_per_call(resolved, 0, hooks=[every for every, _ in hooks])
         distributed.agree_on(resume.hashes(ready.task), "the data")
         signals.raise_if_any()

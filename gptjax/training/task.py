@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -96,6 +97,7 @@ class Task(NamedTuple):
     rollouts          function (trained, frozen, step, k) that lets the model generate the batches of the k steps from
                       `step`; it depends on nothing else, so that a resumed run makes the same rollouts. None: the
                       batches are those of `batches`
+    during            context manager that is open while the task is trained, such as processes that it needs
     """
 
     tokenizer: Tokenizer
@@ -111,6 +113,7 @@ class Task(NamedTuple):
     write: Callable[[Path, Any, Any, dict[str, str]], None]
     sample: Callable[[Params], list[str]] | None = None
     rollouts: Callable[[Any, Any, int, int], Rollouts] | None = None
+    during: AbstractContextManager[Any] = nullcontext()
 
     def initial(self) -> tuple[Callable[[jax.Array, Any], Any], Any]:
         """Returns (init, start), where init(key, start) gives the trained params before the first step.
