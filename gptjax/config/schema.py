@@ -767,7 +767,9 @@ class RewardConfig:
         "grpo", "Loss and advantages: GRPO, Dr. GRPO, DAPO, GSPO, RLOO or REINFORCE++."
     )
     group: int = setting(
-        8, "Answers per question, which form a group; must divide train.batch_size, the answers per step.", Range(2, MOST)
+        8,
+        "Answers per question, which form a group; must divide train.batch_size, the answers of a step.",
+        Range(2, MOST),
     )
     updates: int = setting(
         1, "Training steps on the same answers, before the model generates new ones (mu in GRPO).", COUNT

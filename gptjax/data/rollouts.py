@@ -66,9 +66,7 @@ class RolloutBatch(NamedTuple):
     advantages: Any
 
 
-def questions(
-    talks: Sequence[Conversation], tokenizer: Tokenizer, *, longest: int
-) -> tuple[list[Question], int]:
+def questions(talks: Sequence[Conversation], tokenizer: Tokenizer, *, longest: int) -> tuple[list[Question], int]:
     """Returns the questions whose prompt has at most `longest` tokens, and the number of the others.
 
     The prompt is the conversation before its last answer, in the chat template of the tokenizer.

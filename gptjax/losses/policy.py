@@ -17,7 +17,7 @@ A group is the N answers to one prompt; the ratio is the probability under the p
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp

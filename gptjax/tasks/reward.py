@@ -174,8 +174,7 @@ def prepare(cfg: Config, progress: Progress) -> Ready:
 def _weighted(cfg: Config) -> list[str]:
     shares = cfg.reward.weights or (1.0,) * len(cfg.reward.functions)
     return [
-        name if share == 1 else f"{share:g} * {name}"
-        for name, share in zip(cfg.reward.functions, shares, strict=True)
+        name if share == 1 else f"{share:g} * {name}" for name, share in zip(cfg.reward.functions, shares, strict=True)
     ]
 
 
@@ -442,9 +441,7 @@ def _answer(
 ) -> dict[str, Any]:  # fmt: skip
     """Writes the answers of a model with their rewards, and returns their metrics."""
     cfg = result.cfg
-    cfg = dataclasses.replace(
-        cfg, sample=dataclasses.replace(cfg.sample, max_new_tokens=cfg.reward.max_new_tokens)
-    )
+    cfg = dataclasses.replace(cfg, sample=dataclasses.replace(cfg.sample, max_new_tokens=cfg.reward.max_new_tokens))
     rows = instruct.answers(params, cfg, result.tokenizer, talks, progress, name)
     results = score(scoring, talks, [row["answer"] for row in rows])
     if np.isnan(results.total).all():
@@ -455,7 +452,9 @@ def _answer(
     ]
     write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rewarded))
     mean, low, high = t_interval([float(value) for value in results.total if not math.isnan(value)])
-    parts = {f"reward_{name}": _mean(values) for name, values in results.parts.items()} if len(results.parts) > 1 else {}
+    parts = (
+        {f"reward_{name}": _mean(values) for name, values in results.parts.items()} if len(results.parts) > 1 else {}
+    )
     failed = int(np.isnan(results.total).sum())
     return {"reward": mean, "reward_interval": [low, high], **parts, "failed": failed} | scores(rows)
 

@@ -18,7 +18,6 @@ from gptjax.training.progress import duration, peak_flops
 from gptjax.training.run import Run
 from gptjax.types import Metrics
 
-
 _OWN = {"loss", "weight", "grad_norm", "skipped", "skipped_in_a_row"}  # metrics of every training step
 
 

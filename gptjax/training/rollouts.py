@@ -24,7 +24,9 @@ def roll(run: Run, meter: Meter) -> Any:
     step = run.step + 1
     run.rolled = metrics
     meter.log({"step": step, **{f"rollout/{name}": finite(value) for name, value in metrics.items()}})
-    run.dir.append(run.dir.rollouts.name, "".join(json.dumps({"step": step, **row}, ensure_ascii=False) + "\n" for row in rows))
+    run.dir.append(
+        run.dir.rollouts.name, "".join(json.dumps({"step": step, **row}, ensure_ascii=False) + "\n" for row in rows)
+    )
     if run.k == 1:
         batches = jax.tree.map(lambda leaf: leaf[0], batches)
     return place_batch(batches, run.mesh)
