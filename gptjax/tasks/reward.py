@@ -149,8 +149,8 @@ def prepare(cfg: Config, progress: Progress) -> Ready:
         "dropped",
         *(f"        {note}" for note in notes),
         *style_lines,
-        f"reward  {' + '.join(_weighted(cfg))}, {reward.loss}: {per_step} questions per step, {reward.group} answers to "
-        f"each, {reward.updates} {'step' if reward.updates == 1 else 'steps'} on the same answers",
+        f"reward  {' + '.join(_weighted(cfg))}, {reward.loss}: {per_step} questions per step, {reward.group} answers "
+        f"to each, {reward.updates} {'step' if reward.updates == 1 else 'steps'} on the same answers",
     ]
     empty = _empty(size, width)
     task = tuning.make_task(
@@ -452,9 +452,7 @@ def _answer(
     ]
     write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rewarded))
     mean, low, high = t_interval([float(value) for value in results.total if not math.isnan(value)])
-    parts = (
-        {f"reward_{name}": _mean(values) for name, values in results.parts.items()} if len(results.parts) > 1 else {}
-    )
+    parts = {f"reward_{name}": _mean(values) for name, values in results.parts.items() if len(results.parts) > 1}
     failed = int(np.isnan(results.total).sum())
     return {"reward": mean, "reward_interval": [low, high], **parts, "failed": failed} | scores(rows)
 
@@ -487,5 +485,6 @@ def plan(cfg: Config) -> list[str]:
         tuning.plan(cfg, base, model),
         f"reward             {' + '.join(_weighted(cfg))}",
         f"steps              {cfg.train.steps(len(train) * cfg.reward.updates, per_step):,} of {per_step} questions, "
-        f"{cfg.reward.group} answers to each, in rows of {row_length(cfg, model, train)} tokens; loss {cfg.reward.loss}",
+        f"{cfg.reward.group} answers to each, in rows of {row_length(cfg, model, train)} tokens; "
+        f"loss {cfg.reward.loss}",
     ]

@@ -111,7 +111,7 @@ def make_task(
     files: dict[str, str] | None = None,
     score: Callable[[Params], tuple[Mean, Metrics]] | None = None,
     rollouts: Callable[[Params, Params, int, int], Rollouts] | None = None,
-    during: AbstractContextManager[Any] = nullcontext(),
+    during: AbstractContextManager[Any] | None = None,
 ) -> Task:
     """Build the `Task` of a fine-tuning run.
 
@@ -130,7 +130,7 @@ def make_task(
         files: further text files to write into the model's folder, as a dict from file name to text.
         score: the function `Validation.score`, or None for an evaluation by the loss on `eval_batches`.
         rollouts: the function `Task.rollouts`, or None.
-        during: the context manager `Task.during`.
+        during: the context manager `Task.during`, or None.
     """
     model, shapes = cfg.model, abstract_params(cfg.model)
     n_params, base_shapes = tree.size(shapes), split_heads(shapes)[0]
@@ -168,7 +168,7 @@ def make_task(
         describe=lambda n_trained: [*lines, *_describe(cfg, n_params, n_trained)],
         write=write,
         rollouts=rollouts,
-        during=during,
+        during=during or nullcontext(),
     )  # fmt: skip
 
 
