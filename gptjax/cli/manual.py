@@ -222,8 +222,8 @@ PAGES: dict[str, Page] = {
         ),
     ),
     "finetune reward": Page(
-        about="Fine-tunes a model by reinforcement learning (GRPO, Dr. GRPO, DAPO, GSPO, RLOO or REINFORCE++). The model"
-        " answers questions, functions reward the answers, and answers with high rewards become more likely.",
+        about="Fine-tunes a model by reinforcement learning (GRPO, Dr. GRPO, DAPO, GSPO, RLOO or REINFORCE++). The"
+        " model answers questions, functions reward the answers, and answers with high rewards become more likely.",
         usage=f"gptjax finetune reward {CONFIG_USAGE}",
         needs=(BASE, INSTRUCTED, JSONL),
         examples=(

@@ -30,6 +30,7 @@ from gptjax.evaluation.workers import Scorer, Scores
 from gptjax.files import use_json, write_json, write_text
 from gptjax.generation.decode import Completion, complete, generate
 from gptjax.generation.sampling import chain, temperature
+from gptjax.losses.policy import Kind
 from gptjax.model.gpt import for_decoding
 from gptjax.tasks import instruct, tuning
 from gptjax.tokenizers import Tokenizer
@@ -113,7 +114,7 @@ class Group(NamedTuple):
         return known.size > 0 and bool(np.ptp(known) > 0)
 
 
-def group_advantages(groups: Sequence[Group], kind: losses.policy.Kind) -> np.ndarray:
+def group_advantages(groups: Sequence[Group], kind: Kind) -> np.ndarray:
     """Returns the advantages [G, n] of the answers in G groups. An answer whose reward function failed has advantage 0,
     and does not change the advantages of the others in its group by more than its place in the standard deviation."""
     values = np.stack([group.rewards for group in groups])

@@ -43,7 +43,7 @@ def steps_per_call(cfg: Config, n_params: int, start: int = 0, hooks: Sequence[i
             logging, hooks) that are shorter than the run.
     """
     settings, updates = cfg.train, cfg.reward.updates if cfg.task == "reward" else None
-    names = ("eval_every", "checkpoint_every", "log_every")
+    names = ("eval_every", "checkpoint_every") if updates else ("eval_every", "checkpoint_every", "log_every")
     every = {f"train.{name}": getattr(settings, name) for name in names}
     every |= {f"hooks[{i}]": n for i, n in enumerate(hooks)}
     every = {name: n for name, n in every.items() if n < settings.max_steps} | {"train.max_steps": settings.max_steps}
