@@ -363,8 +363,9 @@ class Watch:
         if len(self.rewards) < 2 * SMOOTHED:
             return
         best, at = self.best
-        spread = float(np.nanstd(self.rewards[: 2 * SMOOTHED])) + 1e-9
-        if best - recent > max(0.5 * abs(best), 3 * spread / SMOOTHED**0.5):
+        # The noise of a mean reward is estimated from the differences of successive ones, which hardly have a trend.
+        noise = float(np.nanstd(np.diff(self.rewards))) / 2**0.5
+        if best - recent > max(0.5 * abs(best), 4 * noise * (2 / SMOOTHED) ** 0.5, 1e-9):
             self._warn("reward", f"WARNING: collapse at step {step:,}: the mean reward fell to {recent:.3f}, from "
                        f"{best:.3f} at step {at:,} (means over {SMOOTHED} rollouts); {advice}")  # fmt: skip
         first, now = np.mean(self.entropies[:SMOOTHED]), np.mean(self.entropies[-SMOOTHED:])
