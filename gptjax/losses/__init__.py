@@ -13,8 +13,9 @@ micro-batches exactly.
 
 from gptjax.losses.classify import class_logits, classify
 from gptjax.losses.next_token import next_token, token_log_probs, token_log_probs_and_entropies
-from gptjax.losses.policy import RolloutBatch, advantages, policy, policy_switches, policy_terms
+from gptjax.losses.policy import advantages, policy, policy_switches, policy_terms
 from gptjax.losses.preference import answer_log_probs, preference
+from gptjax.types import RolloutBatch
 
 __all__ = [
     "RolloutBatch", "advantages", "answer_log_probs", "class_logits", "classify", "next_token", "policy",

@@ -12,11 +12,10 @@ from gptjax.model.gpt import backbone, head_factors
 from gptjax.ops.dropout import off
 from gptjax.ops.loss import linear_cross_entropy, linear_log_probs, linear_log_probs_and_entropies
 from gptjax.ops.precision import matmul_precision, with_matmul_precision
-from gptjax.types import Batch, Mean, Metrics, Params
+from gptjax.types import Batch, Mean, Metrics, Params, RolloutBatch
 
 if TYPE_CHECKING:
     from gptjax.data.preferences import PairBatch
-    from gptjax.losses.policy import RolloutBatch
 
 
 def next_token(cfg: ModelConfig, *, chunk: int | None = None) -> Callable[..., tuple[Mean, Metrics]]:

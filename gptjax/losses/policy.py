@@ -27,7 +27,7 @@ from gptjax.data.rollouts import RolloutBatch
 from gptjax.errors import Problems, UserError, nearest
 from gptjax.losses.next_token import token_log_probs_and_entropies
 from gptjax.ops.dropout import off
-from gptjax.types import Mean, Metrics, Params
+from gptjax.types import Mean, Metrics, Params, RolloutBatch
 
 Kind = Literal["grpo", "dr_grpo", "dapo", "gspo", "rloo", "reinforce_pp"]
 
@@ -51,6 +51,7 @@ class Switches(NamedTuple):
     clip            the ratio is clipped to at least 1 - clip ...
     clip_high       ... and at most 1 + clip_high
     kl              coefficient of the KL penalty
+    kl_ratio        the penalty is multiplied by the ratio
     max_new_tokens  maximum number of tokens of an answer, which only mean=constant needs
     """
 
@@ -61,6 +62,7 @@ class Switches(NamedTuple):
     clip: float = 0.2
     clip_high: float = 0.2
     kl: float = 0.0
+    kl_ratio: bool = True
     max_new_tokens: int | None = None
 
 
@@ -158,8 +160,9 @@ def policy_terms(
     """Computes a policy-gradient loss from log-probabilities.
 
     The term of a token or answer is -min(r A, clip(r, 1 - clip, 1 + clip_high) A), with its ratio r and the answer's
-    advantage A. Every token adds kl times the estimate k3 of the KL divergence from the reference model, exp(d) - d - 1
-    with d = log p_reference - log p_policy.
+    advantage A. Every token adds kl r (exp(d) - d - 1) with d = log p_reference - log p_policy, the estimate k3 of the
+    KL divergence from the reference model. The factor r makes the gradient an unbiased one of KL(policy || reference),
+    as in DeepSeek-V3.2 (arXiv:2512.02556) and TRL. GRPO's paper has no such factor: kl_ratio=False.
 
     Args:
         new: log-probabilities of the targets under the policy, [B, T] float32; the gradient flows to these.
@@ -204,7 +207,7 @@ def policy_terms(
         "length": Mean(tokens, answers),
     }
     if reference is not None:
-        divergences = _k3(jnp.where(present, reference - new, 0.0))
+        divergences = _k3(jnp.where(present, reference - new, 0.0)) * (ratio if switches.kl_ratio else 1.0)
         metrics["kl_reference"] = Mean((divergences * mask).sum(), tokens)
         if switches.kl:
             total = total + switches.kl * (divergences * share).sum()
@@ -212,7 +215,7 @@ def policy_terms(
 
 
 def _k3(d: jax.Array) -> jax.Array:
-    """Returns exp(d) - d - 1: with d = log q - log p of a sample of p, an unbiased estimate of KL(p || q), at least 0."""
+    """Returns exp(d) - d - 1. With d = log q - log p of a sample of p, it is an unbiased estimate of KL(p || q)."""
     return jnp.exp(d) - d - 1.0
 
 
@@ -229,8 +232,7 @@ def policy(
     """Returns the policy-gradient loss named `kind`, for batches of type `RolloutBatch`.
 
     `policy_terms` describes the loss, and the module's docstring how the kinds differ. For all kinds the KL penalty is
-    a term of the loss, as in GRPO; the papers of rloo and reinforce_pp subtract it from the rewards instead. Micro-batches
-    add up to exactly the loss of the whole batch.
+    a term of the loss, as in GRPO; the papers of rloo and reinforce_pp subtract it from the rewards instead.
 
     The metrics are `Mean`s over the tokens of answers:
 
@@ -243,8 +245,8 @@ def policy(
 
     Args:
         clip: the ratio is clipped to at least 1 - clip. None: 0.2, or 3e-4 for gspo, whose ratios are closer to 1.
-        clip_high: the ratio is clipped to at most 1 + clip_high. None: equal to clip, but at least 0.28 for dapo and 4e-4
-            for gspo.
+        clip_high: the ratio is clipped to at most 1 + clip_high. None: equal to clip, but at least 0.28 for dapo and
+            4e-4 for gspo.
         kl: coefficient of the KL penalty; 0: no penalty, and the batch needs no `reference`.
         temperature: temperature of sampling. The policy's log-probabilities are those of logits / temperature.
         max_new_tokens: maximum number of tokens of an answer. Only dr_grpo needs it.
