@@ -119,7 +119,7 @@ def test_failures(scorer, mine, answer, failure):
     assert scores.parts["exact"].tolist() == [1, 0, 1, 0]
     assert np.isnan(scores.total[1]) and scores.total[[0, 2, 3]].tolist() == [1.5, 1.5, 1]
     (failed,) = scores.failures
-    assert (failed.name, failed.index) == (f"{mine}:bad", 1)
+    assert (failed.name, failed.answer) == (f"{mine}:bad", 1)
     with pytest.raises(AssertionError, match=f"mine.py:bad {failure}.*, for answer '{answer}'$"):
         raise AssertionError(failed.text)
     scores.check()
@@ -185,7 +185,7 @@ def test_results_do_not_depend_on_the_number_of_processes(mine):
     assert results[0] == results[1]
     expected = [len(a) + len(str(i)) / 8 + i / 64 for i, a in enumerate(answers)]
     assert scores.parts[f"{mine}:length"].tolist() == expected
-    assert [failure.index for failure in scores.failures] == list(range(0, n, 5))
+    assert [failure.answer for failure in scores.failures] == list(range(0, n, 5))
     assert len(set(scores.parts[f"{mine}:noise"])) > 5
 
 
