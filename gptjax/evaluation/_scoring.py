@@ -22,14 +22,12 @@ import signal
 import sys
 from contextlib import suppress
 from numbers import Real
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from gptjax.errors import UserError
 from gptjax.evaluation.rewards import RewardFunction, describe, load
-from gptjax.files import user_path
 
 GRACE_S = 5.0  # time after the limit for the parent process to act
 
@@ -49,12 +47,7 @@ def call(name: str, function: RewardFunction, prompt: str, answer: str, example:
     except UserError as error:  # of a built-in function
         return f"{name}: {error}"
     except BaseException as error:  # also SystemExit
-        return f"{name} raised {describe(error, _file(name))}"
-
-
-def _file(name: str) -> Path | None:
-    path = user_path(name.rpartition(":")[0])
-    return path.resolve() if path.suffix == ".py" else None
+        return f"{name} raised {describe(error, getattr(function, '__module__', ''))}"
 
 
 def main() -> None:
@@ -70,12 +63,13 @@ def main() -> None:
         # the watchdog is a thread in C, which also ends a process that is busy in C, as in a regular expression
         faulthandler.dump_traceback_later(request["timeout_s"] + GRACE_S, exit=True, file=null)
         if "names" in request:
-            names, reply = request["names"], []
+            names, problems = request["names"], []
             for name in names:
                 try:
                     functions.append(load(name))
                 except UserError as error:
-                    reply.append(str(error))
+                    problems.append(str(error))
+            reply: Any = problems
         else:
             k = request["k"]
             reply = call(names[k], functions[k], request["prompt"], request["answer"], request["example"])

@@ -497,29 +497,30 @@ def _from_file(name: str) -> RewardFunction:
 
 
 def _import(path: Path) -> Any:
-    """Import a file, whose folder is searched last for what it imports."""
-    if str(path) in sys.modules:
-        return sys.modules[str(path)]
+    """Import a file as a module whose name is its path. The file's folder is searched last for what it imports."""
+    name = str(path)
+    if name in sys.modules:
+        return sys.modules[name]
     if str(path.parent) not in sys.path:
         sys.path.append(str(path.parent))
-    spec = importlib.util.spec_from_file_location(str(path), path)
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec and spec.loader
-    module = sys.modules[str(path)] = importlib.util.module_from_spec(spec)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
     except BaseException as error:  # also SystemExit
-        del sys.modules[str(path)]
-        raise UserError(f"the import raised {describe(error, path)}") from None
+        del sys.modules[name]
+        raise UserError(f"the import raised {describe(error, name)}") from None
     return module
 
 
-def describe(error: BaseException, path: Path | None = None) -> str:
+def describe(error: BaseException, path: str) -> str:
     """Returns an error's type and message in one short line, with the line of the file `path` where it was raised."""
     try:
         message = str(error)
     except Exception:
         message = "an error whose text cannot be read"
     message = " ".join("".join(c if c.isprintable() else " " for c in message[:1000]).split())[:200]
-    lines = [line for frame, line in traceback.walk_tb(error.__traceback__) if frame.f_code.co_filename == str(path)]
+    lines = [line for frame, line in traceback.walk_tb(error.__traceback__) if frame.f_code.co_filename == path]
     where = f" (line {lines[-1]})" if lines else ""
     return f"{type(error).__name__}{': ' if message else ''}{message}{where}"

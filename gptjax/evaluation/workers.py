@@ -34,7 +34,7 @@ MAX_PROCESSES = 4
 
 class Failure(NamedTuple):
     name: str  # of the function
-    index: int  # of the answer
+    answer: int  # its index
     text: str  # such as "mine.py:score raised ValueError: no number (line 7), for answer 'The result is'"
 
 
@@ -101,12 +101,12 @@ class Scorer:
         self.processes = processes or min(os.cpu_count() or 1, MAX_PROCESSES)
         self._worked: set[str] = set()  # functions that have returned a value
         self._children: set[Child] = set()
-        self._idle: queue.SimpleQueue[Child | None] = queue.SimpleQueue()  # None: a process that is to be started
         self._lock = threading.Lock()
         self._open = False
 
     def __enter__(self) -> Scorer:
         self._open = True
+        self._idle: queue.SimpleQueue[Child | None] = queue.SimpleQueue()  # None: a process that is to be started
         self._threads = ThreadPoolExecutor(self.processes, "rewards")
         try:
             for child in self._threads.map(lambda _: self._start(), range(self.processes)):
@@ -176,8 +176,9 @@ class Scorer:
         """Make one call in an idle process. Returns its value, or a text that says how it failed."""
         name, child = self.names[request["k"]], self._idle.get()
         try:
-            if child is not None and not child.alive:  # a function has left a thread that ended it
-                child = self._discard(child)
+            if child is not None and not child.alive:  # a thread that a function has left has ended it
+                self._discard(child)
+                child = None
             child = child or self._start()
             try:
                 return child.ask({**request, "timeout_s": self.time_limit_s}, self.time_limit_s)
@@ -187,7 +188,8 @@ class Scorer:
                 failure = f"{name} {error}"
             except ValueError:
                 failure = f"{name} disturbed its process"
-            child = self._discard(child)
+            self._discard(child)
+            child = None
             return failure
         finally:
             self._idle.put(child)

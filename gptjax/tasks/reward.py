@@ -24,7 +24,7 @@ from gptjax.data.split import Splits, split_records
 from gptjax.data.synthetic import skills
 from gptjax.errors import UserError
 from gptjax.evaluation import rewards
-from gptjax.evaluation.generation_metrics import MAX_PROBLEMS, check_constraints, scores
+from gptjax.evaluation.generation_metrics import scores
 from gptjax.evaluation.intervals import t_interval
 from gptjax.evaluation.workers import Scorer, Scores
 from gptjax.files import use_json, write_json, write_text
@@ -57,8 +57,8 @@ def refuse_missing(cfg: Config) -> None:
 def conversations(cfg: Config, notes: list[str] | None = None) -> Splits[Conversation]:
     """Returns the conversations to train, validate and test on; `notes` is as in `instruct.conversations`."""
     splits = split_records(cfg.reward, cfg.seed, read, skills, notes)
-    if problems := [line for part in splits for t in part for line in check_constraints(t.constraints, t.where)]:
-        raise UserError.all(problems[:MAX_PROBLEMS])
+    examples = ((talk.where, instruct.row_of(talk, "")) for talks in splits for talk in talks)
+    rewards.check_rows(cfg.reward.functions, examples)
     return splits
 
 

@@ -1,5 +1,6 @@
 """`gptjax finetune reward` with a tiny base model: bandits whose optimum is known, resume, mistakes, collapse."""
 
+import dataclasses
 import json
 import math
 import shutil
@@ -102,7 +103,7 @@ def test_a_run_says_what_it_does_and_keeps_its_rollouts(folder, capsys):
     rows = rollout_rows(folder, "short")
     assert [row["step"] for row in rows] == [1] * 16 + [3] * 16
     assert {"where", "prompt", "expected", "answer", "reward", "advantage", "tokens", "finish"} <= rows[0].keys()
-    metrics = [row for row in read_metrics(folder / "short")]
+    metrics = read_metrics(folder / "short")
     rolled = [row for row in metrics if "rollout/reward" in row]
     assert [row["step"] for row in rolled] == [1, 3]
     assert rolled[0]["rollout/reward"] == pytest.approx(np.mean([row["reward"] for row in rows[:16]]))
@@ -132,11 +133,12 @@ def test_an_interrupted_run_makes_the_same_rollouts(folder, monkeypatch, more):
     assert rollout_rows(folder, name) == rollout_rows(folder, f"{name}-resumed")
     whole, resumed = (gptjax.load(folder / run_dir / "final")[0] for run_dir in (name, f"{name}-resumed"))
     jax.tree.map(np.testing.assert_array_equal, whole, resumed)
-    timeless = [
-        [{k: v for k, v in row.items() if not k.endswith(("seconds", "per_s"))} for row in read_metrics(folder / run_dir)]
-        for run_dir in (name, f"{name}-resumed")
-    ]
-    assert timeless[0] == timeless[1]
+
+    def untimed(run_dir):
+        rows = read_metrics(folder / run_dir)
+        return [{key: value for key, value in row.items() if not key.endswith(("seconds", "per_s"))} for row in rows]
+
+    assert untimed(name) == untimed(f"{name}-resumed")
 
 
 @pytest.mark.parametrize(
@@ -202,7 +204,7 @@ def test_mistakes(folder, capsys):
 
 def test_the_log_probabilities_of_the_sampler_are_those_of_the_trainer():
     """With an adapter, prompts of different lengths, a temperature, and answers that end early."""
-    cfg = gptjax.ModelConfig(arch="llama", n_layer=2, n_head=4, n_kv_head=2, d_model=64, context_length=64, vocab_size=97)
+    cfg = dataclasses.replace(BASE, n_kv_head=2, context_length=64)
     params = gptjax.init_params(jax.random.key(0), cfg)
     settings = gptjax.LoraConfig(rank=4)
     adapter = gptjax.lora.init(jax.random.key(1), params, settings)
@@ -239,7 +241,8 @@ def test_every_question_is_drawn_once_per_epoch():
 
 def group(values):
     answers = [Completion([1, 2], [-0.5, -0.5], [], "length") for _ in values]
-    question = Question([1], Conversation("", ({"role": "user", "content": "?"}, {"role": "assistant", "content": "!"})))
+    messages = ({"role": "user", "content": "?"}, {"role": "assistant", "content": "!"})
+    question = Question([1], Conversation("", messages))
     return reward.Group(question, answers, ["a"] * len(values), np.array(values), {"exact": np.array(values)})
 
 
