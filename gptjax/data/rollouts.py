@@ -14,13 +14,14 @@ A row holds one prompt with its answer. The end token E of the answer is only a 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from gptjax.data.conversations import Conversation, render_all
 from gptjax.data.loader import epoch_rows
 from gptjax.tokenizers import Tokenizer
+from gptjax.types import RolloutBatch
 
 
 class Question(NamedTuple):
@@ -39,31 +40,6 @@ class Rollout(NamedTuple):
     prompt: Sequence[int]
     tokens: Sequence[int]
     logprobs: Sequence[float]
-
-
-class RolloutBatch(NamedTuple):
-    """A batch of B rollouts, one per row: a prompt and a sampled answer, padded at the end.
-
-    tokens        [B, T] int32    input ids
-    targets       [B, T] int32    the token after each input token
-    weights       [B, T] float32  1 for the targets that are tokens of the answer, including its end token; else 0
-    segment_ids   [B, T] int32    as in `Batch`, or None
-    positions     [B, T] int32    as in `Batch`, or None
-    old           [B, T] float32  log-probability of each target under the sampler, at the temperature of sampling
-    reference     [B, T] float32  the same under the reference model, or None if the loss has no KL penalty
-    advantages    [B] float32     the advantage of each answer
-
-    `old` and `reference` are used where weights is 1 only. The weights of a row without an answer are all 0.
-    """
-
-    tokens: Any
-    targets: Any
-    weights: Any
-    segment_ids: Any
-    positions: Any
-    old: Any
-    reference: Any
-    advantages: Any
 
 
 def questions(talks: Sequence[Conversation], tokenizer: Tokenizer, *, longest: int) -> tuple[list[Question], int]:

@@ -23,7 +23,6 @@ import jax
 import jax.numpy as jnp
 
 from gptjax.config import ModelConfig
-from gptjax.data.rollouts import RolloutBatch
 from gptjax.errors import Problems, UserError, nearest
 from gptjax.losses.next_token import token_log_probs_and_entropies
 from gptjax.ops.dropout import off

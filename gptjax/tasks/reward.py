@@ -19,7 +19,7 @@ from gptjax import losses, weights
 from gptjax.config import Config, ModelConfig
 from gptjax.data import loader, rollouts
 from gptjax.data.conversations import Conversation, read
-from gptjax.data.rollouts import Question, Rollout, RolloutBatch
+from gptjax.data.rollouts import Question, Rollout
 from gptjax.data.split import Splits, split_records
 from gptjax.data.synthetic import skills
 from gptjax.errors import UserError
@@ -37,7 +37,7 @@ from gptjax.tokenizers import Tokenizer
 from gptjax.training.progress import Progress
 from gptjax.training.run import TrainResult
 from gptjax.training.task import Loss, Ready, Rollouts, resolve
-from gptjax.types import Mean, Metrics, Params
+from gptjax.types import Mean, Metrics, Params, RolloutBatch
 
 RESPONSES, BEFORE, RESULTS = instruct.RESPONSES, instruct.BEFORE, instruct.RESULTS
 __all__ = ["batch_shapes", "evaluate", "loss", "plan", "prepare", "refuse_missing"]
