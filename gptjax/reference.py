@@ -37,7 +37,7 @@ def build(folder: str | Path) -> Path:
     _open("gptjax")
     pdoc.render.configure(docformat="markdown", footer_text="gptjax")
     pdoc.render.env.filters |= {"to_markdown": lambda docstring: docstring, "to_html": _page}
-    pdoc.pdoc("gptjax", output_directory=Path(folder))
+    pdoc.pdoc("gptjax", r"!gptjax\.(.+\.)?_.+", output_directory=Path(folder))
     for page in Path(folder).rglob("*.html"):
         text = page.read_text(encoding="utf-8")
         page.write_text(text.replace(_EXTENSION, "").replace(".jaxlib._jax", ""), encoding="utf-8")

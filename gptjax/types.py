@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from gptjax.errors import UserError, complaints
 
-__all__ = ["Batch", "Mean", "Metrics", "Params", "UserError", "complaints"]
+__all__ = ["Batch", "Mean", "Metrics", "Params", "RolloutBatch", "UserError", "complaints"]
 
 Params = dict[str, Any]  # nested dict of arrays; "blocks/attn/q/kernel" is the path of one of them
 Metrics = dict[str, Any]  # dict that maps the name of each metric to a Mean or a scalar
@@ -44,3 +44,28 @@ class Batch(NamedTuple):
     segment_ids: Any = None
     positions: Any = None
     subtree_end: Any = None
+
+
+class RolloutBatch(NamedTuple):
+    """A batch of B rollouts, one per row: a prompt and a sampled answer, padded at the end.
+
+    tokens        [B, T] int32    input ids
+    targets       [B, T] int32    the token after each input token
+    weights       [B, T] float32  1 for the targets that are tokens of the answer, including its end token; else 0
+    segment_ids   [B, T] int32    as in `Batch`, or None
+    positions     [B, T] int32    as in `Batch`, or None
+    old           [B, T] float32  log-probability of each target under the sampler, at the temperature of sampling
+    reference     [B, T] float32  the same under the reference model, or None if the loss has no KL penalty
+    advantages    [B] float32     the advantage of each answer
+
+    `old` and `reference` are used where weights is 1 only. The weights of a row without an answer are all 0.
+    """
+
+    tokens: Any
+    targets: Any
+    weights: Any
+    segment_ids: Any
+    positions: Any
+    old: Any
+    reference: Any
+    advantages: Any

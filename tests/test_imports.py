@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1] / "gptjax"
 # a package may import packages with a lower number
 LEVEL = {
     "_moved": -1, "errors": -1,
-    "types": 0, "signals": 0, "files": 0, "tree": 0, "config": 0, "assets": 0, "formats": 0,
+    "types": 0, "signals": 0, "processes": 0, "files": 0, "tree": 0, "config": 0, "assets": 0, "formats": 0,
     "ops": 1, "tokenizers": 1, "show": 2, "data": 2, "from_scratch": 2,
     "model": 3,
     "losses": 4, "optim": 4, "parallel": 4, "checkpoint": 4, "weights": 4, "lora": 4,
@@ -138,6 +138,7 @@ def loaded_by(statement: str) -> set[str]:
         "import gptjax.config; gptjax.load_config('tiny-gpt2')",
         "import gptjax.config.uses",
         "import gptjax.data, gptjax.tokenizers, gptjax.assets",
+        "import gptjax.evaluation.rewards, gptjax.evaluation.workers",
         "from gptjax.__main__ import main; main(['pretrain', 'tiny-gpt2', '--print-config'])",
     ],
 )

@@ -54,6 +54,8 @@ class Page(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
+ALL_TASKS = ("pretrain", "classify", "instruct", "prefer", "reward")
+
 DRY_RUN = Option(
     "--dry-run", "", "Check the settings and the data and show what the command would do, without doing it."
 )
@@ -121,9 +123,9 @@ PAGES: dict[str, Page] = {
         ),
     ),
     "finetune": Page(
-        about="Fine-tunes a model for one of three tasks: to classify texts, to follow instructions, or to prefer one"
-        " answer to another.",
-        usage=f"gptjax finetune classify|instruct|prefer {CONFIG_USAGE}",
+        about="Fine-tunes a model for one task: to classify texts, to follow instructions, to prefer one answer to"
+        " another, or to give answers with high rewards.",
+        usage=f"gptjax finetune classify|instruct|prefer|reward {CONFIG_USAGE}",
         needs=(BASE, CSV),
         examples=(
             (CLASSIFIER, "Train a classifier on a table of texts and labels."),
@@ -216,6 +218,40 @@ PAGES: dict[str, Page] = {
             "Start from a model that was instruction-tuned on the same kind of prompts, such as"
             " finetune.base=runs/instruct. Without prefer.source the model is trained on synthetic tasks, to try the"
             " command.",
+            LAYERS,
+        ),
+    ),
+    "finetune reward": Page(
+        about="Fine-tunes a model by reinforcement learning (GRPO, Dr. GRPO, DAPO, GSPO, RLOO or REINFORCE++). The"
+        " model answers questions, functions reward the answers, and answers with high rewards become more likely.",
+        usage=f"gptjax finetune reward {CONFIG_USAGE}",
+        needs=(BASE, INSTRUCTED, JSONL),
+        examples=(
+            (
+                "gptjax finetune reward finetune.base=runs/instruct reward.examples=100 train.max_steps=2"
+                " train.batch_size=16",
+                "Train for two steps on synthetic questions; the reward is 1 for an answer that is exactly right.",
+            ),
+            (
+                "gptjax finetune reward finetune.base=runs/instruct reward.source=my.jsonl"
+                " 'reward.functions=[normalised,length:20]' train.max_steps=2 train.batch_size=16 run_dir=runs/short",
+                "Reward right and short answers to the questions of a file.",
+            ),
+            (
+                "gptjax finetune reward finetune.base=runs/instruct reward.loss=dapo reward.group=16 run_dir=runs/dapo"
+                " --dry-run",
+                "Show what would be trained with DAPO and 16 answers per question, and train nothing.",
+            ),
+        ),
+        options=SWITCHES,
+        reads="reward",
+        preset="reward",
+        tasks=("reward",),
+        notes=(
+            FINETUNED,
+            "Start from a model that gives some right answers, such as finetune.base=runs/instruct: if all answers are"
+            " right or all wrong, there is nothing to learn. The answers and their rewards are in rollouts.jsonl."
+            " `gptjax help data` explains reward functions of your own.",
             LAYERS,
         ),
     ),
@@ -382,7 +418,7 @@ PAGES: dict[str, Page] = {
         ),
         reads="*",
         preset="gpt2-124m",
-        tasks=("pretrain", "classify", "instruct", "prefer"),
+        tasks=ALL_TASKS,
         notes=(
             "The command needs the TPU compiler: pip install -e '.[tpu-plan]' in the checkout. Without a preset it"
             " plans a step of gpt2-124m.",
@@ -422,7 +458,7 @@ PAGES: dict[str, Page] = {
         ),
         reads="*",
         preset="tiny-gpt2",
-        tasks=("pretrain", "classify", "instruct", "prefer"),
+        tasks=ALL_TASKS,
         notes=(
             "Without a preset it uses tiny-gpt2, whose text comes with Python; without lists it sweeps"
             " optim.lr=[1e-3,3e-3,1e-2] and seed=range(4).",
@@ -800,7 +836,7 @@ PAGES: dict[str, Page] = {
             ("gptjax presets show instruct", "Print the default preset of `gptjax finetune instruct`."),
             ("gptjax presets show tiny-gpt2 | head -n 8", "Print only what a preset is for."),
         ),
-        tasks=("pretrain", "classify", "instruct", "prefer"),
+        tasks=ALL_TASKS,
     ),
     "presets cp": Page(
         about="Copies a preset to a new file, which can then be changed and run.",
@@ -816,7 +852,7 @@ PAGES: dict[str, Page] = {
                 "Copy a fine-tuning preset and print all its settings.",
             ),
         ),
-        tasks=("pretrain", "classify", "instruct", "prefer"),
+        tasks=ALL_TASKS,
         notes=("Nothing is overwritten: FILE.yaml must be new.",),
     ),
     "doctor": Page(

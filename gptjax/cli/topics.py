@@ -106,6 +106,19 @@ Preferences: prefer.source (.jsonl .json .csv .parquet)
 
   prompt, chosen and rejected may also be lists of messages.
 
+Questions to reward answers to: reward.source (.jsonl .json .csv .parquet)
+  The forms of instruct.source. The last message of a record is the expected
+  answer. A reward function gets the prompt, the answer of the model, and a
+  dict with the keys prompt, expected, constraints, ..:
+
+    def score(prompt, answer, example):
+        return float(example["expected"] in answer)
+
+  reward.functions=[mine.py:score,length:50] adds up two functions. These are
+  built in: exact, normalised, number, boxed, format, format:REGEX, length:N,
+  constraints and judge:MODEL@URL. A function runs in a process of its own; an
+  answer for which it fails is counted and left out.
+
 Look at the result before you train: gptjax data inspect data.source=my.txt shows
 the first tokens; gptjax data check my.jsonl finds duplicates and secrets (near
 duplicates need the extra [check], or near=false). `gptjax data --help` explains
@@ -128,6 +141,8 @@ and the name of the preset or file: runs/tiny-gpt2.
   test.json           fine-tuning: scores on the test set
   responses.jsonl     finetune instruct: answers to the test questions;
                       responses-before.jsonl has those of the base model
+  rollouts.jsonl      finetune reward: the answers that it was trained on, with
+                      their rewards
   confusion.png       finetune classify: predicted and true classes
   seed-0/, seeds.json     with finetune.seeds: a run per seed, and their mean
 

@@ -145,7 +145,7 @@ def _local(cfg: Config) -> list[str]:
 def _finetuning_keys(cfg: Config) -> tuple[str, ...]:
     """Returns the keys of the fine-tuning settings that differ from their defaults."""
     defaults, values = flat(Config()), flat(cfg)
-    groups = ("finetune.", "lora.", "classify.", "instruct.", "prefer.")
+    groups = ("finetune.", "lora.", "classify.", "instruct.", "prefer.", "reward.")
     return tuple(key for key in values if key.startswith(groups) and values[key] != defaults[key])
 
 
@@ -248,8 +248,33 @@ RULES: tuple[Rule, ...] = (
             lambda c, n=name: f"{n}.val_fraction ({getattr(c, n).val_fraction}) and {n}.test_fraction "
             f"({getattr(c, n).test_fraction}) leave no data to train on",
         )
-        for name in ("classify", "instruct", "prefer")
+        for name in ("classify", "instruct", "prefer", "reward")
     ),
+    (("train.batch_size", "reward.group"),
+     lambda c: c.task == "reward" and c.train.batch_size % c.reward.group,
+     lambda c: f"reward.group ({c.reward.group}) must divide train.batch_size ({c.train.batch_size}), the number of "
+     f"answers per step: use one of {_divisors(c.train.batch_size)}"),
+    (("reward.functions", "reward.weights"),
+     lambda c: not c.reward.functions or (c.reward.weights and len(c.reward.weights) != len(c.reward.functions)),
+     lambda c: f"reward.weights has {len(c.reward.weights)} values for {len(c.reward.functions)} reward functions: "
+     "give one per function, or [] to weight them equally" if c.reward.functions
+     else "reward.functions is empty: name at least one function, such as exact"),
+    (("reward.max_new_tokens", "reward.context_length"),
+     lambda c: c.task == "reward" and c.reward.max_new_tokens >= c.reward.context_length,
+     lambda c: f"reward.max_new_tokens ({c.reward.max_new_tokens}) must be below reward.context_length "
+     f"({c.reward.context_length}), which is the length of prompt and answer together"),
+    (("finetune.together", "task"),
+     lambda c: c.task == "reward" and c.finetune.seeds > 1 and c.finetune.together,
+     "finetune.together=true: reward tuning trains several seeds one after the other"),
+    (("distributed.coordinator", "task"),
+     lambda c: c.task == "reward" and c.distributed.coordinator is not None,
+     "distributed.coordinator: reward tuning runs in one process, on all of its devices"),
+    (("train.eval_train_batches", "task"),
+     lambda c: c.task == "reward" and c.train.eval_train_batches,
+     "train.eval_train_batches: reward tuning has no loss to compute on training batches without generating answers"),
+    (("train.steps_per_call", "task"),
+     lambda c: c.task == "reward" and c.train.steps_per_call is not None,
+     "train.steps_per_call: reward tuning runs reward.updates steps per call"),
     (("data.mask_tokens", "model.context_length"),
      lambda c: c.data.mask_tokens and c.data.mask_tokens >= c.model.context_length >= 1,
      lambda c: f"data.mask_tokens ({c.data.mask_tokens}) must be below model.context_length "

@@ -62,6 +62,7 @@ class Range:
 
 
 MOST = 2**31 - 1
+ANY = Range(-math.inf, low_open=True, high_open=True)
 NOT_NEGATIVE = Range(high_open=True)
 POSITIVE = Range(low_open=True, high_open=True)
 COUNT = Range(1, MOST)
@@ -744,13 +745,86 @@ class PreferConfig:
 
 
 @dataclass(frozen=True)
+class RewardConfig:
+    """Reward tuning (GRPO and others): the questions, the reward functions, and the loss."""
+
+    source: Optional[str] = setting(
+        None,
+        "Questions with expected answers: .json, .jsonl, .csv, .parquet or hf:org/name. null: generated questions of"
+        " small synthetic tasks.",
+    )
+    functions: tuple[str, ...] = setting(
+        ("exact",),
+        "Reward functions, whose weighted sum is the reward of an answer: names such as exact, normalised, number,"
+        " boxed, format, length:50 or constraints (see gptjax help data), or functions in files, as"
+        " path/to/mine.py:score.",
+    )
+    weights: tuple[float, ...] = setting((), "Weight of each reward function. []: 1 for each.", ANY)
+    time_limit: float = setting(
+        10.0, "Seconds that a reward function may take for one answer; after that, the answer has no reward.", POSITIVE
+    )
+    loss: Literal["grpo", "dr_grpo", "dapo", "gspo", "rloo", "reinforce_pp"] = setting(
+        "grpo", "Loss and advantages: GRPO, Dr. GRPO, DAPO, GSPO, RLOO or REINFORCE++."
+    )
+    group: int = setting(
+        8,
+        "Answers per question, which form a group; must divide train.batch_size, the answers of a step.",
+        Range(2, MOST),
+    )
+    updates: int = setting(
+        1, "Training steps on the same answers, before the model generates new ones (mu in GRPO).", COUNT
+    )
+    clip: Optional[float] = setting(
+        None,
+        "Clip range epsilon of the probability ratio, which counts at least 1 - clip. null: 0.2, or 0.0003 with"
+        " loss=gspo.",
+        SHARE,
+    )
+    clip_high: Optional[float] = setting(
+        None,
+        "Upper clip range: the ratio counts at most 1 + clip_high. null: clip, but 0.28 with loss=dapo and 0.0004 with"
+        " loss=gspo.",
+        POSITIVE,
+    )
+    kl: float = setting(
+        0.0, "Coefficient of the KL divergence from the base model (beta in GRPO). 0: off, which saves a forward pass."
+    )
+    temperature: float = setting(1.0, "Sampling temperature of the answers that are trained on.", POSITIVE)
+    max_new_tokens: int = setting(64, "Maximum number of tokens per answer.", COUNT)
+    resample: Optional[int] = setting(
+        None,
+        "Dynamic sampling: how many times further questions are drawn in place of those whose answers all have the same"
+        " reward. null: 0, or 2 with loss=dapo.",
+    )
+    style: Optional[ChatStyle] = setting(
+        None,
+        "Prompt style. chat: the model's own chat template; chatml, alpaca and phi3: a fixed template instead of it."
+        " null: chat if the model has a template, else alpaca.",
+    )
+    context_length: int = setting(
+        512,
+        "Tokens per row, of prompt and answer together; longer questions are dropped, and their number is reported.",
+        COUNT,
+    )
+    val_fraction: float = setting(
+        0.05, "Fraction of the questions to hold out for validation, from the end of the source.", FRACTION
+    )
+    test_fraction: float = setting(
+        0.1, "Fraction of the questions to hold out for testing, from just before the validation questions.", FRACTION
+    )
+    examples: int = setting(2000, "Number of synthetic questions, if source is null.", COUNT)
+    compare: bool = setting(True, "Also evaluate the base model on the test questions.")
+
+
+@dataclass(frozen=True)
 class Config:
     """All settings of one run."""
 
     run_dir: Optional[str] = setting(None, "Folder that the run is written to. null: runs/NAME-OF-THE-PRESET.")
-    task: Literal["pretrain", "classify", "instruct", "prefer"] = setting(
+    task: Literal["pretrain", "classify", "instruct", "prefer", "reward"] = setting(
         "pretrain",
-        "Training task, which is set by the command: pretrain, or the fine-tuning task classify, instruct or prefer.",
+        "Training task, which is set by the command: pretrain, or the fine-tuning task classify, instruct, prefer or"
+        " reward.",
     )
     seed: int = setting(0, "Random seed of initialisation, data order and dropout.", SEED)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
@@ -767,6 +841,7 @@ class Config:
     classify: ClassifyConfig = field(default_factory=ClassifyConfig)
     instruct: InstructConfig = field(default_factory=InstructConfig)
     prefer: PreferConfig = field(default_factory=PreferConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
 
     @property
     def window(self) -> int:

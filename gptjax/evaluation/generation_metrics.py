@@ -66,6 +66,16 @@ def is_met(answer: str, constraint: dict[str, Any]) -> bool:
     return CONSTRAINTS[constraint["kind"]][1](answer, constraint["value"])
 
 
+def is_exact(answer: str, expected: str) -> bool:
+    """Returns True if the answer equals the expected answer, ignoring whitespace around them."""
+    return answer.strip() == expected.strip()
+
+
+def is_normalised(answer: str, expected: str) -> bool:
+    """Like `is_exact`, but also ignoring case, all differences in whitespace and full stops at the end."""
+    return normalized(answer).rstrip(".") == normalized(expected).rstrip(".")
+
+
 def read(path: str) -> list[Row]:
     """Reads the answers in a file responses.jsonl that `gptjax finetune instruct` wrote.
 
@@ -119,15 +129,11 @@ def scores(rows: Sequence[Row]) -> dict[str, Any]:
     constraints      proportion of constraints that are met, if rows have constraints
     all_constraints  proportion of rows whose answer meets all constraints, among the rows that have constraints
     """
-
-    def plain(text: str) -> str:
-        return normalized(text).rstrip(".")
-
     n = len(rows)
     metrics = {
         "n": n,
-        **_mean_and_interval("exact", [row["answer"].strip() == row["expected"].strip() for row in rows]),
-        **_mean_and_interval("normalised", [plain(row["answer"]) == plain(row["expected"]) for row in rows]),
+        **_mean_and_interval("exact", [is_exact(row["answer"], row["expected"]) for row in rows]),
+        **_mean_and_interval("normalised", [is_normalised(row["answer"], row["expected"]) for row in rows]),
         "token_f1": sum(token_f1(row["answer"], row["expected"]) for row in rows) / n,
     }
     if all("nats" in row for row in rows):
@@ -196,7 +202,7 @@ def side_by_side(names: Sequence[str], runs: Sequence[Sequence[Row]]) -> str:
         if row is None:
             return ""
         text = cell(row["answer"])
-        return f"**{text}**" if text and row["answer"].strip() == row["expected"].strip() else text
+        return f"**{text}**" if text and is_exact(row["answer"], row["expected"]) else text
 
     by_question = [{(row["where"], row["prompt"]): row for row in rows} for rows in runs]
     lines = [["question", "expected", *map(cell, names)], ["---"] * (2 + len(names))]

@@ -15,6 +15,7 @@ each new token depends on the last `cfg.context_length` / 2 to `cfg.context_leng
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -47,12 +48,14 @@ class Completion(NamedTuple):
     logprobs  log-probability of each token under the model, before any filter; empty unless requested
     top       the k most likely tokens at each position as (id, log-probability); empty unless requested
     finish    "stop" (a stop token was drawn, or `until` returned true) or "length"
+    end       the stop token that was drawn and its log-probability, NaN unless requested; None if none was drawn
     """
 
     tokens: list[int]
     logprobs: list[float]
     top: list[list[tuple[int, float]]]
     finish: Literal["stop", "length"]
+    end: tuple[int, float] | None = None
 
 
 def generate(
@@ -112,6 +115,7 @@ def complete(
     vocab_size: int | None = None,
     n: int = 1,
     logprobs: int | None = None,
+    logprobs_temperature: float = 1.0,
     cache_dtype: DTypeLike | None = None,
     patches: Patches | None = None,
 ) -> list[Completion]:
@@ -121,6 +125,8 @@ def complete(
         n: number of samples per prompt. Each prompt is prefilled once; its n samples are adjacent in the result.
         logprobs: number k of most likely tokens to return at each position, with their log-probabilities, in addition
             to the log-probability of the drawn token. None: no log-probabilities are returned.
+        logprobs_temperature: temperature by which the logits are divided for all log-probabilities. With the sampler's
+            temperature, they are those of the distribution that tokens are drawn from.
 
     The other arguments are the same as those of `generate`.
     """
@@ -128,7 +134,10 @@ def complete(
         _check(prompts, cfg)
         return [Completion([], [], [], "length")] * (n * len(prompts))
     drawable = drawable_ids(vocab_size, cfg)
-    run = _Run(params, prompts, cfg, max_new_tokens, key, sampler, stop, n, logprobs, drawable, cache_dtype, patches)
+    run = _Run(
+        params, prompts, cfg, max_new_tokens, key, sampler, stop, n, logprobs, drawable, cache_dtype, patches,
+        logprobs_temperature,
+    )  # fmt: skip
     requested = 0
     while requested < max_new_tokens and not run.done.all():
         requested = max_new_tokens if until is None else min(requested + _UNTIL_EVERY, max_new_tokens)
@@ -237,6 +246,7 @@ class _State(NamedTuple):
     done: jax.Array  # [B] bool: whether the row has ended, for example at a stop token
     cache: Cache
     seen: jax.Array | None  # [B, drawable] bool: whether the row contains the token; None if not used by the sampler
+    stopped: jax.Array  # [B] int32: the stop token that ended the row, or -1
     logprobs: jax.Array | None  # [B, N] float32
     top: tuple[jax.Array, jax.Array] | None  # ids and log-probabilities of the k most likely tokens, [B, N, k]
 
@@ -252,6 +262,7 @@ class _Settings(NamedTuple):
     logprobs: int | None
     drawable: int  # only ids below this number may be drawn
     cache_dtype: str | None
+    temperature: float = 1.0  # of the log-probabilities
 
     @property
     def slots(self) -> int:
@@ -265,7 +276,7 @@ class _Run:
     def __init__(
         self, params: Params, prompts: Sequence[Sequence[int]], cfg: ModelConfig, max_new_tokens: int, key: jax.Array,
         sampler: Sampler, stop: Sequence[int], n: int, logprobs: int | None, drawable: int,
-        cache_dtype: DTypeLike | None, patches: Patches | None,
+        cache_dtype: DTypeLike | None, patches: Patches | None, temperature: float = 1.0,
     ):  # fmt: skip
         tokens, self.start = right_padded(prompts, cfg)
         self.start = np.repeat(self.start, n)
@@ -275,8 +286,9 @@ class _Run:
         width = 1 << (tokens.shape[1] + max_new - 1).bit_length()
         top = None if logprobs is None else min(logprobs, drawable)
         self.settings = _Settings(
-            cfg, sampler, width, max_new, n, top, drawable, None if cache_dtype is None else jnp.dtype(cache_dtype).name
-        )
+            cfg, sampler, width, max_new, n, top, drawable,
+            None if cache_dtype is None else jnp.dtype(cache_dtype).name, temperature,
+        )  # fmt: skip
         decode_params = for_decoding(params, cfg) if has_room(params) else params
         stacked = {name: leaf for name, leaf in decode_params.items() if not name.startswith("blocks_")}
         unrolled = tokens.shape[1] >= _LONG_PROMPT or "blocks" not in decode_params
@@ -298,18 +310,22 @@ class _Run:
     def end_rows(self, until: Until) -> None:
         """Ends each row at the first new token for which `until` returns True."""
         tokens, before, done = jax.device_get((self.state.tokens, self.state.end, self.state.done))
-        end, done = before.copy(), done.copy()
+        end, done, ended = before.copy(), done.copy(), np.zeros(len(done), bool)
         for row in np.flatnonzero(~self.done):
             new = tokens[row, self.start[row] : end[row]].tolist()
             sizes = range(self.checked[row] + 1, len(new) + 1)
             stop_size = next((size for size in sizes if until(new[:size])), None)
             if stop_size is not None:
-                end[row], done[row] = self.start[row] + stop_size, True
+                end[row], done[row], ended[row] = self.start[row] + stop_size, True, True
             self.checked[row] = len(new)
         self.done = done
         # the state is updated on the device to keep its sharding, because another sharding would recompile the loop
         removed = jnp.asarray(end - before)
-        self.state = self.state._replace(end=self.state.end + removed, done=self.state.done | jnp.asarray(done))
+        self.state = self.state._replace(
+            end=self.state.end + removed,
+            done=self.state.done | jnp.asarray(done),
+            stopped=jnp.where(jnp.asarray(ended), -1, self.state.stopped),
+        )
 
     def first_row(self) -> tuple[list[int], bool]:
         """Returns the new tokens of the first row, and whether the row has ended."""
@@ -326,8 +342,10 @@ class _Run:
             if state.top is not None and self.settings.logprobs:
                 ids, values = (a[row, :size].tolist() for a in state.top)
                 top = [list(zip(i, v, strict=True)) for i, v in zip(ids, values, strict=True)]
-            tokens = state.tokens[row, start:end].tolist()
-            out.append(Completion(tokens, logprobs, top, "stop" if state.done[row] else "length"))
+            tokens, stop_id = state.tokens[row, start:end].tolist(), int(state.stopped[row])
+            stop_logprob = math.nan if state.logprobs is None or stop_id < 0 else float(state.logprobs[row, size])
+            finish: Literal["stop", "length"] = "stop" if state.done[row] else "length"
+            out.append(Completion(tokens, logprobs, top, finish, None if stop_id < 0 else (stop_id, stop_logprob)))
         return out
 
 
@@ -374,6 +392,7 @@ def _start(
         done=jnp.zeros(B, bool),
         cache=cache,
         seen=seen,
+        stopped=jnp.full(B, -1, jnp.int32),
         logprobs=logprobs,
         top=top,
     )
@@ -451,17 +470,19 @@ def _draw(state: _State, logits: jax.Array, key: jax.Array, stop: jax.Array, set
     history = (state.seen,) if state.seen is not None else ()
     allowed = logits[:, : settings.drawable]
     token = settings.sampler(allowed, jax.random.fold_in(key, state.i), *history).astype(jnp.int32)
-    done = state.done | (token[:, None] == stop).any(-1)
+    ends = ~state.done & (token[:, None] == stop).any(-1)
+    done = state.done | ends
     state = state._replace(
         tokens=state.tokens.at[rows, jnp.where(done, state.tokens.shape[1], state.end)].set(token, mode="drop"),
         end=state.end + ~done,
         i=state.i + 1,
         done=done,
+        stopped=jnp.where(ends, token, state.stopped),
     )
     if state.seen is not None:
         state = state._replace(seen=state.seen.at[rows, token].set(True))
     if state.logprobs is not None and state.top is not None:
-        logp = jax.nn.log_softmax(logits)
+        logp = jax.nn.log_softmax(logits if settings.temperature == 1 else logits / settings.temperature)
         values, ids = jax.lax.top_k(logp[:, : settings.drawable], state.top[0].shape[-1])
         state = state._replace(
             logprobs=state.logprobs.at[:, state.i - 1].set(logp[rows, token]),

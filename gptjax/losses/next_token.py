@@ -10,9 +10,9 @@ import jax
 from gptjax.config import ModelConfig
 from gptjax.model.gpt import backbone, head_factors
 from gptjax.ops.dropout import off
-from gptjax.ops.loss import linear_cross_entropy, linear_log_probs
+from gptjax.ops.loss import linear_cross_entropy, linear_log_probs, linear_log_probs_and_entropies
 from gptjax.ops.precision import matmul_precision, with_matmul_precision
-from gptjax.types import Batch, Mean, Metrics, Params
+from gptjax.types import Batch, Mean, Metrics, Params, RolloutBatch
 
 if TYPE_CHECKING:
     from gptjax.data.preferences import PairBatch
@@ -48,12 +48,51 @@ def next_token(cfg: ModelConfig, *, chunk: int | None = None) -> Callable[..., t
 
 @with_matmul_precision
 def token_log_probs(
-    params: Params, batch: Batch | PairBatch, cfg: ModelConfig, key: jax.Array | None = None
+    params: Params,
+    batch: Batch | PairBatch | RolloutBatch,
+    cfg: ModelConfig,
+    key: jax.Array | None = None,
+    *,
+    temperature: float = 1.0,
 ) -> jax.Array:
     """Returns the log-probability of every target token, [B, T] float32.
 
-    Only the tokens, targets and segment_ids of the batch are used. If `key` is None, dropout is off.
+    Only the tokens, targets, segment_ids and, if the batch has them, positions are used.
+
+    Args:
+        key: random key for dropout, or None for no dropout.
+        temperature: the logits are divided by it, as in sampling.
     """
-    hidden = backbone(params, batch.tokens, cfg, segment_ids=batch.segment_ids, dropout_key=key)
-    hidden, head = head_factors(params, hidden, cfg)
-    return linear_log_probs(hidden, head, batch.targets, cap=cfg.logit_softcap, dtype=cfg.dtype)
+    hidden, head = _head_factors(params, batch, cfg, key)
+    return linear_log_probs(
+        hidden, head, batch.targets, cap=cfg.logit_softcap, dtype=cfg.dtype, temperature=temperature
+    )
+
+
+@with_matmul_precision
+def token_log_probs_and_entropies(
+    params: Params,
+    batch: Batch | PairBatch | RolloutBatch,
+    cfg: ModelConfig,
+    key: jax.Array | None = None,
+    *,
+    temperature: float = 1.0,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns `token_log_probs`, and the entropy in nats of the distribution of each target, [B, T] float32 each.
+
+    The entropies have no gradient.
+    """
+    hidden, head = _head_factors(params, batch, cfg, key)
+    return linear_log_probs_and_entropies(
+        hidden, head, batch.targets, cap=cfg.logit_softcap, dtype=cfg.dtype, temperature=temperature
+    )
+
+
+def _head_factors(
+    params: Params, batch: Batch | PairBatch | RolloutBatch, cfg: ModelConfig, key: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    hidden = backbone(
+        params, batch.tokens, cfg, positions=getattr(batch, "positions", None), segment_ids=batch.segment_ids,
+        dropout_key=key,
+    )  # fmt: skip
+    return head_factors(params, hidden, cfg)

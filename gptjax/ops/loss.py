@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -118,31 +120,77 @@ def linear_log_probs(
     cap: float = 0.0,
     dtype: str = "float32",
     chunk: int | None = None,
+    temperature: float = 1.0,
 ) -> jax.Array:
-    """Returns log softmax(softcap(hidden @ head))[target] of each token, [..] float32.
+    """Returns log softmax(softcap(hidden @ head) / temperature)[target] of each token, [..] float32.
 
     This function is for losses that are not a sum over tokens, such as DPO. The tokens are processed in chunks, and the
-    backward pass recomputes the logits of each chunk. The arguments and errors are as in `linear_cross_entropy`.
+    backward pass recomputes the logits of each chunk. The other arguments and the errors are as in
+    `linear_cross_entropy`.
+    """
+    return _per_token(_log_probs, hidden, head, targets, cap, dtype, chunk, temperature)
+
+
+def linear_log_probs_and_entropies(
+    hidden: jax.Array,
+    head: jax.Array,
+    targets: jax.Array,
+    *,
+    cap: float = 0.0,
+    dtype: str = "float32",
+    chunk: int | None = None,
+    temperature: float = 1.0,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns `linear_log_probs`, and the entropy in nats of softmax(softcap(hidden @ head) / temperature), [..] each.
+
+    Both are computed from the same logits. The entropies have no gradient.
     """
 
+    def both(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+        fixed = jax.lax.stop_gradient(logits)
+        entropies = jax.nn.logsumexp(fixed, 1) - (jax.nn.softmax(fixed, 1) * fixed).sum(1)
+        return _log_probs(logits, targets), entropies
+
+    return _per_token(both, hidden, head, targets, cap, dtype, chunk, temperature)
+
+
+def _log_probs(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(logits, targets[:, None], 1)[:, 0] - jax.nn.logsumexp(logits, 1)
+
+
+def _per_token(
+    fn: Callable[[jax.Array, jax.Array], Any],
+    hidden: jax.Array,
+    head: jax.Array,
+    targets: jax.Array,
+    cap: float,
+    dtype: str,
+    chunk: int | None,
+    temperature: float,
+) -> Any:
+    """Applies `fn`(logits [M, V], targets [M]), whose results have shape [M], to chunks of tokens.
+
+    Returns the results with the shape of the targets. The backward pass recomputes the logits.
+    """
     check_ids("targets", targets, head.shape[1])
 
-    def log_probs(hidden: jax.Array, head: jax.Array, targets: jax.Array) -> jax.Array:
+    def per_token(hidden: jax.Array, head: jax.Array, targets: jax.Array) -> Any:
         chunks = _in_chunks((hidden.reshape(-1, head.shape[0]), targets.reshape(-1)), head, chunk)
         kernel = _row_major(aligned_columns(head))
 
         @jax.checkpoint
-        def chunk_log_probs(chunk):
+        def in_chunk(chunk):
             hidden, targets = chunk
             raw = matmul(kernel, hidden.astype(jnp.float32), dtype)  # `dtype` also applies to the backward pass
             logits = _logits(raw, cap, head.shape[1])
-            return jnp.take_along_axis(logits, targets[:, None], 1)[:, 0] - jax.nn.logsumexp(logits, 1)
+            return fn(logits if temperature == 1 else logits / temperature, targets)
 
-        return _over_chunks(chunk_log_probs, chunks).reshape(-1)[: targets.size].reshape(targets.shape)
+        results = _over_chunks(in_chunk, chunks)
+        return jax.tree.map(lambda x: x.reshape(-1)[: targets.size].reshape(targets.shape), results)
 
     if (spec := _token_spec(targets)) is not None:
-        log_probs = by_device(log_probs, (P(*spec, None), P(), spec), spec)
-    return log_probs(hidden, head, targets)
+        per_token = by_device(per_token, (P(*spec, None), P(), spec), spec)
+    return per_token(hidden, head, targets)
 
 
 def _in_chunks(arrays: tuple[jax.Array, ...], head: jax.Array, chunk: int | None) -> tuple[jax.Array, ...]:

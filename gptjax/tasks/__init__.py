@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["TASKS", "find", "finetune", "refuse", "train"]
 
-TASKS = {name: f"gptjax.tasks.{name}" for name in ("pretrain", "classify", "instruct", "prefer")}
+TASKS = {name: f"gptjax.tasks.{name}" for name in ("pretrain", "classify", "instruct", "prefer", "reward")}
 
 
 def find(name: str) -> ModuleType:
@@ -72,7 +72,8 @@ def train(cfg: Config, *, log: Callable[[str], None] | None = None, hooks: Seque
 def finetune(cfg: Config, *, log: Callable[[str], None] | None = None, hooks: Sequence[Hook] = ()) -> TrainResult:
     """Fine-tune a model: the same as `train`, but raises UserError for the task pretrain."""
     if cfg.task == "pretrain":
-        raise UserError("task=pretrain is not fine-tuning: use gptjax pretrain, or task=classify, instruct or prefer")
+        tunings = ", ".join(name for name in TASKS if name != "pretrain")
+        raise UserError(f"task=pretrain is not fine-tuning: use gptjax pretrain, or another task: {tunings}")
     return train(cfg, log=log, hooks=hooks)
 
 

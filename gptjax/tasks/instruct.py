@@ -251,7 +251,7 @@ def answers(
         answer and its end token). If the conversation has them, the dict also has the keys system, history (the
         messages before the question) and constraints.
     """
-    tokenizer = chat.styled(tokenizer, cfg.instruct.style)
+    tokenizer = chat.styled(tokenizer, getattr(cfg, cfg.task).style)
     decoding, rows = for_decoding(params, cfg.model), list[dict[str, Any]]()
     rendered = render_all(talks, tokenizer)
     log_probs = jax.jit(lambda params, batch: losses.token_log_probs(params, batch, cfg.model))
@@ -280,7 +280,7 @@ def answers(
             nats = np.asarray(-(log_probs(params, batch) * batch.weights).sum(-1))
         for talk, ids, loss, spans in zip(talks[first:], new, nats, batch_spans, strict=False):
             score = {"nats": float(loss), "tokens": len(spans[-1].ids)}
-            rows.append(_row(talk, tokenizer.decode(ids)) | score)
+            rows.append(row_of(talk, tokenizer.decode(ids)) | score)
     return rows
 
 
@@ -297,7 +297,8 @@ def _scoring_batch(prompts: list[list[int]], expected: list[list[int]], size: in
     return Batch(*packing.padded(packing.Encoded(ids, weights, 0), -(-longest // 64) * 64))
 
 
-def _row(talk: Conversation, answer: str) -> dict[str, Any]:
+def row_of(talk: Conversation, answer: str) -> dict[str, Any]:
+    """Returns the dict of an answer to the last question of a conversation, without nats and tokens; see `answers`."""
     *before, question, expected = talk.messages
     row = {"where": talk.where, "prompt": _message_text(question), "expected": expected["content"], "answer": answer}
     system = [message["content"] for message in before if message["role"] == "system"]

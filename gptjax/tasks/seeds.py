@@ -88,7 +88,7 @@ def is_vmapped(cfg: Config) -> bool:
     """
     if cfg.finetune.together is not None:
         return cfg.finetune.together
-    return cfg.finetune.trainable == "lora" and jax.default_backend() != "cpu"
+    return cfg.task != "reward" and cfg.finetune.trainable == "lora" and jax.default_backend() != "cpu"
 
 
 def _seeds(cfg: Config) -> range:

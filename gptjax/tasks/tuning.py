@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,8 @@ from gptjax.tasks.trainable import (
 from gptjax.tokenizers import Tokenizer, chat
 from gptjax.training.flops import flops_per_token
 from gptjax.training.progress import Progress
-from gptjax.training.task import Loss, Task, Validation
-from gptjax.types import Params
+from gptjax.training.task import Loss, Rollouts, Task, Validation
+from gptjax.types import Mean, Metrics, Params
 
 
 def refuse_missing(cfg: Config) -> None:
@@ -102,12 +103,15 @@ def make_task(
     tokenizer: Tokenizer,
     loss: Callable[[Config], Loss],
     batch: Callable[[int], Any],
-    eval_batches: Callable[[], Iterable[Any]],
+    eval_batches: Callable[[], Iterable[Any]] = tuple,
     width: int,
     data: str,
     lines: Sequence[str],
     describe_batch: Callable[[int], str] | None = None,
     files: dict[str, str] | None = None,
+    score: Callable[[Params], tuple[Mean, Metrics]] | None = None,
+    rollouts: Callable[[Params, Params, int, int], Rollouts] | None = None,
+    during: AbstractContextManager[Any] | None = None,
 ) -> Task:
     """Build the `Task` of a fine-tuning run.
 
@@ -124,6 +128,9 @@ def make_task(
         describe_batch: function that maps a step to a line of text about the batch of this step, as in `Task`. None:
             the line shows the batch's first tokens.
         files: further text files to write into the model's folder, as a dict from file name to text.
+        score: the function `Validation.score`, or None for an evaluation by the loss on `eval_batches`.
+        rollouts: the function `Task.rollouts`, or None.
+        during: the context manager `Task.during`, or None.
     """
     model, shapes = cfg.model, abstract_params(cfg.model)
     n_params, base_shapes = tree.size(shapes), split_heads(shapes)[0]
@@ -150,7 +157,7 @@ def make_task(
         tokenizer=tokenizer,
         batches=batches,
         describe_batch=describe_batch or first_tokens,
-        validation=Validation(lambda first: eval_batches()),
+        validation=Validation(lambda first: eval_batches(), score=score),
         build=lambda cfg: step_functions(cfg, loss(cfg), combine),
         start=trainable.params,
         frozen=trainable.frozen,
@@ -160,6 +167,8 @@ def make_task(
         },
         describe=lambda n_trained: [*lines, *_describe(cfg, n_params, n_trained)],
         write=write,
+        rollouts=rollouts,
+        during=during or nullcontext(),
     )  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """A program that renders one untrusted Jinja template within limits on time and memory; `chat.py` starts it.
 
-    python -I _render.py FOLDERS..   reads a JSON request from stdin, prints "ready", then {"text": ..} or {"error": ..}
+    python -I _render.py FOLDERS..   reads a line of JSON, the request, prints true, then {"text": ..} or {"error": ..}
 
 This program imports only jinja2, which it finds in FOLDERS, and the standard library, so that it starts quickly.
 Jinja's sandbox denies a template access to Python's internals, but does not stop endless loops and does not limit the
@@ -19,7 +19,6 @@ from datetime import datetime
 from typing import Any
 
 MEMORY_BYTES = 512 << 20
-READY = b"ready\n"
 
 
 def render(template: str, context: dict[str, Any], max_chars: int) -> str:
@@ -114,17 +113,16 @@ def _limit(timeout_s: float) -> None:
 def main() -> None:
     sys.path += sys.argv[1:]
     _environment()  # imports jinja2 before `_limit` restricts the memory and CPU time of this process
-    request = json.loads(sys.stdin.buffer.read())
+    request = json.loads(sys.stdin.buffer.readline())
     _limit(request["timeout_s"])
-    sys.stdout.buffer.write(READY)
-    sys.stdout.buffer.flush()
+    print("true", flush=True)
     try:
         answer = {"text": render(request["template"], request["context"], request["max_chars"])}
     except MemoryError:
         answer = {"error": f"it needs more than {MEMORY_BYTES >> 20} MB"}
     except Exception as error:
         answer = {"error": f"{type(error).__name__}: {str(error)[:300]}"}
-    sys.stdout.buffer.write(json.dumps(answer).encode())
+    print(json.dumps(answer))
 
 
 if __name__ == "__main__":

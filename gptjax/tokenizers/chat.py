@@ -17,22 +17,19 @@ contains a special token, since that token could end the user's turn and begin a
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib.util
 import json
 import os
 import re
-import subprocess
 import sys
-import threading
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 from gptjax.config.schema import ChatStyle as Style
 from gptjax.errors import UserError, did_you_mean
+from gptjax.processes import Child
 from gptjax.tokenizers import _render
 from gptjax.tokenizers.base import Tokenizer, first_of, found_in, stop_ids, whole_tokens
 
@@ -413,37 +410,17 @@ def _in_child(request: dict[str, Any], timeout_s: float) -> dict[str, Any]:
     folders = [str(Path(spec.origin).parents[1]) for spec in specs if spec and spec.origin]
     command = [sys.executable, "-I", "-S", _render.__file__, *dict.fromkeys(folders)]
     env = {name: os.environ[name] for name in ("TZ", "SYSTEMROOT") if name in os.environ}
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, env=env) as child:
-        assert child.stdin and child.stdout
+    with Child(command, env) as child:
         try:
-            with _deadline(child, START_TIMEOUT_S):
-                with contextlib.suppress(BrokenPipeError):
-                    child.stdin.write(json.dumps(request).encode())
-                    child.stdin.close()
-                started = child.stdout.readline(len(_render.READY)) == _render.READY
-            start = time.monotonic()
-            with _deadline(child, timeout_s):
-                answer = child.stdout.read(12 * request["max_chars"] + 1000)  # a character takes up to 12 bytes in JSON
-            seconds = time.monotonic() - start
-        finally:
-            child.kill()
-    if not started:
-        raise UserError("chat template: the process that renders it did not start; is jinja2 installed whole?")
-    try:
-        return json.loads(answer)
-    except ValueError:
-        if seconds >= timeout_s:
+            child.ask(request, START_TIMEOUT_S)
+        except (TimeoutError, EOFError, ValueError):
+            raise UserError(
+                "chat template: the process that renders it did not start; is jinja2 installed whole?"
+            ) from None
+        max_bytes = 12 * request["max_chars"] + 1000  # a character takes up to 12 bytes in JSON
+        try:
+            return child.ask(None, timeout_s, max_bytes)
+        except TimeoutError:
             return {"error": f"it takes longer than {timeout_s:g} s"}
-        return {"error": "it used more memory or time than it may"}
-
-
-@contextlib.contextmanager
-def _deadline(child: subprocess.Popen[bytes], seconds: float) -> Iterator[None]:
-    """Kill the child process if the `with` block takes longer than `seconds`."""
-    timer = threading.Timer(seconds, child.kill)
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
+        except (EOFError, ValueError):
+            return {"error": "it used more memory or time than it may"}

@@ -32,7 +32,7 @@ def steps_per_call(cfg: Config, n_params: int, start: int = 0, hooks: Sequence[i
     checkpoint_every, log_every and those of the hooks. Evaluations, checkpoints and hooks can only run between two
     calls. If train.steps_per_call is None, the number of steps per call is 1 for models with more than 20 million
     parameters; for smaller models it is the largest number up to 10 that divides `start`, max_steps and every interval
-    shorter than max_steps.
+    shorter than max_steps. In reward tuning it is reward.updates, the number of steps on the same rollouts.
 
     Args:
         start: the step from which the run is resumed.
@@ -42,18 +42,18 @@ def steps_per_call(cfg: Config, n_params: int, start: int = 0, hooks: Sequence[i
         UserError: train.steps_per_call does not divide max_steps, or one of the intervals (of evaluation, checkpoints,
             logging, hooks) that are shorter than the run.
     """
-    settings = cfg.train
-    names = ("eval_every", "checkpoint_every", "log_every")
+    settings, updates = cfg.train, cfg.reward.updates if cfg.task == "reward" else None
+    names = ("eval_every", "checkpoint_every") if updates else ("eval_every", "checkpoint_every", "log_every")
     every = {f"train.{name}": getattr(settings, name) for name in names}
     every |= {f"hooks[{i}]": n for i, n in enumerate(hooks)}
     every = {name: n for name, n in every.items() if n < settings.max_steps} | {"train.max_steps": settings.max_steps}
-    if settings.steps_per_call is not None:
-        k = settings.steps_per_call
+    if (k := updates or settings.steps_per_call) is not None:
         bad = [f"{name} ({n})" for name, n in every.items() if n % k]
         if bad:
             common = math.gcd(*every.values())
             fits = ", ".join(str(n) for n in range(1, min(common, 100) + 1) if common % n == 0)
-            raise UserError(f"train.steps_per_call ({k}) must divide {', '.join(bad)}: use one of {fits}")
+            key = "reward.updates" if updates else "train.steps_per_call"
+            raise UserError(f"{key} ({k}) must divide {', '.join(bad)}: use one of {fits}")
         return k
     if n_params > SMALL_MODEL:
         return 1

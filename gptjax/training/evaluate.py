@@ -16,6 +16,7 @@ from gptjax.parallel import distributed, jit_on, on_mesh, place_batch
 from gptjax.training.meter import Meter, finite
 from gptjax.training.run import Run
 from gptjax.training.step import evaluate as mean_over
+from gptjax.types import Mean, Metrics
 
 PLOT_EVERY_S = 20.0
 
@@ -46,6 +47,14 @@ def evaluator(meter: Meter) -> Callable[[Run], None]:
             yield place_batch(batch, run.mesh)
         requested.append(time.monotonic())
 
+    def scored(run: Run) -> tuple[Mean, Metrics]:
+        """Evaluates the answers that the model generates, as if they were a single batch."""
+        assert run.task.validation.score is not None
+        requested[:] = [time.monotonic()]
+        mean, metrics = on_mesh(run.task.validation.score, run.mesh)(combine(*run.both))
+        requested.append(time.monotonic())
+        return mean, metrics
+
     def evaluate(run: Run) -> None:
         nonlocal plotted_at
         counters, validation = run.counters, run.task.validation
@@ -53,7 +62,7 @@ def evaluator(meter: Meter) -> Callable[[Run], None]:
             return
         compiles = not requested  # the time of the first batch in this process includes compilation
         with run.progress.phase("evaluating"):
-            mean, metrics = mean_over(eval_loss, run.both, polled(run))
+            mean, metrics = scored(run) if validation.score else mean_over(eval_loss, run.both, polled(run))
         ended, times = requested[-1], requested[compiles:]
         batch_s = (ended - times[0]) / (len(times) - 1) if len(times) > 1 else 0.0
         meter.eval_s = batch_s * (len(requested) - 1) / (validation.first_share if run.step == 0 else 1.0)
@@ -64,7 +73,7 @@ def evaluator(meter: Meter) -> Callable[[Run], None]:
             train_loss = mean_over(eval_loss, run.both, (run.batch(step) for step in range(n)))[0].value()
             row["train/eval_loss"] = finite(train_loss)
         meter.log(row | {"seconds": run.seconds()})
-        text = f"step {run.step:,}/{run.cfg.train.max_steps:,}: validation loss {loss:.4f}"
+        text = f"step {run.step:,}/{run.cfg.train.max_steps:,}: validation {validation.text(loss)}"
         for name, value in {**derived, **more}.items():
             text += f", {name} {value:.2f}" if name == "perplexity" else f", {value:.4f} {name.replace('_', ' ')}"
         run.progress.say(f"{text} ({ended - requested[0]:.1f} s)")

@@ -24,6 +24,7 @@ from gptjax.training.compile import first_call, make_call, steps_per_call, too_l
 from gptjax.training.meter import Meter
 from gptjax.training.process import keep_buffers, use_compile_cache
 from gptjax.training.progress import Progress, duration
+from gptjax.training.rollouts import roll
 from gptjax.training.run import Hook, Interrupted, Run, TrainResult
 from gptjax.training.run_dir import RunDir
 from gptjax.training.task import Ready, short_run
@@ -99,6 +100,7 @@ def _run(
         with distributed.synchronise_errors(), Progress(log=log, alive=dir.touch if writes else _nothing) as progress:
             ready = prepare(written, progress)
             resolved, held_out = ready.cfg, ready.held_out
+            stack.enter_context(ready.task.during)
             steps_per_call(resolved, 0, hooks=[every for every, _ in hooks])
         distributed.agree_on(resume.hashes(ready.task), "the data")
         signals.raise_if_any()
@@ -152,14 +154,15 @@ def _train(run: Run, hooks: Sequence[Hook]) -> TrainResult:
         meter.close()
     evaluate.plot(run)
     evaluate.write_model(run, run.dir.final)
-    counters = run.counters
+    counters, shown = run.counters, run.task.validation.text
     say(
-        f"done: {run.step:,} steps in {duration(run.seconds())}, validation loss {counters.val_loss:.4f} "
-        f"(best {counters.best_loss:.4f} at step {counters.best_step:,})"
+        f"done: {run.step:,} steps in {duration(run.seconds())}, validation {shown(counters.val_loss)} "
+        f"(best {shown(counters.best_loss).split()[-1]} at step {counters.best_step:,})"
     )
     if run.last_sample:
         say(f"---- sample ----\n{run.last_sample}\n----------------")
-    say(f"in {run.dir.path}: final/ best/ loss.png metrics.jsonl{' samples.txt' if run.task.sample else ''}")
+    texts = " samples.txt" * bool(run.task.sample) + " rollouts.jsonl" * bool(run.task.rollouts)
+    say(f"in {run.dir.path}: final/ best/ loss.png metrics.jsonl{texts}")
     return TrainResult(run.dir.path, run.params(), run.cfg, run.task.tokenizer, run.step, counters.val_loss)
 
 
@@ -177,8 +180,10 @@ def _until_done(run: Run, meter: Meter, call: Callable, hooks: Sequence[Hook]) -
         if run.step >= steps:
             return
         run.poll()
+        if run.task.rollouts:
+            meter.drain()  # the rollouts need the parameters of the last call
         meter.start()
-        batch = run.batch(run.step, run.k)
+        batch = roll(run, meter) if run.task.rollouts else run.batch(run.step, run.k)
         if meter.compiled:
             run.state, metrics = call(run.state, batch)
         else:

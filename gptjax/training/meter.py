@@ -18,6 +18,8 @@ from gptjax.training.progress import duration, peak_flops
 from gptjax.training.run import Run
 from gptjax.types import Metrics
 
+_OWN = {"loss", "weight", "grad_norm", "skipped", "skipped_in_a_row"}  # metrics of every training step
+
 
 class Meter:
     """Reads the metrics of the training steps, and logs them every `train.log_every` steps.
@@ -124,18 +126,21 @@ class Meter:
             "tokens_per_s": round(self.rate, 1) or None,
             "seconds": run.seconds(),
         }
+        row |= {f"train/{name}": finite(values[name]) for name in sorted(values.keys() - _OWN)}
         if self.peak and self.rate:
             row["mfu"] = self.rate * run.task.flops_per_token / self.peak
         self.log(row)
         run.progress.status(step, run.cfg.train.max_steps, self._line(row))
 
     def _line(self, row: dict[str, Any]) -> str:
-        step, total, val_loss = row["step"], self.run.cfg.train.max_steps, self.run.counters.val_loss
-        evaluated = "" if self.run.counters.evaluated == step else f" (step {self.run.counters.evaluated:,})"
+        run, step = self.run, row["step"]
+        total, val_loss = run.cfg.train.max_steps, run.counters.val_loss
+        evaluated = "" if run.counters.evaluated == step else f" (step {run.counters.evaluated:,})"
         fields = [
             f"step {step:,}/{total:,} {step / total:4.0%}",
             f"loss {row['train/loss']:.4f}" if row["train/loss"] is not None else "loss not finite",
-            f"val {val_loss:.4f}{evaluated}" if math.isfinite(val_loss) else "",
+            f"reward {run.rolled['reward']:.3f}" if "reward" in run.rolled else "",
+            f"val {run.task.validation.text(val_loss).split()[-1]}{evaluated}" if math.isfinite(val_loss) else "",
             f"lr {row['lr']:.2e}",
             f"grad {row['grad_norm']:.2f}" if row["grad_norm"] is not None else "grad not finite",
             f"{self.rate:,.0f} tok/s" if self.rate else "",

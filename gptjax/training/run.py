@@ -87,6 +87,7 @@ class Run:
     k: int = 1
     counters: Counters = dataclasses.field(default_factory=Counters)
     last_sample: str | None = None
+    rolled: dict[str, float] = dataclasses.field(default_factory=dict)  # metrics of the last rollouts
     began: float = 0.0
 
     @property

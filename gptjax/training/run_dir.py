@@ -3,6 +3,7 @@
 config.yaml        all settings, with the values that depend on the data filled in
 environment.json   versions, device and command line of the last start of the run
 metrics.jsonl      one JSON object per line
+rollouts.jsonl     for tasks that train on answers of the model: one JSON object per answer
 log.txt  samples.txt  loss.png
 checkpoints/       training states from which the run can be resumed
 best/  final/      self-contained models: the one with the lowest validation loss, and the one of the last step
@@ -57,6 +58,7 @@ class RunDir:
         self.path = Path(path)
         self.config = self.path / "config.yaml"
         self.metrics = self.path / "metrics.jsonl"
+        self.rollouts = self.path / "rollouts.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self.best = self.path / "best"
         self.final = self.path / "final"
@@ -185,16 +187,15 @@ class RunDir:
         write_text(self.path / "environment.json", json.dumps(environment, indent=1) + "\n")
 
     def cut_metrics(self, step: int, say: Callable[[str], None]) -> None:
-        """Remove from metrics.jsonl the rows of steps after `step`, an incomplete last line and, with a warning,
-        damaged lines."""
-        if not self.metrics.exists():
-            return
-        lines, damaged = _lines(self.metrics)
-        if damaged:
-            say(f"WARNING: {_dropped(self.metrics, damaged)}")
-        kept = b"".join(line for line, row in lines if row["step"] <= step)
-        if kept != self.metrics.read_bytes():
-            write_text(self.metrics, kept.decode())
+        """Remove from metrics.jsonl and rollouts.jsonl the rows of steps after `step`, an incomplete last line and,
+        with a warning, damaged lines."""
+        for file in filter(Path.exists, (self.metrics, self.rollouts)):
+            lines, damaged = _lines(file)
+            if damaged:
+                say(f"WARNING: {_dropped(file, damaged)}")
+            kept = b"".join(line for line, row in lines if row["step"] <= step)
+            if kept != file.read_bytes():
+                write_text(file, kept.decode())
 
     def append(self, name: str, text: str) -> None:
         with open(self.path / name, "a", encoding="utf-8") as file:

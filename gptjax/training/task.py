@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from gptjax._moved import moved_name
 from gptjax.config import Config, ModelConfig
 from gptjax.tokenizers import Tokenizer
 from gptjax.training.step import Loss
-from gptjax.types import Params
+from gptjax.types import Mean, Metrics, Params
 
 
 def identity(trained: Any, frozen: Any) -> Any:
@@ -38,15 +39,38 @@ class StepFunctions(NamedTuple):
 class Validation(NamedTuple):
     """The validation data. The model with the lowest validation loss is saved as the best model.
 
+    With `score`, the model is not evaluated by its loss but by the rewards of the answers that it generates; the
+    validation loss is then the negative mean reward.
+
     batches          function (first) that returns the validation batches: all of them or, if `first` is True, a part of
                      them; `first` is True only for the evaluation before the first step
     first_share      size of the part that `first` selects, as a fraction of all validation batches
     derived_metrics  function (loss) that computes further metrics from the loss, such as perplexity
+    score            function (params) that lets the model answer the validation questions, and returns the negative
+                     mean reward as a `Mean` over the answers, and a dict with further metrics; None: the loss is used
     """
 
     batches: Callable[[bool], Iterable[Any]]
     first_share: float = 1.0
     derived_metrics: Callable[[float], dict[str, float]] = lambda loss: {}
+    score: Callable[[Params], tuple[Mean, Metrics]] | None = None
+
+    def text(self, loss: float) -> str:
+        """Returns the validation loss, or with `score` the mean reward, for a line of output."""
+        return f"loss {loss:.4f}" if self.score is None else f"reward {-loss:.4f}"
+
+
+class Rollouts(NamedTuple):
+    """Answers that the model generated and that it is trained on.
+
+    batches   the batches of the next steps, with leaves [k, B, ..]
+    metrics   metrics of the answers, such as their mean reward
+    rows      one JSON-serialisable dict per answer, for rollouts.jsonl
+    """
+
+    batches: Any
+    metrics: dict[str, float]
+    rows: list[dict[str, Any]]
 
 
 class Task(NamedTuple):
@@ -55,7 +79,8 @@ class Task(NamedTuple):
     tokenizer         the tokenizer, which is saved with the model
     batches           function (step, k, rows) that returns the batches of the k steps from `step`, with leaves
                       [k, B, ..]; `rows` is a slice of the batch axis, or None for all rows; `batches` is a pure
-                      function, so that a resumed run needs no data loader state
+                      function, so that a resumed run needs no data loader state; with `rollouts`, only the shapes of
+                      these batches are used
     describe_batch    function (step) that returns a line about the data in this step's batch, for error messages
     validation        the validation data
     build             builds `StepFunctions` from a config, whose hyperparameters may be tracers when several runs
@@ -69,6 +94,10 @@ class Task(NamedTuple):
                       printed before the first step
     write             function (folder, trained, frozen, text files) that writes a self-contained model folder
     sample            function (params) that returns generated texts, called after each evaluation; None for no samples
+    rollouts          function (trained, frozen, step, k) that lets the model generate the batches of the k steps from
+                      `step`; it depends on nothing else, so that a resumed run makes the same rollouts. None: the
+                      batches are those of `batches`
+    during            context manager that is open while the task is trained, such as processes that it needs
     """
 
     tokenizer: Tokenizer
@@ -83,6 +112,8 @@ class Task(NamedTuple):
     describe: Callable[[int], list[str]]
     write: Callable[[Path, Any, Any, dict[str, str]], None]
     sample: Callable[[Params], list[str]] | None = None
+    rollouts: Callable[[Any, Any, int, int], Rollouts] | None = None
+    during: AbstractContextManager[Any] = nullcontext()
 
     def initial(self) -> tuple[Callable[[jax.Array, Any], Any], Any]:
         """Returns (init, start), where init(key, start) gives the trained params before the first step.

@@ -9,7 +9,13 @@ import pytest
 
 from gptjax.ops import loss
 from gptjax.ops.device import compiling_for
-from gptjax.ops.loss import cross_entropy, linear_cross_entropy, linear_log_probs, softcap
+from gptjax.ops.loss import (
+    cross_entropy,
+    linear_cross_entropy,
+    linear_log_probs,
+    linear_log_probs_and_entropies,
+    softcap,
+)
 
 RNG = np.random.default_rng(0)
 N, D, V = 12, 8, 11
@@ -111,6 +117,27 @@ def test_log_probs_per_token(cap, chunk):
         for fn in (whole, in_chunks)
     )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3), want, got)
+
+
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_log_probs_and_entropies_at_a_temperature(temperature, device):
+    """A GPU pads the columns of the head. Entropies have no gradient."""
+
+    def whole(h, w):
+        logits = jax.nn.log_softmax(softcap(h @ w, 2.0) / temperature)
+        return jnp.take_along_axis(logits, TARGETS[..., None], -1)[..., 0], -(jnp.exp(logits) * logits).sum(-1)
+
+    options = dict(cap=2.0, chunk=5, temperature=temperature)
+    with compiling_for(device):
+        got = linear_log_probs_and_entropies(HIDDEN, HEAD, TARGETS, **options)
+        alone = linear_log_probs(HIDDEN, HEAD, TARGETS, **options)
+        both = lambda h, w: linear_log_probs_and_entropies(h, w, TARGETS, **options)  # noqa: E731
+        gradients = jax.grad(lambda h, w: sum(jnp.square(x).sum() for x in both(h, w)), (0, 1))(HIDDEN, HEAD)
+    np.testing.assert_allclose(got[0], alone, rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, whole(HIDDEN, HEAD))
+    want = jax.grad(lambda h, w: jnp.square(whole(h, w)[0]).sum(), (0, 1))(HIDDEN, HEAD)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3), gradients, want)
 
 
 def columns_of_products(jaxpr):

@@ -1,0 +1,83 @@
+"""Questions, and the answers that a model gives to them in reward tuning, as batches.
+
+    kept, dropped = questions(conversations, tokenizer, longest=400)
+    batch = rollout_batch([Rollout(prompt, tokens, logprobs), ..], advantages, length=464)
+
+A row holds one prompt with its answer. The end token E of the answer is only a target:
+
+    tokens        a b c d e . .     prompt "abc", answer "deE"
+    targets       b c d e E . .
+    weights       0 0 1 1 1 0 0
+    old           0 0 x x x 0 0     x: log-probability of the target when it was drawn
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from gptjax.data.conversations import Conversation, render_all
+from gptjax.data.loader import epoch_rows
+from gptjax.tokenizers import Tokenizer
+from gptjax.types import RolloutBatch
+
+
+class Question(NamedTuple):
+    """The token ids of a prompt, and the conversation, which ends with the expected answer."""
+
+    ids: list[int]
+    talk: Conversation
+
+
+class Rollout(NamedTuple):
+    """An answer to a prompt, as token ids, and the log-probability of each of its tokens when it was drawn.
+
+    The end token is the last token of the answer, if there is one.
+    """
+
+    prompt: Sequence[int]
+    tokens: Sequence[int]
+    logprobs: Sequence[float]
+
+
+def questions(talks: Sequence[Conversation], tokenizer: Tokenizer, *, longest: int) -> tuple[list[Question], int]:
+    """Returns the questions whose prompt has at most `longest` tokens, and the number of the others.
+
+    The prompt is the conversation before its last answer, in the chat template of the tokenizer.
+    """
+    rendered = render_all(talks, tokenizer)
+    prompts = [[i for span in spans[:-1] for i in span.ids] for spans in rendered]
+    kept = [Question(ids, talk) for ids, talk in zip(prompts, talks, strict=True) if 0 < len(ids) <= longest]
+    return kept, len(talks) - len(kept)
+
+
+def draw(n: int, step: int, size: int, seed: int) -> np.ndarray:
+    """Returns the indices [size] of the questions of draw number `step`, out of n.
+
+    Every epoch contains each question once, in a new order.
+    """
+    return epoch_rows(step, size, n, seed)
+
+
+def rollout_batch(rollouts: Sequence[Rollout], advantages: np.ndarray, length: int) -> RolloutBatch:
+    """Returns the batch of B rollouts, without reference log-probabilities.
+
+    Args:
+        advantages: [B].
+        length: the number T of tokens per row; each prompt with its answer must fit, but for the last token.
+    """
+    n = len(rollouts)
+    ids = np.zeros((n, length + 1), np.int32)
+    old, weights = np.zeros((n, length), np.float32), np.zeros((n, length), np.float32)
+    segments = np.zeros((n, length), np.int32)
+    for row, (prompt, tokens, logprobs) in enumerate(rollouts):
+        begin, end = len(prompt) - 1, len(prompt) + len(tokens) - 1
+        ids[row, : end + 1] = [*prompt, *tokens]
+        old[row, begin:end] = logprobs
+        weights[row, begin:end] = 1
+        segments[row, :end] = 1
+    positions = np.tile(np.arange(length, dtype=np.int32), (n, 1))
+    inputs, targets = ids[:, :-1] * segments, ids[:, 1:] * segments
+    return RolloutBatch(inputs, targets, weights, segments, positions, old, None, np.asarray(advantages, np.float32))

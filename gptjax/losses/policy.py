@@ -1,0 +1,270 @@
+"""Policy-gradient losses for reinforcement learning with verifiable rewards: GRPO and its relatives.
+
+A model samples N answers to each of G prompts, a function rewards every answer, and the loss raises the probability of
+the answers that were rewarded more than others. `advantages` and `policy` differ between the kinds in a few switches:
+
+    kind           advantage of an answer                     ratio per   mean over
+    grpo           (reward - group mean) / group std          token       the tokens of each answer, then answers
+    dr_grpo        reward - group mean                        token       answers of `max_new_tokens` tokens
+    dapo           (reward - group mean) / group std          token       all tokens
+    gspo           (reward - group mean) / group std          answer      answers
+    rloo           reward - mean of the group's others        answer      answers
+    reinforce_pp   (reward - batch mean) / batch std          token       the tokens of each answer, then answers
+
+A group is the N answers to one prompt; the ratio is the probability under the policy divided by that under the sampler.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+
+from gptjax.config import ModelConfig
+from gptjax.errors import Problems, UserError, nearest
+from gptjax.losses.next_token import token_log_probs_and_entropies
+from gptjax.ops.dropout import off
+from gptjax.types import Mean, Metrics, Params, RolloutBatch
+
+Kind = Literal["grpo", "dr_grpo", "dapo", "gspo", "rloo", "reinforce_pp"]
+
+_STD_EPSILON = 1e-4  # added to the standard deviation of rewards, as in TRL
+_MAX_LOG_RATIO = 20.0  # the exponential of a larger one could overflow, and its gradient would be NaN
+
+
+class Switches(NamedTuple):
+    """The choices that distinguish the kinds of policy-gradient losses.
+
+    baseline        what is subtracted from a reward: the mean of its group, of the others in its group, or of the batch
+    std             the differences are divided by the standard deviation of the group or of the batch, or not divided
+    ratio           the ratio of each token; that of the answer, the product over its tokens; or the geometric mean of
+                    that product
+    mean            how the terms of tokens are averaged:
+                      answer_mean   mean over the tokens of each answer, then over answers
+                      answer_sum    sum over the tokens of each answer, then mean over answers
+                      token         mean over all tokens of the batch
+                      constant      sum over all tokens, divided by `max_new_tokens` and the number of answers
+                    The ratio of an answer gives one term for the answer, which is averaged over answers.
+    clip            the ratio is clipped to at least 1 - clip ...
+    clip_high       ... and at most 1 + clip_high
+    kl              coefficient of the KL penalty
+    kl_ratio        the penalty is multiplied by the ratio
+    max_new_tokens  maximum number of tokens of an answer, which only mean=constant needs
+    """
+
+    baseline: Literal["group", "others", "batch"] = "group"
+    std: Literal["group", "batch", "none"] = "group"
+    ratio: Literal["token", "answer", "geometric_mean"] = "token"
+    mean: Literal["answer_mean", "answer_sum", "token", "constant"] = "answer_mean"
+    clip: float = 0.2
+    clip_high: float = 0.2
+    kl: float = 0.0
+    kl_ratio: bool = True
+    max_new_tokens: int | None = None
+
+
+KINDS: dict[str, Switches] = {
+    "grpo": Switches(),
+    "dr_grpo": Switches(std="none", mean="constant"),
+    "dapo": Switches(mean="token", clip_high=0.28),
+    "gspo": Switches(ratio="geometric_mean", clip=3e-4, clip_high=4e-4),
+    "rloo": Switches(baseline="others", std="none", ratio="answer", mean="answer_sum"),
+    "reinforce_pp": Switches(baseline="batch", std="batch"),
+}
+
+
+def policy_switches(
+    kind: Kind = "grpo",
+    *,
+    clip: float | None = None,
+    clip_high: float | None = None,
+    kl: float = 0.0,
+    max_new_tokens: int | None = None,
+) -> Switches:
+    """Returns the switches of a kind of loss, with the settings that `policy` explains.
+
+    Raises:
+        UserError: the kind is unknown, a setting is out of range, or kind=dr_grpo has no `max_new_tokens`.
+    """
+    default = _default(kind)
+    low = default.clip if clip is None else clip
+    high = low if default.clip_high == default.clip else max(low, default.clip_high)
+    high = high if clip_high is None else clip_high
+    problems = Problems()
+    for name, value in (("clip", low), ("clip_high", high)):
+        if not value > 0:
+            problems.append(f"{name}: expected a number above 0, got {value}")
+    if not kl >= 0:
+        problems.append(f"kl: expected a coefficient of 0 or more, got {kl}")
+    if max_new_tokens is None and default.mean == "constant":
+        problems.append(f"kind={kind} divides by the longest possible answer: pass max_new_tokens")
+    elif max_new_tokens is not None and max_new_tokens < 1:
+        problems.append(f"max_new_tokens: expected 1 or more, got {max_new_tokens}")
+    problems.raise_if_any()
+    return default._replace(clip=low, clip_high=high, kl=kl, max_new_tokens=max_new_tokens)
+
+
+def _default(kind: str) -> Switches:
+    if kind not in KINDS:
+        meant = nearest(str(kind), KINDS)
+        hint = f"; did you mean {meant}?" if meant else ""
+        raise UserError(f"kind: expected one of {', '.join(get_args(Kind))}, got {kind!r}{hint}")
+    return KINDS[kind]
+
+
+def advantages(rewards: jax.Array, kind: Kind = "grpo") -> jax.Array:
+    """Returns the advantages [G, N] float32 of N answers to each of G prompts, from their rewards [G, N].
+
+        rewards     [[1, 0, 0, 1], [0, 0, 0, 0]]
+        grpo        [[.87, -.87, -.87, .87], [0, 0, 0, 0]]
+        dr_grpo     [[.5, -.5, -.5, .5], [0, 0, 0, 0]]
+        rloo        [[.67, -.67, -.67, .67], [0, 0, 0, 0]]
+
+    Standard deviations are those of a sample (divided by n - 1), plus 1e-4, as in TRL. Equal rewards give advantages of
+    exactly 0. For kind=reinforce_pp, pass all prompts of a batch at once.
+
+    Source: the module's docstring says which mean and standard deviation each kind uses; `policy` names the papers.
+
+    Raises:
+        UserError: the kind is unknown, rewards is not two-dimensional, or a mean would be that of a single answer.
+    """
+    s = _default(kind)
+    rewards = jnp.asarray(rewards, jnp.float32)
+    if rewards.ndim != 2:
+        raise UserError(f"rewards: expected [prompts, answers per prompt], got shape {list(rewards.shape)}")
+    axis = None if s.baseline == "batch" else 1
+    n = rewards.size if axis is None else rewards.shape[1]
+    if n < 2:
+        of = "answers in the batch" if axis is None else "answers per prompt"
+        raise UserError(f"rewards: kind={kind} compares answers and needs 2 or more {of}, got {n}")
+    rewards = rewards - (rewards[:, :1] if axis else rewards[0, 0])  # so that the mean of equal rewards has no rounding
+    centred = rewards - rewards.mean(axis, keepdims=True)
+    if s.baseline == "others":
+        centred = centred * (n / (n - 1))  # equals reward minus the mean of the other n - 1 rewards
+    if s.std == "none":
+        return centred
+    return centred / (rewards.std(axis, ddof=1, keepdims=True) + _STD_EPSILON)
+
+
+def policy_terms(
+    new: jax.Array,
+    old: jax.Array,
+    reference: jax.Array | None,
+    mask: jax.Array,
+    advantages: jax.Array,
+    switches: Switches,
+) -> tuple[Mean, Metrics]:
+    """Computes a policy-gradient loss from log-probabilities.
+
+    The term of a token or answer is -min(r A, clip(r, 1 - clip, 1 + clip_high) A), with its ratio r and the answer's
+    advantage A. Every token adds kl r (exp(d) - d - 1) with d = log p_reference - log p_policy, the estimate k3 of the
+    KL divergence from the reference model. The factor r makes the gradient an unbiased one of KL(policy || reference),
+    as in DeepSeek-V3.2 (arXiv:2512.02556) and TRL. GRPO's paper has no such factor: kl_ratio=False.
+
+    Args:
+        new: log-probabilities of the targets under the policy, [B, T] float32; the gradient flows to these.
+        old: log-probabilities under the sampler, [B, T].
+        reference: log-probabilities under the reference model, [B, T], or None if there is no KL penalty.
+        mask: [B, T] float32, 1 for the tokens of answers; the log-probabilities of other tokens are not used.
+        advantages: advantage of each answer, [B].
+        switches: the kind of loss, as `policy_switches` returns it.
+
+    Returns:
+        The loss, as a `Mean` whose weight is the number of answers (mean=answer_mean and answer_sum), of tokens (token)
+        or of answers times `max_new_tokens` (constant), and the metrics of `policy` but for `entropy`.
+
+    Raises:
+        UserError: the loss has a KL penalty, and reference is None.
+    """
+    if switches.kl and reference is None:
+        raise UserError(f"kl ({switches.kl}) needs the log-probabilities of the reference model, got reference=None")
+    present = mask > 0
+    count = mask.sum(-1, keepdims=True)
+    tokens, answers = count.sum(), (count > 0).astype(jnp.float32).sum()
+    even = mask / jnp.maximum(count, 1.0)  # these weights turn a sum over tokens into a mean for each answer
+    share = even if switches.mean == "answer_mean" else mask
+    weight = {"token": tokens, "constant": answers * float(switches.max_new_tokens or 0)}.get(switches.mean, answers)
+
+    log_ratios = jnp.where(present, new - old, 0.0)  # [B, T]
+    log_ratio, term_share = log_ratios, share
+    if switches.ratio != "token":
+        parts = log_ratios * (even if switches.ratio == "geometric_mean" else mask)
+        log_ratio, term_share = jnp.broadcast_to(parts.sum(-1, keepdims=True), mask.shape), even
+    ratio = jnp.exp(jnp.minimum(log_ratio, _MAX_LOG_RATIO))
+    low, high = 1 - switches.clip, 1 + switches.clip_high
+    advantage = advantages[:, None]
+    terms = -jnp.minimum(ratio * advantage, jnp.clip(ratio, low, high) * advantage)
+    total = (terms * term_share).sum()
+
+    clipped = ((ratio < low) & (advantage < 0)) | ((ratio > high) & (advantage > 0))
+    metrics = {
+        "kl": Mean((_k3(log_ratios) * mask).sum(), tokens),
+        "clipped": Mean((clipped.astype(jnp.float32) * mask).sum(), tokens),
+        "ratio": Mean((ratio * mask).sum(), tokens),
+        "length": Mean(tokens, answers),
+    }
+    if reference is not None:
+        divergences = _k3(jnp.where(present, reference - new, 0.0)) * (ratio if switches.kl_ratio else 1.0)
+        metrics["kl_reference"] = Mean((divergences * mask).sum(), tokens)
+        if switches.kl:
+            total = total + switches.kl * (divergences * share).sum()
+    return Mean(total, weight), jax.lax.stop_gradient(metrics)
+
+
+def _k3(d: jax.Array) -> jax.Array:
+    """Returns exp(d) - d - 1. With d = log q - log p of a sample of p, it is an unbiased estimate of KL(p || q)."""
+    return jnp.exp(d) - d - 1.0
+
+
+def policy(
+    cfg: ModelConfig,
+    kind: Kind = "grpo",
+    *,
+    clip: float | None = None,
+    clip_high: float | None = None,
+    kl: float = 0.0,
+    temperature: float = 1.0,
+    max_new_tokens: int | None = None,
+) -> Callable[..., tuple[Mean, Metrics]]:
+    """Returns the policy-gradient loss named `kind`, for batches of type `RolloutBatch`.
+
+    `policy_terms` describes the loss, and the module's docstring how the kinds differ. For all kinds the KL penalty is
+    a term of the loss, as in GRPO; the papers of rloo and reinforce_pp subtract it from the rewards instead.
+
+    The metrics are `Mean`s over the tokens of answers:
+
+        kl             KL(sampler || policy) in nats per token, estimated by k3 from the sampled tokens
+        kl_reference   KL(policy || reference), estimated likewise; only if the batch has `reference`
+        entropy        entropy of the policy's distribution in nats, at the temperature of sampling
+        clipped        fraction of tokens whose ratio is clipped, so that they have no gradient
+        ratio          probability under the policy divided by that under the sampler
+        length         tokens per answer, including the end token
+
+    Args:
+        clip: the ratio is clipped to at least 1 - clip. None: 0.2, or 3e-4 for gspo, whose ratios are closer to 1.
+        clip_high: the ratio is clipped to at most 1 + clip_high. None: equal to clip, but at least 0.28 for dapo and
+            4e-4 for gspo.
+        kl: coefficient of the KL penalty; 0: no penalty, and the batch needs no `reference`.
+        temperature: temperature of sampling. The policy's log-probabilities are those of logits / temperature.
+        max_new_tokens: maximum number of tokens of an answer. Only dr_grpo needs it.
+
+    Raises:
+        UserError: the kind is unknown, a setting is out of range, or kind=dr_grpo has no `max_new_tokens`.
+
+    Source: GRPO, arXiv:2402.03300, eq. 3 and 4; Dr. GRPO, arXiv:2503.20783; DAPO, arXiv:2503.14476, eq. 8; GSPO,
+    arXiv:2507.18071, eq. 5 to 7; RLOO, arXiv:2402.14740, with clipped ratios as in TRL; REINFORCE++, arXiv:2501.03262.
+    """
+    if not temperature > 0:
+        raise UserError(f"temperature: expected a number above 0, got {temperature}; greedy answers are not samples")
+    s = policy_switches(kind, clip=clip, clip_high=clip_high, kl=kl, max_new_tokens=max_new_tokens)
+
+    def loss(params: Params, batch: RolloutBatch, key: jax.Array | None) -> tuple[Mean, Metrics]:
+        key = None if off(cfg.dropout) else key
+        new, entropies = token_log_probs_and_entropies(params, batch, cfg, key, temperature=temperature)
+        mean, metrics = policy_terms(new, batch.old, batch.reference, batch.weights, batch.advantages, s)
+        entropy = jnp.where(batch.weights > 0, entropies, 0.0).sum()
+        return mean, {**metrics, "entropy": Mean(entropy, batch.weights.sum())}
+
+    return loss

@@ -1,0 +1,492 @@
+"""Reward tuning (GRPO and others): the model answers questions, functions reward the answers, and the model is trained
+to give answers with higher rewards."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gptjax import losses, weights
+from gptjax.config import Config, ModelConfig
+from gptjax.data import loader, rollouts
+from gptjax.data.conversations import Conversation, read
+from gptjax.data.rollouts import Question, Rollout
+from gptjax.data.split import Splits, split_records
+from gptjax.data.synthetic import skills
+from gptjax.errors import UserError
+from gptjax.evaluation import rewards
+from gptjax.evaluation.generation_metrics import scores
+from gptjax.evaluation.intervals import t_interval
+from gptjax.evaluation.workers import Scorer, Scores
+from gptjax.files import use_json, write_json, write_text
+from gptjax.generation.decode import Completion, complete, generate
+from gptjax.generation.sampling import chain, temperature
+from gptjax.losses.policy import Kind
+from gptjax.model.gpt import for_decoding
+from gptjax.tasks import instruct, tuning
+from gptjax.tokenizers import Tokenizer
+from gptjax.training.progress import Progress
+from gptjax.training.run import TrainResult
+from gptjax.training.task import Loss, Ready, Rollouts, resolve
+from gptjax.types import Mean, Metrics, Params, RolloutBatch
+
+RESPONSES, BEFORE, RESULTS = instruct.RESPONSES, instruct.BEFORE, instruct.RESULTS
+__all__ = ["batch_shapes", "evaluate", "loss", "plan", "prepare", "refuse_missing"]
+ROUND = 16  # rows are padded to a multiple of this number of tokens
+SMOOTHED = 5  # number of successive rollouts whose mean rewards are averaged to detect a collapse
+
+
+# --- the data
+
+
+def refuse_missing(cfg: Config) -> None:
+    """Raises UserError if the base model, the data or a reward function do not exist. Downloads nothing."""
+    tuning.refuse_missing(cfg)
+    rewards.parse(cfg.reward.functions)
+
+
+def conversations(cfg: Config, notes: list[str] | None = None) -> Splits[Conversation]:
+    """Returns the conversations to train, validate and test on; `notes` is as in `instruct.conversations`."""
+    splits = split_records(cfg.reward, cfg.seed, read, skills, notes)
+    examples = ((talk.where, instruct.row_of(talk, "")) for talks in splits for talk in talks)
+    rewards.check_rows(cfg.reward.functions, examples)
+    return splits
+
+
+def _questions(
+    cfg: Config, model: ModelConfig, talks: Sequence[Conversation], tokenizer: Tokenizer
+) -> tuple[list[Question], int]:
+    """Returns the questions that leave room for an answer, and the number of the others."""
+    longest = tuning.longest_row(cfg, model) - cfg.reward.max_new_tokens
+    kept, dropped = rollouts.questions(talks, tokenizer, longest=longest)
+    if not kept:
+        raise UserError(
+            f"no question fits: each has more than {longest} tokens, which is what reward.max_new_tokens="
+            f"{cfg.reward.max_new_tokens} leaves of {longest + cfg.reward.max_new_tokens} tokens per row"
+            f"{tuning.why_so_long(cfg, model)}"
+        )
+    return kept, dropped
+
+
+def row_length(cfg: Config, model: ModelConfig, kept: Sequence[Question]) -> int:
+    """Returns the number of tokens per row: that of the longest prompt with the longest possible answer, rounded up."""
+    longest = max(len(question.ids) for question in kept) + cfg.reward.max_new_tokens
+    return min(-(-longest // ROUND) * ROUND, tuning.longest_row(cfg, model))
+
+
+# --- rewards
+
+
+def scorer(cfg: Config) -> Scorer:
+    """Returns the reward functions of a config, in processes that end with this process."""
+    reward = cfg.reward
+    shares = reward.weights or (1.0,) * len(reward.functions)
+    return Scorer(reward.functions, shares, time_limit_s=reward.time_limit)
+
+
+def score(scoring: Scorer, talks: Sequence[Conversation], answers: Sequence[str]) -> Scores:
+    """Returns the rewards of an answer to the last question of each conversation."""
+    examples = [instruct.row_of(talk, answer) for talk, answer in zip(talks, answers, strict=True)]
+    return scoring.score([example["prompt"] for example in examples], answers, examples)
+
+
+class Group(NamedTuple):
+    """The answers to one question, as completions and as texts, with their rewards [n]; NaN where a function failed."""
+
+    question: Question
+    completions: list[Completion]
+    texts: list[str]
+    rewards: np.ndarray
+    parts: dict[str, np.ndarray]
+
+    @property
+    def varies(self) -> bool:
+        known = self.rewards[~np.isnan(self.rewards)]
+        return known.size > 0 and bool(np.ptp(known) > 0)
+
+
+def group_advantages(groups: Sequence[Group], kind: Kind) -> np.ndarray:
+    """Returns the advantages [G, n] of the answers in G groups. An answer whose reward function failed has advantage 0,
+    and does not change the advantages of the others in its group by more than its place in the standard deviation."""
+    values = np.stack([group.rewards for group in groups])
+    failed = np.isnan(values)
+    means = np.nan_to_num(np.where(failed, 0, values).sum(1) / np.maximum((~failed).sum(1), 1))
+    filled = np.where(failed, means[:, None], values)
+    return np.where(failed, 0, np.asarray(losses.advantages(jnp.asarray(filled), kind)))
+
+
+# --- the task
+
+
+def prepare(cfg: Config, progress: Progress) -> Ready:
+    base = tuning.base_model(cfg)
+    reward, notes = cfg.reward, list[str]()
+    model = base.cfg.computed_as(cfg.model)
+    with progress.phase("preparing the data"):
+        tokenizer, style_lines = tuning.styled(base, reward.style)
+        splits = conversations(cfg, notes)
+        (train, dropped), (val, dropped_val) = (
+            _questions(cfg, model, talks, tokenizer) for talks in (splits.train, splits.val)
+        )
+    size, per_step = cfg.train.batch_size, cfg.train.batch_size // reward.group
+    resolved = resolve(cfg, model, len(train) * reward.updates, per_step)
+    trainable, fingerprint = tuning.load_base(resolved, base, {}, jax.random.key(cfg.seed), progress)
+    start = jax.tree.map(jnp.copy, trainable.params) if reward.kl else None
+    width, scoring = row_length(cfg, model, train), scorer(cfg)
+
+    counts = " + ".join(f"{len(talks):,}" for talks in splits)
+    lines = [
+        f"data    {reward.source or 'synthetic skills'}: {counts} questions to train, validate and test on",
+        f"        rows of {width} tokens, prompt and answer; {dropped + dropped_val} questions that do not fit were "
+        "dropped",
+        *(f"        {note}" for note in notes),
+        *style_lines,
+        f"reward  {' + '.join(_weighted(cfg))}, {reward.loss}: {per_step} questions per step, {reward.group} answers "
+        f"to each, {reward.updates} {'step' if reward.updates == 1 else 'steps'} on the same answers",
+    ]
+    empty = _empty(size, width)
+    task = tuning.make_task(
+        resolved,
+        trainable,
+        fingerprint=fingerprint,
+        tokenizer=tokenizer,
+        loss=loss,
+        batch=lambda step: empty,
+        width=width,
+        data=loader.fingerprint(*(np.array(q.ids) for q in (*train, *val))),
+        lines=lines,
+        describe_batch=lambda step: f"see the rows of step {step + 1} in rollouts.jsonl",
+        score=_validation(resolved, tokenizer, val, scoring),
+        rollouts=_roller(resolved, tokenizer, train, width, scoring, trainable.combine, start, progress.say),
+        during=scoring,
+    )
+    return Ready(resolved, task, splits.test)
+
+
+def _weighted(cfg: Config) -> list[str]:
+    shares = cfg.reward.weights or (1.0,) * len(cfg.reward.functions)
+    return [
+        name if share == 1 else f"{share:g} * {name}" for name, share in zip(cfg.reward.functions, shares, strict=True)
+    ]
+
+
+def _empty(rows: int, width: int) -> RolloutBatch:
+    return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), _shapes(rows, width, False))
+
+
+def loss(cfg: Config) -> Loss:
+    reward = cfg.reward
+    return losses.policy(
+        cfg.model, reward.loss, clip=reward.clip, clip_high=reward.clip_high, kl=reward.kl,
+        temperature=reward.temperature, max_new_tokens=reward.max_new_tokens,
+    )  # fmt: skip
+
+
+def batch_shapes(cfg: Config, rows: int, width: int) -> RolloutBatch:
+    return _shapes(rows, width, bool(cfg.reward.kl))
+
+
+def _shapes(rows: int, width: int, reference: bool) -> RolloutBatch:
+    ids, floats = (jax.ShapeDtypeStruct((rows, width), dtype) for dtype in (np.int32, np.float32))
+    advantages = jax.ShapeDtypeStruct((rows,), np.float32)
+    return RolloutBatch(ids, ids, floats, ids, ids, floats, floats if reference else None, advantages)
+
+
+def _roller(
+    cfg: Config,
+    tokenizer: Tokenizer,
+    train: list[Question],
+    width: int,
+    scoring: Scorer,
+    combine: Callable[[Params, Params], Params],
+    start: Params | None,
+    say: Callable[[str], None],
+) -> Callable[[Params, Params, int, int], Rollouts]:
+    """Returns the function `Task.rollouts`.
+
+    Args:
+        train: the questions to train on.
+        start: the trained params before the first step, which make the reference model of the KL penalty, or None.
+        say: function that is called with a warning if training collapses.
+    """
+    reward, model = cfg.reward, cfg.model
+    n, extra = cfg.train.batch_size // reward.group, reward.resample
+    if extra is None:
+        extra = 2 if reward.loss == "dapo" else 0
+    sampler, stop = chain(temperature(reward.temperature)), weights.stop_ids(tokenizer)
+    reference_log_probs = jax.jit(
+        lambda params, batch: losses.token_log_probs(params, batch, model, temperature=reward.temperature)
+    )
+    watch = Watch(say)
+
+    def answered(params: Params, number: int, key: jax.Array) -> list[Group]:
+        """Lets the model answer the questions of draw `number`, and scores the answers."""
+        questions = [train[i] for i in rollouts.draw(len(train), number, n, cfg.seed)]
+        completions = complete(
+            params, [question.ids for question in questions], model, max_new_tokens=reward.max_new_tokens, key=key,
+            sampler=sampler, stop=stop, vocab_size=tokenizer.vocab_size, n=reward.group, logprobs=0,
+            logprobs_temperature=reward.temperature,
+        )  # fmt: skip
+        texts = [tokenizer.decode(completion.tokens) for completion in completions]
+        talks = [question.talk for question in questions for _ in range(reward.group)]
+        results = score(scoring, talks, texts)
+        if np.isnan(results.total).all():
+            results.check()
+        cuts = [slice(i * reward.group, (i + 1) * reward.group) for i in range(n)]
+        return [
+            Group(q, completions[cut], texts[cut], results.total[cut], {k: v[cut] for k, v in results.parts.items()})
+            for q, cut in zip(questions, cuts, strict=True)
+        ]
+
+    def roll(trained: Params, frozen: Params, step: int, k: int) -> Rollouts:
+        began = time.monotonic()
+        params, key = combine(trained, frozen), jax.random.fold_in(jax.random.key(cfg.seed), step)
+        decoding, drawn, kept = for_decoding(params, model), list[Group](), list[Group]()
+        for attempt in range(extra + 1):
+            number = step // reward.updates * (extra + 1) + attempt
+            drawn += answered(decoding, number, jax.random.fold_in(key, attempt))
+            kept = [group for group in drawn if group.varies][:n]
+            if len(kept) == n:
+                break
+        generated_s = time.monotonic() - began
+        flat = [group for group in drawn if not group.varies]
+        kept += flat[: n - len(kept)]
+        advantages = group_advantages(kept, reward.loss)
+        batch = rollouts.rollout_batch(
+            [_rollout(group.question, answer) for group in kept for answer in group.completions],
+            advantages.reshape(-1),
+            width,
+        )
+        if start is not None:
+            batch = batch._replace(reference=np.asarray(reference_log_probs(combine(start, frozen), batch)))
+        metrics = measures(drawn) | {"seconds": generated_s}
+        watch(step, metrics)
+        used = {id(group): advantages[i] for i, group in enumerate(kept)}
+        rows = [row for group in drawn for row in _rows(group, used.get(id(group)))]
+        return Rollouts(jax.tree.map(lambda leaf: np.stack([leaf] * k), batch), metrics, rows)
+
+    return roll
+
+
+def _rollout(question: Question, answer: Completion) -> Rollout:
+    tokens, logprobs = (answer.tokens, answer.logprobs) if answer.end is None else (
+        [*answer.tokens, answer.end[0]], [*answer.logprobs, answer.end[1]]
+    )  # fmt: skip
+    return Rollout(question.ids, tokens, logprobs)
+
+
+def measures(groups: Sequence[Group]) -> dict[str, float]:
+    """Returns metrics of the answers in `groups`: means over answers, unless the name says otherwise.
+
+    reward             weighted sum of the reward functions; then each function's value, if there are several
+    reward_std         standard deviation of the rewards within a group, averaged over groups
+    flat               fraction of groups whose answers all have the same reward, and which teach nothing
+    failed             number of answers for which a reward function failed
+    length             number of tokens, with the end token
+    finished           fraction of answers that end with an end token
+    entropy            -log p of a token, averaged over tokens: an estimate of the entropy of the sampling distribution
+    """
+    answers = [completion for group in groups for completion in group.completions]
+    total = np.concatenate([group.rewards for group in groups])
+    parts = {name: np.concatenate([group.parts[name] for group in groups]) for name in groups[0].parts}
+    log_probs = [p for answer in answers for p in (*answer.logprobs, *(answer.end or (0, 0.0))[1:])]
+    spread = [np.nanstd(group.rewards) for group in groups if not np.isnan(group.rewards).all()]
+    lengths = [len(answer.tokens) + (answer.end is not None) for answer in answers]
+    return {
+        "reward": _mean(total),
+        **({f"reward_{name}": _mean(values) for name, values in parts.items()} if len(parts) > 1 else {}),
+        "reward_std": _mean(np.array(spread)),
+        "flat": sum(not group.varies for group in groups) / len(groups),
+        "failed": int(np.isnan(total).sum()),
+        "length": sum(lengths) / len(lengths),
+        "finished": sum(answer.end is not None for answer in answers) / len(answers),
+        "entropy": -sum(log_probs) / max(sum(lengths), 1),
+    }
+
+
+def _mean(values: np.ndarray) -> float:
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if known.size else math.nan
+
+
+def _rows(group: Group, advantages: np.ndarray | None) -> list[dict[str, Any]]:
+    """Returns the rows of rollouts.jsonl for the answers of a group; the advantage is null if the group is not used."""
+
+    def number(value: float) -> float | None:
+        return None if math.isnan(value) else float(value)
+
+    question = instruct.row_of(group.question.talk, "")
+    return [
+        {
+            "where": question["where"],
+            "prompt": question["prompt"],
+            "expected": question["expected"],
+            "answer": text,
+            "reward": number(group.rewards[i]),
+            **({name: number(values[i]) for name, values in group.parts.items()} if len(group.parts) > 1 else {}),
+            "advantage": None if advantages is None else float(advantages[i]),
+            "tokens": len(completion.tokens) + (completion.end is not None),
+            "finish": completion.finish,
+        }
+        for i, (text, completion) in enumerate(zip(group.texts, group.completions, strict=True))
+    ]
+
+
+class Watch:
+    """Prints a warning when training collapses. Call it with the metrics of each rollouts, in order."""
+
+    def __init__(self, say: Callable[[str], None]):
+        self.say, self.said = say, set[str]()
+        self.rewards: list[float] = []
+        self.entropies: list[float] = []
+        self.best = (-math.inf, 0)  # the highest smoothed reward, and its step
+        self.flat_in_a_row = 0
+
+    def __call__(self, step: int, metrics: dict[str, float]) -> None:
+        self.rewards.append(metrics["reward"])
+        self.entropies.append(metrics["entropy"])
+        recent = _mean(np.array(self.rewards[-SMOOTHED:]))
+        advice = "try a lower optim.lr, reward.kl=0.05, or a smaller reward.clip; best/ has the best model so far"
+        if metrics["flat"] == 1:
+            self._warn("flat", f"step {step:,}: all answers to a question have the same reward, for every question of "
+                       f"this step (mean {metrics['reward']:.3f}): nothing can be learned from them. If this goes on, "
+                       "give easier or harder questions, a finer reward, or more answers (reward.group)")  # fmt: skip
+        if len(self.rewards) < 2 * SMOOTHED:
+            return
+        best, at = self.best
+        # The noise of a mean reward is estimated from the differences of successive ones, which hardly have a trend.
+        noise = float(np.nanstd(np.diff(self.rewards))) / 2**0.5
+        if best - recent > max(0.5 * abs(best), 4 * noise * (2 / SMOOTHED) ** 0.5, 1e-9):
+            self._warn("reward", f"WARNING: collapse at step {step:,}: the mean reward fell to {recent:.3f}, from "
+                       f"{best:.3f} at step {at:,} (means over {SMOOTHED} rollouts); {advice}")  # fmt: skip
+        first, now = np.mean(self.entropies[:SMOOTHED]), np.mean(self.entropies[-SMOOTHED:])
+        if now < 0.02 * first and recent <= 0.9 * best:
+            self._warn("entropy", f"WARNING: collapse at step {step:,}: the entropy of the answers fell to {now:.4f} "
+                       f"from {first:.4f} nats per token, so that answers hardly differ; {advice}")  # fmt: skip
+        if now > max(2 * first, first + 1):
+            self._warn("noise", f"WARNING: collapse at step {step:,}: the entropy of the answers rose to {now:.2f} "
+                       f"from {first:.2f} nats per token: the model writes at random; {advice}")  # fmt: skip
+        if recent > best:
+            self.best = recent, step
+
+    def _warn(self, kind: str, text: str) -> None:
+        if kind not in self.said:
+            self.said.add(kind)
+            self.say(text)
+
+
+# --- evaluation
+
+
+def _validation(
+    cfg: Config, tokenizer: Tokenizer, val: Sequence[Question], scoring: Scorer
+) -> Callable[[Params], tuple[Mean, Metrics]]:
+    """Returns the function `Validation.score`: the rewards of greedy answers to the validation questions."""
+    stop, size = weights.stop_ids(tokenizer), cfg.train.batch_size
+
+    def evaluate(params: Params) -> tuple[Mean, Metrics]:
+        decoding, new = for_decoding(params, cfg.model), list[list[int]]()
+        for first in range(0, len(val), size):
+            new += generate(
+                decoding, [question.ids for question in val[first : first + size]], cfg.model,
+                max_new_tokens=cfg.reward.max_new_tokens, key=jax.random.key(0), stop=stop,
+                vocab_size=tokenizer.vocab_size,
+            )  # fmt: skip
+        results = score(scoring, [question.talk for question in val], [tokenizer.decode(ids) for ids in new])
+        total = results.total[~np.isnan(results.total)]
+        if not total.size:
+            results.check()
+        parts = {f"reward_{name}": _mean(values) for name, values in results.parts.items()}
+        lengths = Mean(float(sum(map(len, new))), float(len(new)))
+        more = {name: Mean(value, 1.0) for name, value in parts.items()} if len(parts) > 1 else {}
+        return Mean(-float(total.sum()), float(total.size)), {**more, "length": lengths}
+
+    return evaluate
+
+
+def evaluate(result: TrainResult, talks: Sequence[Conversation] | None, say: Callable[[str], None]) -> None:
+    """Answer the test questions greedily and reward the answers. Writes responses.jsonl and test.json; if test.json
+    exists, only prints its summary.
+
+    Args:
+        talks: the test conversations, or None to read them again.
+    """
+    folder, cfg = Path(result.run_dir), result.cfg
+    if not (folder / RESULTS).exists():
+        test = talks or conversations(cfg, []).test
+        with Progress(log=say) as progress, scorer(cfg) as scoring:
+            params, _ = weights.load(folder / "final")
+            test_scores = _answer(folder / RESPONSES, params, result, test, scoring, progress, "the tuned model")
+            if cfg.reward.compare:
+                del params
+                params = tuning.base_model(cfg).params("float32", None)
+                before = _answer(folder / BEFORE, params, result, test, scoring, progress, "the base model")
+                test_scores |= {"before": before}
+        write_json(folder / RESULTS, test_scores)
+    for line in use_json(folder / RESULTS, summary):
+        say(line)
+    say(f"        answers in {folder / RESPONSES}")
+
+
+def _answer(
+    file: Path, params: Params, result: TrainResult, talks: Sequence[Conversation], scoring: Scorer,
+    progress: Progress, name: str,
+) -> dict[str, Any]:  # fmt: skip
+    """Writes the answers of a model with their rewards, and returns their metrics."""
+    cfg = result.cfg
+    cfg = dataclasses.replace(cfg, sample=dataclasses.replace(cfg.sample, max_new_tokens=cfg.reward.max_new_tokens))
+    rows = instruct.answers(params, cfg, result.tokenizer, talks, progress, name)
+    results = score(scoring, talks, [row["answer"] for row in rows])
+    if np.isnan(results.total).all():
+        results.check()
+    rewarded = [
+        row | {"reward": None if math.isnan(value) else float(value)}
+        for row, value in zip(rows, results.total, strict=True)
+    ]
+    write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rewarded))
+    mean, low, high = t_interval([float(value) for value in results.total if not math.isnan(value)])
+    parts = {f"reward_{name}": _mean(values) for name, values in results.parts.items() if len(results.parts) > 1}
+    failed = int(np.isnan(results.total).sum())
+    return {"reward": mean, "reward_interval": [low, high], **parts, "failed": failed} | scores(rows)
+
+
+def summary(results: dict[str, Any]) -> list[str]:
+    def line(scores: dict[str, Any]) -> str:
+        low, high = scores["reward_interval"]
+        interval = "" if low is None else f" (95 % interval {low:.3f} to {high:.3f})"
+        return f"mean reward {scores['reward']:.3f}{interval}, exact match {scores['exact']:.1%}"
+
+    lines = [f"test    {results['n']} held-out questions: {line(results)}"]
+    if results["failed"]:
+        lines.append(f"        a reward function failed for {results['failed']} answers")
+    return lines + ([f"        base model: {line(results['before'])}"] if "before" in results else [])
+
+
+def plan(cfg: Config) -> list[str]:
+    """Returns lines of text that summarise the run, for --dry-run."""
+    notes: list[str] = []
+    splits, base = conversations(cfg, notes), tuning.base_model(cfg)
+    model = base.cfg.computed_as(cfg.model)
+    tokenizer, style_lines = tuning.styled(base, cfg.reward.style)
+    train, dropped = _questions(cfg, model, splits.train, tokenizer)
+    counts = " + ".join(f"{len(talks):,}" for talks in splits)
+    per_step = cfg.train.batch_size // cfg.reward.group
+    return [
+        f"data               {counts} questions to train, validate and test on; {dropped} do not fit a row",
+        *(f"                   {note}" for note in notes),
+        *(f"{line[:8]:19}{line[8:]}" for line in style_lines),
+        tuning.plan(cfg, base, model),
+        f"reward             {' + '.join(_weighted(cfg))}",
+        f"steps              {cfg.train.steps(len(train) * cfg.reward.updates, per_step):,} of {per_step} questions, "
+        f"{cfg.reward.group} answers to each, in rows of {row_length(cfg, model, train)} tokens; "
+        f"loss {cfg.reward.loss}",
+    ]

@@ -1,0 +1,32 @@
+"""Lets the model generate the batches that it is trained on next, for tasks with `Task.rollouts`."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import jax
+
+from gptjax.parallel import on_mesh, place_batch
+from gptjax.training.meter import Meter, finite
+from gptjax.training.run import Run
+
+
+def roll(run: Run, meter: Meter) -> Any:
+    """Returns the batches of the next compiled call, with leaves [k, B, ..], or [B, ..] if k is 1.
+
+    The answers are appended to rollouts.jsonl and their metrics to metrics.jsonl, as rows of the first step that is
+    trained on them.
+    """
+    assert run.task.rollouts is not None
+    with run.progress.phase("generating answers"):
+        batches, metrics, rows = on_mesh(run.task.rollouts, run.mesh)(*run.both, run.step, run.k)
+    step = run.step + 1
+    run.rolled = metrics
+    meter.log({"step": step, **{f"rollout/{name}": finite(value) for name, value in metrics.items()}})
+    run.dir.append(
+        run.dir.rollouts.name, "".join(json.dumps({"step": step, **row}, ensure_ascii=False) + "\n" for row in rows)
+    )
+    if run.k == 1:
+        batches = jax.tree.map(lambda leaf: leaf[0], batches)
+    return place_batch(batches, run.mesh)
