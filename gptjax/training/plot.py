@@ -20,22 +20,26 @@ MAX_NEIGHBOURS = 50
 
 
 def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
-    """Plot the training and validation losses in the rows of metrics.jsonl. Atomically replaces the image `path`."""
+    """Plot the training and validation losses in the rows of metrics.jsonl, or the mean rewards if there are any.
+    Atomically replaces the image `path`."""
     figure, axes = _figure(8, 4.8)
-    train, val = _series(rows, "train/loss"), _series(rows, "val/loss")
+    rewards = _series(rows, "rollout/reward")
+    train, val = rewards or _series(rows, "train/loss"), _series(rows, "val/loss")
     if train:
         axes.plot(*zip(*train, strict=True), color="tab:blue", alpha=0.25, linewidth=0.8)
         axes.plot(*zip(*_smooth(train), strict=True), color="tab:blue", linewidth=1.8, label="train (smoothed)")
     if val:
         step, best = min(val, key=lambda point: point[1])
+        if rewards:  # the validation loss is the negative mean reward
+            val, best = [(at, -loss) for at, loss in val], -best
         label = f"validation (best {best:.3f} at step {step:,})"
         axes.plot(*zip(*val, strict=True), color="tab:orange", linewidth=1.8, marker="o", markersize=4, label=label)
         axes.axhline(best, color="tab:orange", linewidth=0.8, linestyle=":")
-    axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)
+    axes.set(xlabel="step", ylabel="mean reward" if rewards else "loss (nats per token)", title=title)
     axes.grid(alpha=0.25)
     axes.margins(x=0.01)
     if train or val:
-        axes.legend(loc="upper right", frameon=False)
+        axes.legend(loc="lower right" if rewards else "upper right", frameon=False)
     _save(figure, path)
 
 
