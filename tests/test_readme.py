@@ -116,6 +116,7 @@ def folder(tmp_path, monkeypatch):
 
 NEEDS = {"pretrain": ["gptjax pretrain tiny-gpt2 data.source=my.txt run_dir=runs/mine"]}  # what a page takes as done
 NEEDS["models"] = NEEDS["pretrain"]
+NEEDS["reward"] = ["gptjax finetune instruct instruct.source=my.jsonl run_dir=runs/instruct"]
 
 
 @pytest.mark.slow
