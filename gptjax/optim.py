@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 # Pairs (path pattern, parameter group). A leaf's shape does not determine its group, because the biases and scales of
 # stacked layers are matrices.
 GROUPS = (
-    ("*/kernel/a | */kernel/b | */embedding/a | */embedding/b", "adapter"),
+    ("*/kernel/a | */kernel/b | */kernel/d | */embedding/a | */embedding/b", "adapter"),
     ("wte/* | wpe/*", "embed"),
     ("lm_head/kernel", "head"),
     ("*/kernel", "matrix"),
@@ -74,7 +74,7 @@ def make_optimizer(cfg: OptimConfig, max_steps: int) -> optax.GradientTransforma
     parameters. Each [in, out] slice of stacked layers is orthogonalised separately. Muon's updates are scaled to a root
     mean square of 0.2, that of AdamW's updates, so that AdamW's learning rates can be used.
 
-    The A and B matrices of a LoRA adapter are always updated by AdamW, with learning rate lr and the weight decay of
+    The matrices of an adapter are always updated by AdamW, with learning rate lr and the weight decay of
     matrices (arXiv:2106.09685), as in peft. DoRA's magnitude vector m is in the group `vector`.
     """
     schedule = make_schedule(cfg, max_steps)

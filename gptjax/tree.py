@@ -1,12 +1,14 @@
 """Functions that address leaves of a pytree by their paths: to match patterns, label or split leaves, count elements.
 
 The path of a leaf is its keys, joined by "/", such as "blocks/attn/q/kernel". A pattern is a shell glob that must match
-the path from beginning to end. "*" also matches "/"; alternatives are joined by "|": "wte/* | lm_head/*".
+the path from beginning to end. "*" also matches "/"; alternatives are joined by "|": "wte/* | lm_head/*". A key in
+brackets with ranges of numbers matches these numbers: "blocks/[0-3,8-11]/*" matches blocks/3/.. and blocks/10/...
 """
 
 from __future__ import annotations
 
 import fnmatch
+import re
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
@@ -16,6 +18,8 @@ from gptjax._moved import moved_name
 from gptjax.errors import UserError
 
 T = TypeVar("T")
+# A whole key such as [8-11] or [0-3,8-11]. Without "-" and ",", brackets are a set of characters, as in a shell glob.
+_RANGES = re.compile(r"(?<![^/])\[(?=[^]]*[-,])(\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*)\](?![^/])")
 
 
 def path_string(path: tuple) -> str:
@@ -72,7 +76,28 @@ def map_paths(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
 
 def matches(pattern: str, path: str) -> bool:
     """Returns True if any alternative of the pattern matches the path."""
-    return any(fnmatch.fnmatchcase(path, glob.strip()) for glob in pattern.split("|"))
+    return any(_matches_glob(glob.strip(), path) for glob in pattern.split("|"))
+
+
+def _matches_glob(glob: str, path: str) -> bool:
+    match = _RANGES.search(glob)
+    if match is None:
+        return fnmatch.fnmatchcase(path, glob)
+    ranges = _parse_ranges(match[1])
+    numbers = {
+        key for key in path.split("/") if key.isdecimal() and any(low <= int(key) <= high for low, high in ranges)
+    }
+    return any(_matches_glob(glob[: match.start()] + number + glob[match.end() :], path) for number in numbers)
+
+
+def number_ranges(glob: str) -> list[tuple[int, int]]:
+    """Returns the ranges (first, last) of numbers in a pattern's brackets, such as [(0, 3), (8, 8)] for [0-3,8]."""
+    return [numbers for match in _RANGES.finditer(glob) for numbers in _parse_ranges(match[1])]
+
+
+def _parse_ranges(text: str) -> list[tuple[int, int]]:
+    ends = [part.split("-") for part in text.split(",")]
+    return [(int(part[0]), int(part[-1])) for part in ends]
 
 
 def first_match(path: str, rules: Iterable[tuple[str, T]]) -> T | None:

@@ -29,6 +29,13 @@ def test_map_paths_and_size():
         ("kernel", "blocks/attn/q/kernel", False),
         ("*/Kernel", "blocks/attn/q/kernel", False),
         ("*/ln_?/scale", "blocks/ln_1/scale", True),
+        ("blocks/[0-11]/attn/*", "blocks/7/attn/q", True),
+        ("blocks/[0-11]/attn/*", "blocks/12/attn/q", False),
+        ("blocks/[0-3,8-11]/*/kernel", "blocks/10/mlp/up/kernel", True),
+        ("blocks/[0-3,8-11]/*/kernel", "blocks/5/mlp/up/kernel", False),
+        ("wte/* | blocks/[1,12]/*", "blocks/2/bias", False),
+        ("blocks/[01]/bias", "blocks/1/bias", True),  # a set of characters
+        ("blocks/[a-c]/*", "blocks/b/7", True),
     ],
 )
 def test_matches(pattern, path, yes):

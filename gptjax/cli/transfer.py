@@ -129,8 +129,8 @@ def _why_none(run: Path) -> str:
     if trained != "lora":
         return f"it was trained with finetune.trainable={trained}; to export the whole model: gptjax export hf"
     return (
-        "peft's format cannot hold it (DoRA initialised with PiSSA or OLoRA, an adapter on the embedding, or a model "
-        "that is in no model family of Hugging Face); to export the whole model: gptjax export hf"
+        "peft's format cannot hold it (DoRA initialised with PiSSA or OLoRA, MiSS on a GPT-2 model, an adapter on the "
+        "embedding, or a model that is in no model family of Hugging Face); to export the whole model: gptjax export hf"
     )
 
 

@@ -238,6 +238,11 @@ RULES: tuple[Rule, ...] = (
      and (c.finetune.trainable, c.lora.init) != ("lora", "lora"),
      lambda c: "finetune.save_merged=false needs finetune.trainable=lora and lora.init=lora, got "
      f"{c.finetune.trainable} and {c.lora.init}: these change the weights of the base"),
+    (("lora.miss", "lora.dora", "lora.init", "lora.lr_ratio"),
+     lambda c: c.task != "pretrain" and c.lora.miss
+     and (c.lora.dora, c.lora.init, c.lora.lr_ratio) != (False, "lora", 1),
+     lambda c: "lora.miss=true trains one matrix, initialised to zero: it needs lora.dora=false, lora.init=lora and "
+     f"lora.lr_ratio=1, got {str(c.lora.dora).lower()}, {c.lora.init} and {c.lora.lr_ratio:g}"),
     (("finetune.together", "finetune.trainable"),
      lambda c: c.task != "pretrain" and c.finetune.together and c.finetune.trainable != "lora",
      "finetune.together=true needs finetune.trainable=lora: only adapters can share one frozen base"),
@@ -293,6 +298,7 @@ WITHOUT_EFFECT: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] =
     (("optim.decay_fraction",), "optim.schedule", lambda value: value != "wsd"),
     (("optim.min_lr_ratio",), "optim.schedule", lambda value: value == "constant"),
     (("optim.initial_lr_ratio",), "optim.warmup_steps", lambda value: value == 0),
+    (("lora.alpha", "lora.scaling"), "lora.miss", bool),
     (("prefer.margin",), "prefer.loss", lambda value: value != "simpo"),
     (("sample.top_k", "sample.top_p", "sample.min_p"), "sample.temperature", lambda value: value == 0),
     (("model.rope_",), "model.position", lambda value: value != "rope"),

@@ -551,13 +551,19 @@ class LoraConfig:
     )
     targets: str = setting(
         "blocks/*/kernel",
-        "Weights that get an adapter: parameter path patterns joined by |, such as blocks/3/*/kernel for block 3 only.",
+        "Weights that get an adapter: parameter path patterns joined by |, such as blocks/3/*/kernel for block 3 only,"
+        " or blocks/[0-3,8-11]/attn/*/kernel for the attention of blocks 0 to 3 and 8 to 11.",
     )
     init: Literal["lora", "pissa", "olora"] = setting(
         "lora",
         "Adapter initialisation: lora (a random, b zero), pissa (SVD of the weights) or olora (QR of the weights).",
     )
     dora: bool = setting(False, "DoRA: also learn a magnitude per output column (arXiv:2402.09353).")
+    miss: bool = setting(
+        False,
+        "MiSS (arXiv:2409.15371): instead of a and b, train one matrix of `rank` rows, which multiplies the sum of the"
+        " input's blocks of `rank` channels. It has no scale.",
+    )
     dropout: float = setting(0.0, "Dropout rate on the adapter's input; not applied to adapters of embeddings.", RATE)
     lr_ratio: float = setting(
         1.0, "LoRA+: learning rate of b divided by that of a (arXiv:2402.12354 recommends 16). 1: off.", POSITIVE
@@ -565,7 +571,9 @@ class LoraConfig:
 
     @property
     def scale(self) -> float:
-        """The multiplier of the low-rank product a b in y = x W + scale * x a b."""
+        """The multiplier of the low-rank product a b in y = x W + scale * x a b; 1 for MiSS."""
+        if self.miss:
+            return 1.0
         return self.alpha / {"alpha/r": self.rank, "alpha/sqrt(r)": self.rank**0.5, "alpha": 1}[self.scaling]
 
 

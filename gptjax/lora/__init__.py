@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA, rsLoRA, DoRA, PiSSA, OLoRA) as pure functions on parameter trees."""
+"""Low-rank adapters (LoRA, rsLoRA, DoRA, PiSSA, OLoRA, MiSS) as pure functions on parameter trees."""
 
 from typing import Any
 
@@ -21,11 +21,13 @@ from gptjax.lora.adapter import (
     truncate_rank,
     with_dropout,
 )
-from gptjax.lora.weight import LoraWeight
+from gptjax.lora.combination import combine
+from gptjax.lora.weight import LoraWeight, MissWeight
 
 __all__ = [
-    "Adapter", "LoraConfig", "LoraWeight", "attach", "average", "bind", "concatenate", "init", "init_from_weights",
-    "interpolate", "merge", "negate", "rows", "targets", "to_lora", "truncate_rank", "with_dropout",
+    "Adapter", "LoraConfig", "LoraWeight", "MissWeight", "attach", "average", "bind", "combine", "concatenate", "init",
+    "init_from_weights", "interpolate", "merge", "negate", "rows", "targets", "to_lora", "truncate_rank",
+    "with_dropout",
 ]  # fmt: skip
 
 

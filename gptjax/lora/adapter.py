@@ -1,6 +1,7 @@
 """LoRA as pure functions on parameter trees.
 
-An adapter is a tree that holds the low-rank factors a and b of each adapted weight at the path of this weight:
+An adapter is a tree that holds the low-rank factors a and b of each adapted weight, or MiSS's matrix d, at the path of
+this weight:
 
     adapter  = init(key, params, cfg)           {"blocks": {"attn": {"q": {"kernel": {"a": .., "b": ..}}}}}
     adapted  = attach(params, adapter, cfg)     params with a LoraWeight in place of every adapted weight
@@ -26,7 +27,7 @@ from gptjax import tree
 from gptjax._moved import moved_name
 from gptjax.config import LoraConfig
 from gptjax.errors import UserError
-from gptjax.lora.weight import LoraWeight, column_norms
+from gptjax.lora.weight import LoraWeight, MissWeight, column_norms
 from gptjax.ops.dropout import off
 from gptjax.ops.linear import dense
 from gptjax.ops.precision import exact
@@ -38,12 +39,13 @@ Adapter = dict[str, Any]
 def targets(params: Params, cfg: LoraConfig) -> dict[str, Any]:
     """Returns the weights that match `cfg.targets` as a dict by path, in the order of the parameter tree.
 
-    A pattern may select single layers of a stack, such as blocks/3/attn/q/kernel or blocks/[0-3]/*/kernel. In layers
-    that are not selected, the factors a and b are zero. They stay zero in training, because the gradient of each factor
-    is zero while the other factor is zero.
+    A pattern may select single layers of a stack, such as blocks/3/attn/q/kernel or blocks/[0-3,8-11]/*/kernel. In
+    layers that are not selected, the factors a and b are zero. They stay zero in training, because the gradient of each
+    factor is zero while the other factor is zero. MiSS's matrix d is zero there, and `attach` scales it by 0.
 
     Raises:
-        UserError: a pattern matches no weight, or `cfg` applies DoRA to an embedding or to only some layers of a stack.
+        UserError: a pattern matches no weight, or names a layer that the model lacks; or `cfg` applies DoRA or MiSS to
+            an embedding, DoRA to only some layers of a stack, MiSS with a rank above a weight's input size, or both.
     """
     matrices = {
         path: leaf
@@ -51,6 +53,7 @@ def targets(params: Params, cfg: LoraConfig) -> dict[str, Any]:
         if path.split("/")[-1] in ("kernel", "embedding")
     }
     single = [name for path, leaf in matrices.items() for name in _layer_paths(path, leaf)]
+    _refuse_layers(cfg.targets, single)
     if unused := tree.unmatched(cfg.targets, [*matrices, *single]):
         raise UserError(
             f"lora.targets: {', '.join(map(repr, unused))} matches no weight; there are {', '.join(matrices)}, and for "
@@ -59,9 +62,26 @@ def targets(params: Params, cfg: LoraConfig) -> dict[str, Any]:
     chosen = {path: leaf for path, leaf in matrices.items() if _layers(path, leaf, cfg).any()}
     if cfg.dora and not all(_layers(path, leaf, cfg).all() for path, leaf in chosen.items()):
         raise UserError(f"lora.targets={cfg.targets}: DoRA adapts all layers of a stack: do not select layers")
-    if cfg.dora and (tables := [path for path in chosen if path.endswith("/embedding")]):
-        raise UserError(f"lora.targets: DoRA supports kernels, not {', '.join(tables)}: narrow the pattern")
+    if (cfg.dora or cfg.miss) and (tables := [path for path in chosen if path.endswith("/embedding")]):
+        name = "DoRA" if cfg.dora else "MiSS"
+        raise UserError(f"lora.targets: {name} supports kernels, not {', '.join(tables)}: narrow the pattern")
+    if cfg.miss and cfg.dora:
+        raise UserError("lora.miss=true and lora.dora=true: MiSS has no magnitude vectors; set one of them to false")
+    if cfg.miss and (most := min(jax.eval_shape(dense, leaf).shape[-2] for leaf in chosen.values())) < cfg.rank:
+        raise UserError(f"lora.rank ({cfg.rank}): MiSS needs a rank of at most {most}, the smallest input size")
     return chosen
+
+
+def _refuse_layers(pattern: str, single: Sequence[str]) -> None:
+    """Raises UserError if a range of layers, such as [8-11], is decreasing or goes beyond the layers in `single`."""
+    n_layer = 1 + max((int(path.split("/")[1]) for path in single), default=-1)
+    for glob in pattern.split("|"):
+        for low, high in tree.number_ranges(glob):
+            if single and not low <= high < n_layer:
+                raise UserError(
+                    f"lora.targets: {glob.strip()!r} has the range {low}-{high}: expected first-last within the layers "
+                    f"of this model, 0-{n_layer - 1}"
+                )
 
 
 def _layer_paths(path: str, leaf: Any) -> list[str]:
@@ -85,7 +105,7 @@ def _layers(path: str, leaf: Any, cfg: LoraConfig) -> np.ndarray:
 
 def init(key: jax.Array, params: Params, cfg: LoraConfig) -> Adapter:
     """Initialises an adapter that leaves the model unchanged: a ~ U(-1/sqrt(in), 1/sqrt(in)) as in PEFT, b = 0, and
-    for DoRA the magnitude vector m = column norms of the weight.
+    for DoRA the magnitude vector m = column norms of the weight. A MiSS adapter is d = 0.
 
     Raises:
         UserError: `cfg.targets` is invalid (see `targets`), or cfg.init is pissa or olora, which need
@@ -96,6 +116,9 @@ def init(key: jax.Array, params: Params, cfg: LoraConfig) -> Adapter:
     adapter = {}
     for i, (path, leaf) in enumerate(targets(params, cfg).items()):
         *leading_axes, d_in, d_out = jax.eval_shape(dense, leaf).shape
+        if cfg.miss:
+            adapter[path] = {"d": jnp.zeros((*leading_axes, cfg.rank, d_out))}
+            continue
         bound, shape = d_in**-0.5, (*leading_axes, d_in, cfg.rank)
         a = jax.random.uniform(jax.random.fold_in(key, i), shape, jnp.float32, -bound, bound)
         a = a * _layers(path, leaf, cfg)[..., None, None]
@@ -126,12 +149,14 @@ def init_from_weights(params: Params, cfg: LoraConfig) -> tuple[Params, Adapter]
         adapter for the original weights.
 
     Raises:
-        UserError: `cfg.targets` is invalid (see `targets`), or cfg.init is lora, which needs `init`.
+        UserError: `cfg.targets` is invalid (see `targets`), or cfg.init is lora, or cfg.miss is set, which need `init`.
     """
     residual, adapter = dict(tree.flatten_nodes(params)), {}
     factors = {"pissa": _pissa, "olora": _olora}.get(cfg.init)
     if factors is None:
         raise UserError(f"lora.init={cfg.init} does not start from the weights: use lora.init(key, params, cfg)")
+    if cfg.miss:
+        raise UserError(f"lora.miss=true starts from zero: set lora.init=lora, not {cfg.init}")
     for path, leaf in targets(params, cfg).items():
         w = dense(leaf).astype(jnp.float32)
         a, b = factors(w, cfg.rank)
@@ -166,7 +191,8 @@ def to_lora(adapter: Adapter, start: Adapter) -> Adapter:
 
 
 def attach(params: Params, adapter: Adapter, cfg: LoraConfig, *, scales: jax.Array | None = None) -> Params:
-    """Replaces every adapted weight with a `LoraWeight`. Pass the returned params to `forward` or to any loss.
+    """Replaces every adapted weight with a `LoraWeight`, or with a `MissWeight` if the adapter is one of MiSS. Pass the
+    returned params to `forward` or to any loss.
 
     The adapter may also hold complete weights, such as those of a new head ({"cls_head": {"kernel": ..}}). They are put
     into the returned params as they are.
@@ -176,31 +202,51 @@ def attach(params: Params, adapter: Adapter, cfg: LoraConfig, *, scales: jax.Arr
             `rows` returned an array [B] with one scale per row of the batch. The array may be traced.
 
     Raises:
-        UserError: the adapter has a path that the base model lacks, or a shape that does not fit the base model.
+        UserError: the adapter has a path that the base model lacks, or a shape that does not fit the base model; or
+            cfg.miss does not fit the adapter.
     """
     leaves = tree.flatten_nodes(params)
     pairs = tree.by_parent(adapter)
-    whole = {path: pairs.pop(path) for path in list(pairs) if "a" not in pairs[path]}
+    whole = {path: pairs.pop(path) for path in list(pairs) if not {"a", "d"} & pairs[path].keys()}
     leaves |= {f"{path}/{name}": leaf for path, node in whole.items() for name, leaf in node.items()}
     problems = [f"{path}: the base has no such weight" for path in pairs if path not in leaves]
     for path, pair in pairs.items():
         if path in leaves:
             *_, d_in, d_out = jax.eval_shape(dense, leaves[path]).shape
-            if (pair["a"].shape[-2], pair["b"].shape[-1]) != (d_in, d_out):
-                got = f"a {list(pair['a'].shape)} and b {list(pair['b'].shape)}"
+            sizes = (pair["a"].shape[-2], pair["b"].shape[-1]) if "a" in pair else (d_in, pair["d"].shape[-1])
+            if sizes != (d_in, d_out):
+                got = " and ".join(f"{name} {list(pair[name].shape)}" for name in ("a", "b", "d") if name in pair)
                 problems.append(f"{path}: {got} do not fit a weight [.., {d_in}, {d_out}]")
+    if other := [path for path, pair in pairs.items() if ("d" in pair) != cfg.miss]:
+        kind = "LoRA" if cfg.miss else "MiSS"
+        raise UserError(
+            f"lora.miss={str(cfg.miss).lower()}, but {other[0]} has a {kind} adapter: attach it with its config"
+        )
     if problems:
         raise UserError.all([f"the adapter is for another model: {problem}" for problem in problems])
-    return tree.unflatten(
-        {path: _leaf(leaf, pairs[path], cfg, scales) if path in pairs else leaf for path, leaf in leaves.items()}
-    )
+    return tree.unflatten(leaves | {path: _adapted(path, leaves[path], pairs[path], cfg, scales) for path in pairs})
+
+
+def _adapted(
+    path: str, leaf: Any, pair: dict[str, jax.Array], cfg: LoraConfig, scales: jax.Array | None
+) -> LoraWeight | MissWeight:
+    if "d" not in pair:
+        return _leaf(leaf, pair, cfg, scales)
+    axes, selected = pair["d"].shape[:-2], _layers(path, leaf, cfg)
+    value = jnp.broadcast_to(jnp.float32(cfg.scale) if scales is None else jax.lax.stop_gradient(scales), axes)
+    # with a scale of 0 the gradient of d is 0, so that d stays zero in the layers that cfg.targets leaves out
+    value = value * selected if selected.any() else value
+    return MissWeight(leaf, pair["d"], value, rate=_rates(cfg, axes))
 
 
 def _leaf(leaf: Any, pair: dict[str, jax.Array], cfg: LoraConfig, scales: jax.Array | None) -> LoraWeight:
     axes = pair["a"].shape[:-2]  # leading axes: layers [L], rows of the batch [B], or both [L, B]
     value = jnp.broadcast_to(jnp.float32(cfg.scale) if scales is None else jax.lax.stop_gradient(scales), axes)
-    rate = None if off(cfg.dropout) else jnp.broadcast_to(jnp.float32(cfg.dropout), axes)
-    return LoraWeight(leaf, pair["a"], pair["b"], value, pair.get("m"), rate=rate)
+    return LoraWeight(leaf, pair["a"], pair["b"], value, pair.get("m"), rate=_rates(cfg, axes))
+
+
+def _rates(cfg: LoraConfig, axes: tuple[int, ...]) -> jax.Array | None:
+    return None if off(cfg.dropout) else jnp.broadcast_to(jnp.float32(cfg.dropout), axes)
 
 
 def merge(params: Params, adapter: Adapter, cfg: LoraConfig, *, scales: jax.Array | None = None) -> Params:
@@ -210,7 +256,7 @@ def merge(params: Params, adapter: Adapter, cfg: LoraConfig, *, scales: jax.Arra
     """
 
     def merged(leaf: Any) -> Any:
-        if not isinstance(leaf, LoraWeight):
+        if not _is_leaf(leaf):
             return leaf
         return _dense(leaf).astype(getattr(leaf.w, "dtype", jnp.float32))
 
@@ -221,7 +267,7 @@ _dense = jax.jit(exact(dense))
 
 
 def _is_leaf(node: Any) -> bool:
-    return isinstance(node, LoraWeight)
+    return isinstance(node, LoraWeight | MissWeight)
 
 
 def bind(loss: Callable, params: Params, cfg: LoraConfig) -> Callable:
@@ -242,7 +288,7 @@ def with_dropout(loss: Callable) -> Callable:
             return loss(params, batch, key)
 
         def seed(path: tuple, leaf: Any) -> Any:
-            if not isinstance(leaf, LoraWeight) or leaf.rate is None:
+            if not _is_leaf(leaf) or leaf.rate is None:
                 return leaf
             leaf_key = jax.random.fold_in(key, zlib.crc32(tree.path_string(path).encode()))
             return dataclasses.replace(leaf, key=jax.random.split(leaf_key, leaf.scale.shape))
@@ -259,11 +305,11 @@ def rows(adapters: Sequence[Adapter], ids: Sequence[int] | jax.Array) -> Adapter
     `attach` as `scales` [B].
 
     Raises:
-        UserError: an adapter uses DoRA or adapts an embedding.
+        UserError: an adapter uses DoRA or MiSS, or adapts an embedding.
     """
     for path, pair in (item for adapter in adapters for item in tree.by_parent(adapter).items()):
-        if "m" in pair or path.endswith("/embedding"):
-            raise UserError(f"{path}: one adapter per row is supported for kernels without DoRA only")
+        if {"m", "d"} & pair.keys() or path.endswith("/embedding"):
+            raise UserError(f"{path}: one adapter per row is supported for kernels without DoRA or MiSS only")
     ids = jnp.asarray(ids)
     return jax.tree.map(lambda *leaves: jnp.stack(leaves, -3).take(ids, -3), *adapters)
 
@@ -275,22 +321,36 @@ def concatenate(adapters: Sequence[Adapter], weights: Sequence[float] | None = N
     scale. Their targets may differ, because an adapter does not change a weight for which it has no factors.
 
     Raises:
-        UserError: an adapter has DoRA magnitude vectors or complete weights, such as a new head; they cannot be added.
+        UserError: an adapter has DoRA magnitude vectors, MiSS matrices or complete weights, such as a new head; they
+            cannot be added.
     """
     weights = [1.0] * len(adapters) if weights is None else weights
-    factors: dict[str, list[tuple[jax.Array, jax.Array]]] = {}
-    for adapter, weight in zip(adapters, weights, strict=True):
+    weighted = {
+        path: [(a, b * weights[i]) for i, (a, b) in pairs.items()] for path, pairs in factors_by_path(adapters).items()
+    }
+    return _nest({path: concatenate_factors(pairs) for path, pairs in weighted.items()})
+
+
+def concatenate_factors(pairs: Sequence[tuple[jax.Array, jax.Array]]) -> dict[str, jax.Array]:
+    """Returns the factors whose product is the sum of the products a @ b of all pairs."""
+    return {"a": jnp.concatenate([a for a, _ in pairs], -1), "b": jnp.concatenate([b for _, b in pairs], -2)}
+
+
+def factors_by_path(adapters: Sequence[Adapter]) -> dict[str, dict[int, tuple[jax.Array, jax.Array]]]:
+    """Returns for each path the factors (a, b) of the adapters that have it, by the adapter's index.
+
+    Raises:
+        UserError: an adapter has arrays other than a and b.
+    """
+    factors: dict[str, dict[int, tuple[jax.Array, jax.Array]]] = {}
+    for i, adapter in enumerate(adapters):
         for path, pair in tree.by_parent(adapter).items():
-            if "m" in pair or "a" not in pair:
-                kind = "a DoRA magnitude vector" if "m" in pair else "whole weights"
-                raise UserError(f"{path} has {kind}, which cannot be added: merge the adapters one after the other")
-            factors.setdefault(path, []).append((pair["a"], pair["b"] * weight))
-    return _nest(
-        {
-            path: {"a": jnp.concatenate([a for a, _ in pairs], -1), "b": jnp.concatenate([b for _, b in pairs], -2)}
-            for path, pairs in factors.items()
-        }
-    )
+            if pair.keys() != {"a", "b"}:
+                kind = {"m": "a DoRA magnitude vector", "d": "a MiSS matrix"}
+                name = next((kind[key] for key in kind if key in pair), "whole weights")
+                raise UserError(f"{path} has {name}, which cannot be added: merge the adapters one after the other")
+            factors.setdefault(path, {})[i] = pair["a"], pair["b"]
+    return factors
 
 
 def average(adapters: Sequence[Adapter]) -> Adapter:
@@ -313,9 +373,14 @@ def truncate_rank(adapter: Adapter, rank: jax.Array | int) -> Adapter:
 
     The zeroed elements stay zero in training, because their gradients are zero. Adapters of different ranks can
     therefore be zero-padded to the same shape and trained in one vmapped program.
+
+    Raises:
+        UserError: the adapter is a MiSS adapter, whose rank is also the size of the blocks of its input.
     """
     pairs = tree.by_parent(adapter)
-    for pair in pairs.values():
+    for path, pair in pairs.items():
+        if "d" in pair:
+            raise UserError(f"{path}: the rank of a MiSS adapter cannot be truncated: initialise one per rank")
         mask = jnp.arange(pair["a"].shape[-1]) < rank
         pair["a"], pair["b"] = pair["a"] * mask, pair["b"] * mask[:, None]
     return _nest(pairs)

@@ -1,4 +1,5 @@
-"""`LoraWeight`: the parameter leaf that replaces an adapted weight and holds this weight and its low-rank factors."""
+"""`LoraWeight` and `MissWeight`: the parameter leaves that replace an adapted weight and hold this weight and its
+adapter."""
 
 from __future__ import annotations
 
@@ -89,6 +90,60 @@ def _(leaf: LoraWeight, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     kernel = jnp.concatenate([dense(leaf.w).astype(jnp.float32), leaf.scale * leaf.b])
     kernel = kernel if leaf.m is None else kernel * (leaf.m / column_norms(leaf))
     return jnp.concatenate([x, low], -1), kernel
+
+
+@struct.dataclass
+class MissWeight:
+    """Represents a weight with a MiSS adapter, w[i] + scale * d[i mod R] for row i, without materialising the sum.
+
+    Its product with x is x @ w + scale * s @ d, where s [.., R] is the sum over x's consecutive blocks of R channels:
+    for R = 2, s = [x0 + x2 + x4 + .., x1 + x3 + x5 + ..]. The last block is padded with zeros.
+
+    w      [.., in, out]  frozen weight of any type that `ops.linear` supports, quantised or not
+    d      [.., R, out]   float32
+    scale  [..]           float32: 1, or 0 in layers without an adapter
+    key    [..]           PRNG key of the dropout, or None for no dropout
+    rate   [..]           dropout rate on the input of the block sum, or None for no dropout
+
+    R is the rank, and .. is the layer axis of a stacked weight, or nothing. Only d receives gradients.
+
+    Source: arXiv:2409.15371, as in PEFT's MissConfig(init_weights=True).
+    """
+
+    w: Any
+    d: jax.Array
+    scale: jax.Array
+    key: jax.Array | None = None
+    rate: jax.Array | None = None
+
+
+@matmul.register
+def _(leaf: MissWeight, x: jax.Array, dtype: str = "float32") -> jax.Array:
+    add = matmul(leaf.d, _block_sum(leaf, x), dtype)
+    return matmul(leaf.w, x, dtype) + leaf.scale.astype(add.dtype) * add
+
+
+@dense.register
+def _(leaf: MissWeight) -> jax.Array:
+    """Returns the materialised adapted weight, float32 [.., in, out]."""
+    w = dense(leaf.w).astype(jnp.float32)
+    rows = jnp.arange(w.shape[-2]) % leaf.d.shape[-2]
+    return w + leaf.scale[..., None, None] * leaf.d.take(rows, -2)
+
+
+@factors.register
+def _(leaf: MissWeight, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns two plain arrays whose product is the output of the adapted weight for the input x, with the block sums
+    as further columns of the first array and d as further rows of the second."""
+    kernel = jnp.concatenate([dense(leaf.w).astype(jnp.float32), leaf.scale * leaf.d])
+    return jnp.concatenate([x, _block_sum(leaf, x)], -1), kernel
+
+
+def _block_sum(leaf: MissWeight, x: jax.Array) -> jax.Array:
+    """Returns the sum [.., R] over the consecutive blocks of R channels of x [.., in], after dropout."""
+    low, R = x if leaf.rate is None else dropout(x, leaf.rate, leaf.key), leaf.d.shape[-2]
+    low = jnp.pad(low, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % R)])
+    return low.reshape(*x.shape[:-1], -1, R).sum(-2)
 
 
 def column_norms(leaf: LoraWeight) -> jax.Array:

@@ -34,7 +34,7 @@ RULES: tuple[tuple[str, tuple], ...] = (
 # Sharding of the arrays in an adapter or a quantised matrix. The keys are the names of the arrays. A value has one
 # entry for each of the last two axes of the array: 0 if the axis is sharded like the `in` axis of the matrix [in, out],
 # 1 if it is sharded like the `out` axis, or None if it is not sharded, such as the rank axis of a LoRA matrix.
-MATRIX_AXES = {"a": (0, None), "b": (None, 1), "m": (None, 1)}
+MATRIX_AXES = {"a": (0, None), "b": (None, 1), "d": (None, 1), "m": (None, 1)}
 MATRIX_AXES |= dict.fromkeys(("values", "codes", "absmax", "scale", "offset"), (0, 1))
 
 

@@ -180,6 +180,7 @@ def _adapted(
     # `fits`: whether peft's format can represent this adapter; if not, the adapter is not exported to this format.
     has_family = not complaints(families.family_of, body)
     fits = has_family and not (settings.dora and settings.init != "lora") and "embedding" not in settings.targets
+    fits = fits and not (settings.miss and weights.peft.has_conv1d(body))
     return Trainable({"adapter": adapter, **heads}, params, combine, merge, export if fits else no_export)
 
 

@@ -201,9 +201,7 @@ def _describe(cfg: Config, n_params: int, n_trained: int) -> list[str]:
     share = f"{n_trained:,} trained ({n_trained / n_params:.2%})"
     lines = [f"model   {cfg.finetune.base}: {n_params:,} parameters, {share}"]
     if cfg.finetune.trainable == "lora":
-        lines.append(
-            f"lora    rank {cfg.lora.rank}, scale {cfg.lora.scale:g} ({cfg.lora.scaling}, alpha {cfg.lora.alpha:g}), "
-            f"{cfg.lora.targets}"
-        )
+        scale = f"scale {cfg.lora.scale:g} ({cfg.lora.scaling}, alpha {cfg.lora.alpha:g})"
+        lines.append(f"lora    rank {cfg.lora.rank}, {'MiSS' if cfg.lora.miss else scale}, {cfg.lora.targets}")
     rate = f"lr {cfg.optim.lr:g}, {cfg.train.max_steps:,} steps of {cfg.train.batch_size} rows"
     return [*lines, f"train   {cfg.optim.name}, {rate}"]

@@ -4,23 +4,27 @@ writes gptjax_sha256.json, which holds the hashes of both files.
     gptjax  blocks/attn/q/kernel: a [L, in, R], b [L, R, out]
     PEFT    base_model.model.model.layers.{i}.self_attn.q_proj: lora_A.weight [R, in], lora_B.weight [out, R]
 
+A MiSS adapter has one matrix, d [L, R, out] in gptjax and miss_block [R, out] in PEFT.
+
 PEFT adapts GPT-2's q, k and v as one matrix; gptjax adapts them as three. The three adapters of gptjax are exported as
 one adapter of three times the rank with a block-diagonal B. An adapter that PEFT trained is read as three adapters with
 the same matrix a; if all three still have the same a, they are exported as one adapter of the original rank.
 
-Source: PEFT's tuners/lora, version 0.21 (names and shapes of the tensors, attributes that change the result).
+Source: PEFT's tuners/lora and tuners/miss, version 0.21 (names and shapes of the tensors, attributes that change the
+result).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +45,7 @@ from gptjax.weights.rules import Out, Rule, Tensor, identity, is_float, tensors_
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 HASHES = "gptjax_sha256.json"  # holds the sha256 of CONFIG and WEIGHTS; other tools ignore it
 _PREFIX = "base_model.model."
-_SUFFIXES = {"a": "lora_A.weight", "b": "lora_B.weight", "m": "lora_magnitude_vector"}
+_SUFFIXES = {"a": "lora_A.weight", "b": "lora_B.weight", "m": "lora_magnitude_vector", "d": "miss_block"}
 _HEAD = f"{_PREFIX}score.weight"  # the head of transformers' ...ForSequenceClassification
 _BASE = "gptjax_base"  # key in adapter_config.json for the fingerprint of the base model
 _NEUTRAL = {
@@ -65,6 +69,9 @@ def export_peft(
 ) -> Path:
     """Writes an adapter that PEFT loads onto the transformers model with the same base weights.
 
+    Layers in which all values of the adapter are zero, such as those that lora.targets leaves out, are not written. The
+    other layers are listed as PEFT's layers_to_transform, or in target_modules if they differ between matrices.
+
     Args:
         head: parameters of a classification head with last-token pooling: a dict with the key "kernel"
             [D, n_classes]. The head is written as transformers' `score`, one of PEFT's modules_to_save.
@@ -74,8 +81,8 @@ def export_peft(
 
     Raises:
         UserError: the adapter was initialised by `lora.init_from_weights` (export the result of `lora.to_lora`
-            instead); PEFT's format or the model's Hugging Face architecture has no place for some of the weights; the
-            head has a bias; or the folder is not empty.
+            instead); PEFT's format or the model's Hugging Face architecture has no place for some of the weights, or
+            for MiSS; the head has a bias; or the folder is not empty.
     """
     if head is not None:
         refuse_bias(head)
@@ -88,31 +95,54 @@ def export_peft(
     modules = _modules(cfg)
     covered = {rule.ours for module in modules for rule in module.rules}
     refuse("peft's format has no place for", sorted(path for path in pairs if path not in covered))
+    if any(("d" in pair) != lora.miss for pair in pairs.values()):
+        raise UserError(f"lora.miss={str(lora.miss).lower()} does not fit the adapter: export it with its config")
+    if lora.miss and has_conv1d(cfg):
+        raise UserError("peft's MiSS adapts torch.nn.Linear only, not the Conv1D layers of GPT-2: export hf instead")
+    adapted = {path: _adapted_layers(pair) for path, pair in pairs.items()}
     tensors: dict[str, np.ndarray] = {}
-    patterns: dict[str, int] = {}  # maps each module's name in PEFT's target_modules to the rank of its adapter
+    ranks: dict[str, dict[str, int]] = {}  # ranks by the name in PEFT's target_modules, and by the name of each module
+    layers: dict[str, list[int]] = {}  # adapted layers by the name in target_modules
     for module in modules:
-        if not any(rule.ours in pairs for rule in module.rules):
+        slices = [_slice(pairs.get(rule.ours, {}), adapted.get(rule.ours, []), module.layer) for rule in module.rules]
+        if not any(slices):
             continue
-        pair = _join(module, pairs)
+        pair = _join(module, slices)
         tensors |= {f"{_PREFIX}{module.name}.{_SUFFIXES[key]}": array for key, array in pair.items()}
         inside_layer = re.sub(r"^.*?\.\d+\.", "", module.name)  # the module's name in PEFT's target_modules
-        patterns[inside_layer] = pair["a"].shape[0]
+        ranks.setdefault(inside_layer, {})[module.name] = (pair["a"] if "a" in pair else pair["d"]).shape[0]
+        if module.layer is not None:
+            layers.setdefault(inside_layer, []).append(module.layer)
     power = 0.5 if lora.scaling == "alpha/sqrt(r)" else 1
-    body = {
-        "peft_type": "LORA",
-        "base_model_name_or_path": base_name,
-        "r": lora.rank,
+    patterns: dict[str, int] = {}  # PEFT's rank_pattern: one entry for all layers if their ranks are equal
+    for name, by_name in ranks.items():
+        equal = len(set(by_name.values())) == 1
+        patterns |= {name: max(by_name.values())} if equal else by_name
+    settings: dict[str, Any] = {
         "lora_alpha": _number(lora.scale * lora.rank**power),
         "lora_dropout": lora.dropout,
         "use_rslora": lora.scaling == "alpha/sqrt(r)",
         "use_dora": lora.dora,
-        "target_modules": sorted(patterns),
+        "target_modules": sorted(ranks),
         "rank_pattern": {name: r for name, r in patterns.items() if r != lora.rank},
         "alpha_pattern": {name: _number(lora.scale * r**power) for name, r in patterns.items() if r != lora.rank},
-        "fan_in_fan_out": any(rule.form is identity for module in modules for rule in module.rules),  # [in, out]
+        "fan_in_fan_out": has_conv1d(cfg),
+    }
+    if lora.miss:
+        settings = {"miss_dropout": lora.dropout, "init_weights": True, "target_modules": sorted(ranks)}
+    body = {
+        "peft_type": "MISS" if lora.miss else "LORA",
+        "base_model_name_or_path": base_name,
+        "r": lora.rank,
+        **settings,
         "bias": "none",
         "inference_mode": True,
     }
+    if any(len(chosen) < cfg.n_layer for chosen in layers.values()):
+        first = next(iter(layers.values()))
+        names = sorted(name for by_name in ranks.values() for name in by_name)
+        same = all(chosen == first for chosen in layers.values())
+        body |= {"layers_to_transform": first} if same else {"target_modules": names}
     if head is not None:
         tensors[_HEAD] = np.asarray(head["kernel"], np.float32).T
         body |= {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
@@ -138,7 +168,8 @@ def load_peft(
 
     The adapters of all layers are stacked. A layer without an adapter gets an adapter of zeros. Adapters of a smaller
     rank are padded with zeros to the largest rank in the stack. If a module's scale differs from the config's, its b is
-    multiplied by the ratio of the two. The `score` head of a classifier is returned as cls_head/kernel.
+    multiplied by the ratio of the two. The targets of the returned config name the layers that have an adapter. The
+    `score` head of a classifier is returned as cls_head/kernel.
 
     Args:
         base: parameters of the base model, which are compared with the fingerprint in the folder, if the folder has
@@ -168,15 +199,17 @@ def load_peft(
     power = 0.5 if lora.scaling == "alpha/sqrt(r)" else 1
     stacks: dict[str, dict[int | None, _Pair]] = {}
     for name, pair in pairs.items():
-        if lacking := [_SUFFIXES[key] for key in ("a", "b", *("m" * lora.dora)) if key not in pair]:
+        expected = ("d",) if lora.miss else ("a", "b", *("m" * lora.dora))
+        if lacking := [_SUFFIXES[key] for key in expected if key not in pair]:
             problems.append(f"{name} has no {', '.join(lacking)}")
             continue
-        rank = pair["a"].shape[0]
+        rank = pair[expected[0]].shape[0]
         if rank != rank_of(name):
             problems.append(f"{name} has rank {rank}, {CONFIG} says {rank_of(name)}")
         scale = alpha_of(name) / rank**power
-        for rule, ours in _split(modules[name], pair):
-            ours["b"] = ours["b"] * np.float32(scale / lora.scale)
+        for rule, ours in _split(modules[name], {key: pair[key] for key in expected}):
+            if not lora.miss:
+                ours["b"] = ours["b"] * np.float32(scale / lora.scale)
             stacks.setdefault(rule.ours, {})[modules[name].layer] = ours
     if lora.dora:
         problems += [
@@ -187,7 +220,7 @@ def load_peft(
     refuse(str(folder), problems)
     if not stacks:
         raise UserError(f"{folder}: the adapter is empty")
-    rank = max(pair["a"].shape[-1] for layers in stacks.values() for pair in layers.values())
+    rank = max(_rank(pair) for layers in stacks.values() for pair in layers.values())
     leaves = {
         f"{path}/{key}": jnp.asarray(array)
         for path, layers in stacks.items()
@@ -196,11 +229,24 @@ def load_peft(
     if _HEAD in file.shapes():
         leaves["cls_head/kernel"] = jnp.asarray(np.asarray(file.array(_HEAD)).astype(np.float32).T)
     _verify(folder)
-    config = LoraConfig(
-        rank=rank, alpha=lora.scale * rank**power, scaling=lora.scaling, dora=lora.dora, dropout=lora.dropout,
-        targets=" | ".join(sorted(stacks)),
-    )  # fmt: skip
-    return tree.unflatten(leaves), config
+    alpha = lora.alpha if lora.miss else lora.scale * rank**power
+    patterns = [_pattern(path, layers, cfg.n_layer) for path, layers in sorted(stacks.items())]
+    return tree.unflatten(leaves), dataclasses.replace(lora, rank=rank, alpha=alpha, targets=" | ".join(patterns))
+
+
+def _pattern(path: str, layers: Collection[int | None], n_layer: int) -> str:
+    """Returns the pattern of lora.targets for some layers of a stack: blocks/[0-3,8]/attn/q/kernel, or the path itself
+    for all layers."""
+    ranges: list[list[int]] = []
+    for i in sorted(layer for layer in layers if layer is not None):
+        if ranges and ranges[-1][1] == i - 1:
+            ranges[-1][1] = i
+        else:
+            ranges.append([i, i])
+    if None in layers or ranges == [[0, n_layer - 1]]:
+        return path
+    numbers = ",".join(f"{low}-{high}" if low < high else str(low) for low, high in ranges)
+    return path.replace("blocks/", f"blocks/{numbers if numbers.isdecimal() else f'[{numbers}]'}/", 1)
 
 
 def _verify(folder: Path) -> None:
@@ -233,16 +279,44 @@ def _modules(cfg: ModelConfig) -> list[Tensor]:
     return tensors_of(kernels, [rule.ours for rule in kernels], cfg.n_layer)
 
 
-def _join(module: Tensor, pairs: dict[str, _Pair]) -> _Pair:
+def has_conv1d(cfg: ModelConfig) -> bool:
+    """Returns True if the linear layers of the model are transformers' Conv1D, with weights [in, out], as in GPT-2."""
+    return any(rule.form is identity for module in _modules(cfg) for rule in module.rules)
+
+
+def _rank(pair: _Pair) -> int:
+    """Returns the rank of an adapter with gptjax's arrays a [in, R] or d [R, out]."""
+    return pair["a"].shape[-1] if "a" in pair else pair["d"].shape[-2]
+
+
+def _adapted_layers(pair: _Pair) -> list[int]:
+    """Returns the layers of a stack whose adapter has values other than zero, or all layers if there are none."""
+    *_, array = pair.values()
+    nonzero = [i for i in range(len(array)) if any(value[i].any() for value in pair.values())]
+    return nonzero or list(range(len(array)))
+
+
+def _slice(pair: _Pair, layers: Collection[int], layer: int | None) -> _Pair:
+    """Returns the adapter of one layer of a stack, or an empty dict if the layer has none."""
+    if layer is None:
+        return pair
+    return {key: array[layer] for key, array in pair.items()} if layer in layers else {}
+
+
+def _join(module: Tensor, slices: list[_Pair]) -> _Pair:
     """Joins gptjax's adapters of the slices of a PEFT module (GPT-2: q, k and v) into one adapter of the module.
 
-    Returns a dict with the matrices "a" [R, in] and "b" [out, R] and, for DoRA, the magnitude vector "m" [out].
+    Args:
+        slices: the adapter of each slice; the dict of a slice without an adapter is empty.
+
+    Returns:
+        A dict with the matrices "a" [R, in] and "b" [out, R] and, for DoRA, the magnitude vector "m" [out]; for MiSS
+        with "d" [R, out].
     """
-    slices: list[_Pair] = [  # the dict of a slice without an adapter is empty
-        {key: array if module.layer is None else array[module.layer] for key, array in pairs.get(rule.ours, {}).items()}
-        for rule in module.rules
-    ]
     first = next(pair for pair in slices if pair)
+    if "d" in first:
+        zeros = np.zeros_like(first["d"])
+        return {"d": np.concatenate([pair["d"] if pair else zeros for pair in slices], -1)}
     width = first["b"].shape[-1]
     if "m" in first and not all(slices):
         raise UserError(f"{module.name}: PEFT adapts q, k and v as one matrix, so DoRA needs all three as targets")
@@ -267,11 +341,15 @@ def _join(module: Tensor, pairs: dict[str, _Pair]) -> _Pair:
 def _split(module: Tensor, pair: _Pair) -> Iterator[tuple[Rule, _Pair]]:
     """Splits the adapter of a PEFT module into gptjax's adapters of its slices (GPT-2: q, k and v).
 
-    Yields the rule of each slice, and its adapter with "a" [in, R], "b" [R, out] and, for DoRA, "m" [1, out].
+    Yields the rule of each slice, and its adapter with "a" [in, R], "b" [R, out] and, for DoRA, "m" [1, out]; for MiSS
+    with "d" [R, out].
     """
-    width = pair["b"].shape[0] // len(module.rules)
+    width = (pair["d"].shape[-1] if "d" in pair else pair["b"].shape[0]) // len(module.rules)
     for k, rule in enumerate(module.rules):
         rows = slice(k * width, (k + 1) * width)
+        if "d" in pair:
+            yield rule, {"d": pair["d"][:, rows]}
+            continue
         ours = {"a": pair["a"].T, "b": pair["b"][rows].T}
         yield rule, ours | ({"m": pair["m"][None, rows]} if "m" in pair else {})
 
@@ -281,16 +359,14 @@ def _stack(layers: dict[int | None, _Pair], n_layer: int) -> _Pair:
     returned unchanged."""
     if None in layers:
         return layers[None]
-    rank = max(pair["a"].shape[-1] for pair in layers.values())
-    first = next(iter(layers.values()))
-    d_in, d_out = first["a"].shape[0], first["b"].shape[1]
-    shapes = {"a": (n_layer, d_in, rank), "b": (n_layer, rank, d_out), "m": (n_layer, 1, d_out)}
-    out = {key: np.zeros(shapes[key], np.float32) for key in first}
-    for i, pair in layers.items():
-        r = pair["a"].shape[-1]
-        out["a"][i, :, :r], out["b"][i, :r] = pair["a"], pair["b"]
-        if "m" in pair:
-            out["m"][i] = pair["m"]
+    rank = max(map(_rank, layers.values()))
+    rank_axis = {"a": 1, "b": 0, "d": 0}
+    out = {}
+    for key, value in next(iter(layers.values())).items():
+        shape = [rank if axis == rank_axis.get(key) else size for axis, size in enumerate(value.shape)]
+        out[key] = np.zeros((n_layer, *shape), np.float32)
+        for i, pair in layers.items():
+            out[key][i][tuple(map(slice, pair[key].shape))] = pair[key]
     return out
 
 
@@ -301,16 +377,23 @@ def _config(body: dict[str, Any], location: str) -> tuple[LoraConfig, Callable[[
     """Returns the config of the adapter, and two functions that return the rank and the alpha of a module, given its
     name."""
     a = families.Attributes(body, neutral=_NEUTRAL)
-    if body.get("peft_type") != "LORA":
-        a.problems.append(f"peft_type={body.get('peft_type')!r:.60}: only LORA is known here")
-    rank, alpha = a.take("r", int, 8), a.take("lora_alpha", float, 8.0)
-    ranks, alphas = a.take("rank_pattern", dict, {}), a.take("alpha_pattern", dict, {})
-    rslora, dora = a.take("use_rslora", bool, False), a.take("use_dora", bool, False)
-    dropout = a.take("lora_dropout", float, 0.0)
+    miss = body.get("peft_type") == "MISS"
+    if body.get("peft_type") not in ("LORA", "MISS"):
+        a.problems.append(f"peft_type={body.get('peft_type')!r:.60}: only LORA and MISS are known here")
+    ranks, alphas, rslora, dora = {}, {}, False, False
+    if miss:
+        rank, alpha, dropout = a.take("r", int, 64), 1.0, a.take("miss_dropout", float, 0.0)
+        a.must("init_weights", True, False)  # bat and mini are other methods
+        a.left.pop("mini_r", None)  # has no effect without mini
+    else:
+        rank, alpha = a.take("r", int, 8), a.take("lora_alpha", float, 8.0)
+        ranks, alphas = a.take("rank_pattern", dict, {}), a.take("alpha_pattern", dict, {})
+        rslora, dora = a.take("use_rslora", bool, False), a.take("use_dora", bool, False)
+        dropout = a.take("lora_dropout", float, 0.0)
+        # The initialisations pissa, olora, corda and loftq are refused: their adapters belong to changed base weights,
+        # not to those that `load` reads.
+        a.must("init_lora_weights", True, False, "gaussian", "eva", "orthogonal")
     a.must("bias", "none")
-    # The initialisations pissa, olora, corda and loftq are refused: their adapters belong to changed base weights, not
-    # to those that `load` reads.
-    a.must("init_lora_weights", True, False, "gaussian", "eva", "orthogonal")
     for name in list(a.left):  # other attributes may change the result, unless they are off (false, null, 0)
         if not a.left[name]:
             a.left.pop(name)
@@ -342,9 +425,8 @@ def _config(body: dict[str, Any], location: str) -> tuple[LoraConfig, Callable[[
 
         return value
 
-    lora = LoraConfig(
-        rank=rank, alpha=alpha, scaling="alpha/sqrt(r)" if rslora else "alpha/r", dora=dora, dropout=dropout
-    )
+    scaling: Literal["alpha/sqrt(r)", "alpha/r"] = "alpha/sqrt(r)" if rslora else "alpha/r"
+    lora = LoraConfig(rank=rank, alpha=alpha, scaling=scaling, dora=dora, dropout=dropout, miss=miss)
     return lora, pattern(ranks, rank), pattern(alphas, alpha)
 
 
@@ -365,7 +447,7 @@ def _read(file: safetensors.File, modules: dict[str, Tensor], cfg: ModelConfig) 
 
     Returns:
         A dict that maps the name of each module to its adapter, a dict with the keys "a" [R, in], "b" [out, R] and, for
-        DoRA, "m" [out]; and a list of error messages about names, shapes and values.
+        DoRA, "m" [out], or with the key "d" [R, out]; and a list of error messages about names, shapes and values.
     """
     pairs: dict[str, _Pair] = {}
     problems: list[str] = []
@@ -401,8 +483,8 @@ def _read(file: safetensors.File, modules: dict[str, Tensor], cfg: ModelConfig) 
             )
             continue
         d_in, d_out = sizes[module]
-        rank = shape[{"a": 0, "b": -1}[key]] if key != "m" and len(shape) == 2 else 0
-        expected = {"a": (rank, d_in), "b": (d_out, rank), "m": (d_out,)}[key]
+        rank = shape[{"a": 0, "b": -1, "d": 0}[key]] if key != "m" and len(shape) == 2 else 0
+        expected = {"a": (rank, d_in), "b": (d_out, rank), "m": (d_out,), "d": (rank, d_out)}[key]
         if tuple(shape) != expected:
             problems.append(f"{name} is {list(shape)}, expected {list(expected)}")
             continue

@@ -43,6 +43,7 @@ ALL = bool(os.environ.get("GPTJAX_ALL_TRACES"))
 KEY = jax.eval_shape(lambda: jax.random.key(0))
 LORA = LoraConfig(rank=8, targets="*/kernel", dropout=0.1)
 DORA = LoraConfig(rank=8, dora=True)
+MISS = LoraConfig(rank=8, miss=True, dropout=0.1)
 TABLES = LoraConfig(rank=8, targets="*/embedding")
 SAMPLER = sampling.chain(
     sampling.repetition_penalty(1.2), sampling.temperature(0.8), sampling.top_k(20), sampling.top_p(0.9),
@@ -339,6 +340,7 @@ USES: dict[str, Callable[[ModelConfig, Setting], Program]] = {
 MORE_USES: dict[str, Callable[[ModelConfig, Setting], Program]] = {
     "unstacked layers": functools.partial(gradient, arrange=gpt.unstack_layers),
     "traced dropout": traced_dropout,
+    "miss": functools.partial(adapter, settings=MISS),
     "gradient of patches": gradient_of_patches,
     "lora of tables": adapter_of_tables,
     "cached step, int8 cache": functools.partial(cached_step, cache_dtype="int8"),

@@ -68,6 +68,8 @@ NO_EFFECT = [
     ("optim.schedule=cosine", "optim.decay_fraction=0.1"),
     ("optim.schedule=constant", "optim.min_lr_ratio=0.1"),
     ("optim.warmup_steps=0", "optim.initial_lr_ratio=0.1"),
+    ("lora.miss=true", "lora.alpha=8"),
+    ("lora.miss=true", "lora.scaling=alpha/sqrt(r)"),
     ("prefer.loss=dpo", "prefer.margin=0.5"),
     ("sample.temperature=0", "sample.top_k=5"),
     ("sample.temperature=0", "sample.top_p=0.9"),
@@ -83,7 +85,7 @@ NO_EFFECT = [
 
 @pytest.mark.parametrize(("disabling", "given"), NO_EFFECT, ids=[" ".join(pair) for pair in NO_EFFECT])
 def test_a_setting_without_effect_is_refused_on_the_command_line(complaint, disabling, given):
-    task = ["task=prefer"] if given.startswith("prefer.") else []
+    task = ["task=prefer"] if given.startswith(("prefer.", "lora.")) else []
     text = complaint(None, *task, disabling, given)
     assert f"{given.partition('=')[0]} would have no effect: {disabling.partition('=')[0]}=" in text
 

@@ -52,6 +52,10 @@ MISTAKES = {
     "the same answer": ("prefer", ["prefer.source=pairs.jsonl"], "pairs.jsonl:1: chosen and rejected are the same"),
     "no such base": ("instruct", ["finetune.base=runs/absent"], "runs/absent"),
     "no such target": ("instruct", ["lora.targets=blocks/*/kernle"], "'blocks/*/kernle' matches no weight; there are"),
+    "no such layers": ("instruct", ["lora.targets=blocks/[0-9]/*/kernel"], "has the range 0-9: expected first-last"),
+    "miss and dora": ("instruct", ["lora.miss=true", "lora.dora=true"], "lora.miss=true trains one matrix"),
+    "miss and olora": ("instruct", ["lora.miss=true", "lora.init=olora"], "got false, olora and 1"),
+    "miss and alpha": ("instruct", ["lora.miss=true", "lora.alpha=4"], "lora.alpha would have no effect: lora.miss="),
     "no such part": ("instruct", ["finetune.trainable=blocks/7/*"], "finetune.trainable"),
     "another task's preset": ("classify", ["instruct"], "instruct is for task=instruct: gptjax finetune instruct"),
 }  # fmt: skip

@@ -19,6 +19,7 @@ from gptjax.types import Batch
 ALL = "blocks/*/kernel | wte/* | lm_head/*"
 MEMBERS = {
     "lora": LoraConfig(rank=4),
+    "miss": LoraConfig(rank=5, miss=True),  # 5 divides neither 32 nor 48
     "rslora": LoraConfig(rank=4, scaling="alpha/sqrt(r)", alpha=8),
     "alpha": LoraConfig(rank=3, scaling="alpha", alpha=2, targets="blocks/attn/q/* | blocks/attn/v/*"),
     "embeddings and head": LoraConfig(rank=4, targets=ALL),
@@ -57,7 +58,7 @@ def run(params, cfg):
     return np.asarray(jax.jit(lambda p: gptjax.forward(p, BATCH.tokens, cfg))(params))
 
 
-@pytest.mark.first_cases(3)
+@pytest.mark.first_cases(4)
 def test_at_the_start_nothing_changes(member):
     """A new adapter adds exactly zero, up to different fusion. DoRA (division by norms) and `init_from_weights` (adds
     what it subtracted) have rounding errors."""
@@ -66,7 +67,7 @@ def test_at_the_start_nothing_changes(member):
     np.testing.assert_allclose(got, want, atol=2e-5 if lcfg.dora or lcfg.init != "lora" else 1e-5)
 
 
-@pytest.mark.first_cases(3)
+@pytest.mark.first_cases(4)
 def test_attached_is_merged(member):
     cfg, _, lcfg, base, adapter = member
     adapter = moved(adapter)
@@ -77,7 +78,7 @@ def test_attached_is_merged(member):
     assert np.abs(want - run(base, cfg)).max() > 0.1
 
 
-@pytest.mark.first_cases(1)
+@pytest.mark.first_cases(2)
 def test_gradients_are_those_of_the_merged_matrices(member):
     """DoRA's column norms are treated as constants on both sides."""
     cfg, _, lcfg, base, adapter = member
@@ -88,6 +89,9 @@ def test_gradients_are_those_of_the_merged_matrices(member):
         both = lora.attach(base, adapter, lcfg)
 
         def plain(leaf):
+            if isinstance(leaf, lora.MissWeight):
+                blocks = jnp.tile(leaf.d, (1, -(-leaf.w.shape[-2] // leaf.d.shape[-2]), 1))
+                return leaf.w + blocks[..., : leaf.w.shape[-2], :]
             if not isinstance(leaf, lora.LoraWeight):
                 return leaf
             w = leaf.w + leaf.scale[..., None, None] * (leaf.a @ leaf.b)
@@ -95,7 +99,8 @@ def test_gradients_are_those_of_the_merged_matrices(member):
                 return w
             return w * (leaf.m / jax.lax.stop_gradient(jnp.linalg.norm(w, axis=-2, keepdims=True)))
 
-        plain_params = jax.tree.map(plain, both, is_leaf=lambda node: isinstance(node, lora.LoraWeight))
+        leaves = (lora.LoraWeight, lora.MissWeight)
+        plain_params = jax.tree.map(plain, both, is_leaf=lambda node: isinstance(node, leaves))
         return loss(plain_params, BATCH, None)[0].total
 
     got = jax.jit(jax.grad(lambda a: lora.bind(loss, base, lcfg)(a, BATCH)[0].total))(adapter)
@@ -122,7 +127,7 @@ def test_no_product_of_the_weights_shape_in_the_backward_pass(tiny):
 
 
 @pytest.mark.first_cases(1)
-@pytest.mark.parametrize("name", ["lora", "dora"])
+@pytest.mark.parametrize("name", ["lora", "dora", "miss"])
 def test_vmap_over_adapters_is_a_loop(model, name):
     cfg, params = model
     lcfg = MEMBERS[name]
@@ -155,13 +160,14 @@ def test_rows_of_a_batch_through_adapters_of_their_own(model):
         assert written[i] == gptjax.generate(single, [prompts[i]], cfg, max_new_tokens=5, key=KEY)[0]
     merged = lora.merge(params, adapters[2], lcfg, scales=scales[2])
     np.testing.assert_allclose(logits[0], gptjax.forward(merged, tokens[:1], cfg)[0], atol=1e-4)
-    with pytest.raises(UserError, match="for kernels without DoRA only"):
-        lora.rows([lora.init(KEY, params, MEMBERS["dora"])], [0])
+    for name in ("dora", "miss"):
+        with pytest.raises(UserError, match="for kernels without DoRA or MiSS only"):
+            lora.rows([lora.init(KEY, params, MEMBERS[name])], [0])
 
 
 @pytest.mark.first_cases(1)
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
-@pytest.mark.parametrize("name", ["lora", "dora"])
+@pytest.mark.parametrize("name", ["lora", "dora", "miss"])
 def test_on_quantized_weights(tiny, name, kind):
     cfg, params = tiny("llama", d_ff=64)
     lcfg, small = MEMBERS[name], quantize(params, kind)
@@ -204,13 +210,13 @@ def test_dropout_is_in_the_low_rank_branch_and_follows_the_key(model):
 
 
 @pytest.mark.first_cases(1)
-@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("more", [{}, dict(dora=True), dict(miss=True)], ids=["lora", "dora", "miss"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_dropout_reaches_the_head_inside_the_loss(dora, dtype):
+def test_dropout_reaches_the_head_inside_the_loss(more, dtype):
     """The loss, which computes logits in chunks, equals the loss from `forward` with the same dropout key."""
     cfg = ModelConfig(arch="llama", vocab_size=37, context_length=16, n_layer=1, n_head=2, d_model=16, dtype=dtype)
     params = gptjax.init_params(KEY, cfg)
-    lcfg = LoraConfig(rank=3, targets="lm_head/kernel", dropout=0.5, dora=dora)
+    lcfg = LoraConfig(rank=3, targets="lm_head/kernel", dropout=0.5, **more)
     adapter = moved(lora.init(KEY, params, lcfg))
     ids = jax.random.randint(jax.random.key(1), (2, 11), 0, 37)
     batch = Batch(ids[:, :-1], ids[:, 1:])
@@ -231,15 +237,19 @@ def test_dropout_reaches_the_head_inside_the_loss(dora, dtype):
     assert len(values) == 3
 
 
-@pytest.mark.slow
 @pytest.mark.first_cases(1)
-@pytest.mark.parametrize("init", ["lora", "pissa", "olora"])
-def test_some_layers_only(init):
+@pytest.mark.parametrize(
+    "more",
+    [dict(miss=True), dict(init="lora"), dict(init="pissa"), dict(init="olora")],
+    ids=["miss", "lora", "pissa", "olora"],
+)
+def test_some_layers_only(more):
     import optax
 
     cfg = ModelConfig(arch="llama", vocab_size=17, context_length=16, n_layer=4, n_head=2, d_model=16)
     params = gptjax.init_params(KEY, cfg)
-    lcfg = LoraConfig(rank=2, init=init, targets="blocks/1/attn/q/kernel | blocks/[2-3]/mlp/*/kernel | lm_head/*")
+    targets = "blocks/1/attn/q/kernel | blocks/[0,2-3]/mlp/*/kernel | lm_head/*"
+    lcfg = LoraConfig(rank=2, targets=targets, **more)
     residual, adapter = start(params, lcfg)
     tx = optax.adamw(1e-2)
     state = gptjax.TrainState.create(adapter, frozen=residual, tx=tx, key=KEY)
@@ -250,8 +260,8 @@ def test_some_layers_only(init):
     for path, leaf in tree.flatten(merged).items():
         before = tree.flatten(params)[path]
         moved = {
-            "blocks/attn/q/kernel": [1], "blocks/mlp/up/kernel": [2, 3], "blocks/mlp/gate/kernel": [2, 3],
-            "blocks/mlp/down/kernel": [2, 3],
+            "blocks/attn/q/kernel": [1], "blocks/mlp/up/kernel": [0, 2, 3], "blocks/mlp/gate/kernel": [0, 2, 3],
+            "blocks/mlp/down/kernel": [0, 2, 3],
         }.get(path, [])  # fmt: skip
         if path.startswith("blocks/"):
             changed = np.flatnonzero([not np.array_equal(a, b) for a, b in zip(leaf, before, strict=True)]).tolist()
@@ -268,6 +278,22 @@ def test_layers_that_are_not_there_and_dora_on_some():
     with pytest.raises(UserError, match="do not select layers"):
         lora.init(KEY, params, LoraConfig(targets="blocks/1/*/kernel", dora=True))
     lora.init(KEY, params, LoraConfig(targets="blocks/[01]/attn/q/kernel", dora=True))
+
+
+def test_ranges_of_layers():
+    """Numbers of several digits are matched as numbers, and a range must lie within the model."""
+    cfg = ModelConfig(arch="llama", vocab_size=17, context_length=16, n_layer=14, n_head=2, d_model=8)
+    params = gptjax.init_params(KEY, cfg)
+    for ranges, want in (("[0-11]", range(12)), ("[2,10-12]", [2, 10, 11, 12]), ("[13]", [1, 3]), ("13", [13])):
+        adapter = lora.init(KEY, params, LoraConfig(rank=2, targets=f"blocks/{ranges}/attn/*/kernel"))
+        assert list(adapter["blocks"]) == ["attn"]
+        for node in adapter["blocks"]["attn"].values():
+            assert np.flatnonzero(np.abs(node["kernel"]["a"]).max((1, 2))).tolist() == list(want)
+    outside = {"[0-14]": "range 0-14: .* layers of this model, 0-13", "[3-1]": "range 3-1", "[2,20]": "range 20-20"}
+    for ranges, words in outside.items():
+        for more in ({}, dict(miss=True), dict(dora=True)):
+            with pytest.raises(UserError, match=words):
+                lora.init(KEY, params, LoraConfig(targets=f"lm_head/* | blocks/{ranges}/*/kernel", **more))
 
 
 def test_parameter_counts_of_the_book():
@@ -307,8 +333,9 @@ def test_algebra(model):
             lambda got, a, b, want=want: np.testing.assert_allclose(got, want(a, b), atol=2e-5),
             delta(params, made, lcfg), d1, d2,
         )  # fmt: skip
-    with pytest.raises(UserError, match="magnitude vector, which cannot be added"):
-        lora.concatenate([lora.init(KEY, params, MEMBERS["dora"])])
+    for name, words in (("dora", "magnitude vector, which cannot"), ("miss", "MiSS matrix, which cannot")):
+        with pytest.raises(UserError, match=words):
+            lora.concatenate([lora.init(KEY, params, MEMBERS[name])])
 
 
 @pytest.mark.parametrize("kind", ["pissa", "olora"])
@@ -347,11 +374,30 @@ def test_mistakes(model, tiny):
         lora.init(KEY, params, LoraConfig(targets="blocks/attn/w/* | blocks/attn/q/*"))
     with pytest.raises(UserError, match="DoRA supports kernels, not wte/embedding"):
         lora.init(KEY, params, LoraConfig(targets="*", dora=True))
+    for settings, words in (
+        (dict(targets="*"), "MiSS supports kernels, not wte/embedding"),
+        (dict(dora=True), "MiSS has no magnitude vectors"),
+        (dict(rank=33), "MiSS needs a rank of at most 32"),
+    ):
+        with pytest.raises(UserError, match=words):
+            lora.init(KEY, params, LoraConfig(**({"rank": 4, "miss": True} | settings)))
+    with pytest.raises(UserError, match="lora.miss=true starts from zero"):
+        lora.init_from_weights(params, LoraConfig(init="pissa", miss=True))
+    with pytest.raises(UserError, match="rank of a MiSS adapter cannot be truncated"):
+        lora.truncate_rank(lora.init(KEY, params, MEMBERS["miss"]), 2)
     with pytest.raises(UserError, match="use lora.init_from_weights"):
         lora.init(KEY, params, LoraConfig(init="pissa"))
     with pytest.raises(UserError, match="use lora.init"):
         lora.init_from_weights(params, LoraConfig())
     adapter = lora.init(KEY, params, LoraConfig(rank=2))
+    for given, lcfg, kind in (
+        (adapter, MEMBERS["miss"], "LoRA"),
+        (lora.init(KEY, params, MEMBERS["miss"]), LoraConfig(), "MiSS"),
+    ):
+        with pytest.raises(UserError, match=f"has a {kind} adapter: attach it with its config"):
+            lora.attach(params, given, lcfg)
     other = tiny("gpt2", d_model=16, d_ff=20)[1]
     with pytest.raises(UserError, match=r"(?s)mlp/gate/kernel: the base has no such weight.*do not fit a weight"):
         lora.attach(other, adapter, LoraConfig(rank=2))
+    with pytest.raises(UserError, match=r"(?s)mlp/gate/kernel: the base has no such weight.*d \[.* do not fit"):
+        lora.attach(other, lora.init(KEY, params, MEMBERS["miss"]), MEMBERS["miss"])

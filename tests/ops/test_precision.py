@@ -61,7 +61,7 @@ def late(cfg, params):
 def adapter(base=lambda params: params, **settings):
     def build(cfg, params):
         settings_ = LoraConfig(rank=4, targets="blocks/*/kernel | wte/* | lm_head/*", **settings)
-        if settings_.dora or settings_.dropout:
+        if settings_.dora or settings_.miss or settings_.dropout:
             settings_ = dataclasses.replace(settings_, targets="blocks/*/kernel | lm_head/*")
         pair = lora.init(KEY, params, settings_)
         loss = lora.bind(next_token(cfg), base(params), settings_)
@@ -124,7 +124,7 @@ USES = {
     "lora on int8": adapter(lambda params: quantize(params, "int8")), "adapters of rows": adapters_of_rows,
     "int8": quantised("int8"), "nf4": quantised("nf4"), "preferences": preferences,
     "classes": classes("last"), "classes, mean": classes("mean"), "prompt": prompt, "step": step,
-    "weights patched": weights_patched,
+    "weights patched": weights_patched, "miss": adapter(miss=True),
 }  # fmt: skip
 
 

@@ -108,6 +108,7 @@ def test_rules_cover_params_adapters_and_optimizers(arch):
     params = gptjax.init_params(jax.random.key(0), cfg)
     for more in (
         lora.init(jax.random.key(0), params, gptjax.LoraConfig(rank=2, dora=True)),
+        lora.init(jax.random.key(0), params, gptjax.LoraConfig(rank=2, miss=True)),
         gptjax.quantize(params, "nf4"),
         gptjax.quantize(params, "int8"),
         unstack_layers(params, cfg),

@@ -159,6 +159,7 @@ def test_adapters_of_several_ranks(folder):
     )  # fmt: skip
     configs = [tuned(*overrides) for overrides in ADAPTERS]
     assert sweep.programs(configs) == [(0, 1)]
+    assert sweep.programs([tuned("lora.miss=true", f"lora.rank={r}") for r in (2, 4, 4)]) == [(0,), (1, 2)]
     result = sweep.sweep(configs)
     assert result.states[0][1].frozen is None
     for i, overrides in enumerate(ADAPTERS):

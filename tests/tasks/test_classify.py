@@ -125,9 +125,10 @@ def test_several_seeds(folder, capsys):
         ["finetune.trainable=blocks/1/** | ln_f/**"],
         ["finetune.quantize=nf4", "lora.dora=true"],
         ["lora.init=pissa", "classify.pooling=mean"],
+        ["lora.miss=true", "lora.dropout=0.1"],
         ["lora.dropout=0.1", "lora.lr_ratio=4", "classify.split=grouped", "classify.deduplicate=false"],
     ],
-    ids=["full", "last layer", "qdora", "pissa", "dropout"],
+    ids=["full", "last layer", "qdora", "pissa", "miss", "dropout"],
 )
 def test_other_settings(folder, settings, capsys, tmp_path):
     assert run(folder, tmp_path / "run", "train.max_steps=4", "train.eval_every=4", *settings) == 0

@@ -48,13 +48,14 @@ def run(folder, kind, name, vmapped, *more):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-def test_vmapped_seeds_equal_sequential_seeds(folder, kind, capsys):
-    assert run(folder, kind, f"{kind}-vmapped", "true") == 0
+@pytest.mark.parametrize(("kind", "more"), [*((kind, []) for kind in KINDS), ("classify", ["lora.miss=true"])])
+def test_vmapped_seeds_equal_sequential_seeds(folder, kind, more, capsys):
+    name = "-".join([kind, *more])
+    assert run(folder, kind, f"{name}-vmapped", "true", *more) == 0
     assert "2 adapters in one program" in capsys.readouterr().out
-    assert run(folder, kind, f"{kind}-sequential", "false") == 0
+    assert run(folder, kind, f"{name}-sequential", "false", *more) == 0
     for seed in (3, 4):
-        vmapped, sequential = (folder / f"{kind}-{how}" / f"seed-{seed}" for how in ("vmapped", "sequential"))
+        vmapped, sequential = (folder / f"{name}-{how}" / f"seed-{seed}" for how in ("vmapped", "sequential"))
         (a, _), (b, _) = gptjax.load(vmapped), gptjax.load(sequential)
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), a, b)
         assert f"seed: {seed}" in (vmapped / "final" / "config.yaml").read_text()
@@ -62,7 +63,7 @@ def test_vmapped_seeds_equal_sequential_seeds(folder, kind, capsys):
         assert {k: v for k, v in scores.items() if isinstance(v, int | float)} == pytest.approx(
             {k: v for k, v in expected.items() if isinstance(v, int | float)}, abs=1e-4
         )
-    table = json.loads((folder / f"{kind}-vmapped" / "seeds.json").read_text())
+    table = json.loads((folder / f"{name}-vmapped" / "seeds.json").read_text())
     assert all(len(row["values"]) == 2 for row in table.values())
 
 

@@ -15,6 +15,8 @@ WAYS = {
     "lora": [],
     "lora on int8": ["finetune.quantize=int8"],
     "dora": ["lora.dora=true"],
+    "miss": ["lora.miss=true"],
+    "miss on int8": ["lora.miss=true", "finetune.quantize=int8"],
     "pissa": ["lora.init=pissa"],
     "pissa on int8": ["lora.init=pissa", "finetune.quantize=int8"],
     "all": ["finetune.trainable=all"],

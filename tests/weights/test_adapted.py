@@ -49,8 +49,14 @@ def run(folder):
 @pytest.mark.first_cases(1)
 @pytest.mark.parametrize(
     "more",
-    [[], ["lora.dora=true", "classify.bias=true"], ["finetune.quantize=int8"], ["lora.targets=blocks/1/attn/*/kernel"]],
-    ids=["plain", "dora", "int8", "a layer"],
+    [
+        [],
+        ["lora.dora=true", "classify.bias=true"],
+        ["finetune.quantize=int8"],
+        ["lora.targets=blocks/1/attn/*/kernel"],
+        ["lora.miss=true", "lora.targets=blocks/[1-1]/attn/*/kernel"],
+    ],
+    ids=["plain", "dora", "int8", "a layer", "miss"],
 )
 def test_it_is_what_the_merged_copy_is(folder, more):
     name = "-".join(["both", *(setting.split("=")[0] for setting in more)])

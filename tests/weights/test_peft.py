@@ -24,12 +24,35 @@ FORMS = {
     "rslora": LoraConfig(rank=4, scaling="alpha/sqrt(r)", alpha=8),
     "alpha": LoraConfig(rank=4, scaling="alpha", alpha=1.5),
     "dora": LoraConfig(rank=4, dora=True),
+    "one layer": LoraConfig(rank=4, targets="blocks/1/attn/*/kernel"),
+    "layers": LoraConfig(rank=4, targets="blocks/1/attn/q/kernel | blocks/[0-1]/mlp/down/kernel"),
+    "layers and slices": LoraConfig(rank=4, targets="blocks/0/attn/q/kernel | blocks/1/attn/[qv]/kernel"),
+}
+MISS = {
+    "miss": LoraConfig(rank=5, miss=True),
+    "miss, one layer": LoraConfig(rank=5, miss=True, targets="blocks/1/*/kernel"),
+    "miss, layers": LoraConfig(rank=3, miss=True, targets="blocks/0/attn/q/kernel | blocks/1/mlp/*/kernel"),
 }
 
 
 def moved(adapter, seed=0):
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda a: a + 0.1 * rng.normal(size=a.shape).astype(np.float32), adapter)
+
+
+def trained(params, cfg, lcfg):
+    """The adapter after three steps, in which layers that are not selected stay zero."""
+    import optax
+
+    from gptjax.losses import next_token
+    from gptjax.types import Batch
+
+    tx = optax.adam(3e-2)
+    state = gptjax.TrainState.create(lora.init(KEY, params, lcfg), frozen=params, tx=tx, key=KEY)
+    step = jax.jit(gptjax.make_train_step(next_token(cfg), tx, combine=lambda a, base: lora.attach(base, a, lcfg)))
+    for _ in range(3):
+        state, _ = step(state, Batch(TOKENS[:, :-1], TOKENS[:, 1:]))
+    return state.params
 
 
 def run(params, cfg, tokens=TOKENS):
@@ -55,6 +78,34 @@ def test_there_and_back(tiny, arch, form, tmp_path):
     np.testing.assert_allclose(run(lora.merge(params, reloaded, reloaded_cfg), cfg), want, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("form", "layers", "names", "targets"),
+    [
+        ("lora", None, 7, "blocks/attn/q/kernel"),
+        ("one layer", [1], 4, "blocks/1/attn/q/kernel"),
+        ("layers", None, 3, "blocks/1/attn/q/kernel"),
+        ("miss, one layer", [1], 7, "blocks/1/attn/q/kernel"),
+        ("miss, layers", None, 4, "blocks/0/attn/q/kernel"),
+    ],
+)
+def test_layers_there_and_back(tiny, form, layers, names, targets, tmp_path):
+    """Only the selected layers are written, and the loaded config selects the same layers for further training."""
+    cfg, params = tiny("llama")
+    lcfg = (FORMS | MISS)[form]
+    adapter = trained(params, cfg, lcfg)
+    export_peft(tmp_path / "adapter", adapter, lcfg, cfg)
+    body = json.loads((tmp_path / "adapter" / CONFIG).read_text())
+    assert body.get("layers_to_transform") == layers and len(body["target_modules"]) == names
+    back, back_cfg = load_peft(tmp_path / "adapter", cfg)
+    assert targets in back_cfg.targets.split(" | ")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(adapter):
+        np.testing.assert_array_equal(dict(jax.tree_util.tree_leaves_with_path(back))[path], leaf)
+    fresh = lora.init(KEY, params, back_cfg)
+    assert jax.tree.structure(fresh) == jax.tree.structure(adapter)
+    export_peft(tmp_path / "new", lora.init(KEY, params, MISS["miss"]), MISS["miss"], cfg)  # all values are zero
+    assert not any(leaf.any() for leaf in jax.tree.leaves(load_peft(tmp_path / "new", cfg)[0]))
+
+
 @pytest.fixture
 def folder(tiny, tmp_path):
     cfg, params = tiny("llama")
@@ -66,7 +117,7 @@ def folder(tiny, tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"peft_type": "IA3"}, "only LORA is known"),
+        ({"peft_type": "IA3"}, "only LORA and MISS are known"),
         ({"bias": "all"}, "bias='all' is not supported"),
         ({"modules_to_save": ["lm_head"]}, "no whole module but score"),
         ({"layer_replication": [[0, 2]]}, "layer_replication"),
@@ -132,6 +183,17 @@ def test_other_mistakes(tiny, tmp_path):
     split = LoraConfig(rank=2, init="olora")
     with pytest.raises(UserError, match=r"export lora.to_lora"):
         export_peft(tmp_path / "a", lora.init_from_weights(params, split)[1], split, cfg)
+    with pytest.raises(UserError, match="lora.miss=true does not fit the adapter"):
+        export_peft(tmp_path / "a", lora.init(KEY, params, FORMS["lora"]), MISS["miss"], cfg)
+    gpt2, its_params = tiny("gpt2", n_kv_head=4)
+    with pytest.raises(UserError, match="not the Conv1D layers of GPT-2"):
+        export_peft(tmp_path / "a", lora.init(KEY, its_params, MISS["miss"]), MISS["miss"], gpt2)
+    export_peft(tmp_path / "miss", lora.init(KEY, params, MISS["miss"]), MISS["miss"], cfg)
+    body = json.loads((tmp_path / "miss" / CONFIG).read_text())
+    for change, words in (({"init_weights": "bat"}, "init_weights='bat' is not supported"), ({"r": 4}, "has rank 5")):
+        (tmp_path / "miss" / CONFIG).write_text(json.dumps(body | change))
+        with pytest.raises(UserError, match=words):
+            load_peft(tmp_path / "miss", cfg)
     tables = LoraConfig(rank=2, targets="wte/*")
     with pytest.raises(UserError, match="no place for"):
         export_peft(tmp_path / "a", lora.init(KEY, params, tables), tables, cfg)
@@ -213,27 +275,73 @@ def test_an_adapter_that_peft_made(name, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", FORMS | MISS)
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_peft_loads_what_was_trained_here(name, form, tmp_path):
-    import optax
+    peft = pytest.importorskip("peft", reason="extra 'parity' is not installed")
+    if form in MISS and name == "gpt2":
+        pytest.skip("peft's MiSS does not support Conv1D")
+    torch, model = base_model(name, tmp_path / "base")
+    params, cfg = gptjax.load(tmp_path / "base")
+    lcfg = (FORMS | MISS)[form]
+    adapter = trained(params, cfg, lcfg)
+    export_peft(tmp_path / "adapter", adapter, lcfg, cfg, base=params)
+    theirs = peft.PeftModel.from_pretrained(model, tmp_path / "adapter").eval()
+    want = run(lora.attach(params, adapter, lcfg), cfg)
+    np.testing.assert_allclose(logits(torch, theirs, TOKENS), want, atol=1e-4)
+    assert np.abs(run(params, cfg) - want).max() > 0.01
+    loaded = {key.split(".lora_")[0].split(".miss_")[0] for key, _ in theirs.named_parameters() if "default" in key}
+    assert {".1." in key for key in loaded} == ({True} if "one layer" in form else {True, False})
 
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("more", [{}, dict(layers_to_transform=[1])], ids=["all layers", "one layer"])
+@pytest.mark.parametrize("rank", [4, 5])  # 4 divides the sizes 24 and 40, 5 does not divide 24
+def test_miss_is_that_of_peft(rank, more, tmp_path):
+    """Logits, gradients and merged weights of MiSS, and the way back into peft."""
     from gptjax.losses import next_token
     from gptjax.types import Batch
 
     peft = pytest.importorskip("peft", reason="extra 'parity' is not installed")
-    torch, model = base_model(name, tmp_path / "base")
+    torch, model = base_model("llama", tmp_path / "base")
+    made = peft.get_peft_model(model, peft.MissConfig(r=rank, target_modules=["q_proj", "down_proj"], **more))
+    with torch.no_grad():
+        for key, p in made.named_parameters():
+            if "miss_" in key:
+                p.add_(0.1 * torch.randn_like(p))
+    made.save_pretrained(tmp_path / "adapter")
+    want = logits(torch, made, TOKENS)
     params, cfg = gptjax.load(tmp_path / "base")
-    lcfg, tx = FORMS[form], optax.adam(3e-2)
-    state = gptjax.TrainState.create(lora.init(KEY, params, lcfg), frozen=params, tx=tx, key=KEY)
-    step = jax.jit(gptjax.make_train_step(next_token(cfg), tx, combine=lambda a, base: lora.attach(base, a, lcfg)))
-    for _ in range(3):
-        state, _ = step(state, Batch(TOKENS[:, :-1], TOKENS[:, 1:]))
-    export_peft(tmp_path / "adapter", state.params, lcfg, cfg, base=params)
-    theirs = peft.PeftModel.from_pretrained(model, tmp_path / "adapter").eval()
-    want = run(lora.attach(params, state.params, lcfg), cfg)
-    np.testing.assert_allclose(logits(torch, theirs, TOKENS), want, atol=1e-4)
+    adapter, lcfg = load_peft(tmp_path / "adapter", cfg)
+    assert lcfg.miss and lcfg.rank == rank
+    np.testing.assert_allclose(run(lora.attach(params, adapter, lcfg), cfg), want, atol=1e-4)
     assert np.abs(run(params, cfg) - want).max() > 0.01
+
+    loss = lora.bind(next_token(cfg), params, lcfg)
+    grads = jax.grad(lambda a: loss(a, Batch(TOKENS[:, :-1], TOKENS[:, 1:]))[0].value())(adapter)
+    ids = torch.tensor(TOKENS)
+    made(ids, labels=ids).loss.backward()
+    seen = 0
+    for key, p in made.named_parameters():
+        if "miss_" not in key:
+            continue
+        layer, ours = int(key.split(".layers.")[1].split(".")[0]), ("attn", "q") if "q_proj" in key else ("mlp", "down")
+        got = grads["blocks"][ours[0]][ours[1]]["kernel"]["d"][layer]
+        np.testing.assert_allclose(got, p.grad.numpy(), atol=1e-5 * np.abs(p.grad.numpy()).max() + 1e-7, err_msg=key)
+        seen += 1
+    assert seen == (2 if more else 4)
+    if more:  # the other layer is not trained
+        assert not any(np.abs(leaf[0]).max() for leaf in jax.tree.leaves(grads))
+
+    export_peft(tmp_path / "back", adapter, lcfg, cfg, base=params)
+    _, fresh = base_model("llama", tmp_path / "base2")
+    reloaded = peft.PeftModel.from_pretrained(fresh, tmp_path / "back").eval()
+    np.testing.assert_allclose(logits(torch, reloaded, TOKENS), want, atol=1e-4)
+    merged = reloaded.merge_and_unload().state_dict()
+    ours = lora.merge(params, adapter, lcfg)["blocks"]["mlp"]["down"]["kernel"]
+    for layer in range(2):
+        theirs = merged[f"model.layers.{layer}.mlp.down_proj.weight"].numpy().T
+        np.testing.assert_allclose(ours[layer], theirs, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore")

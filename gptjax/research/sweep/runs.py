@@ -147,6 +147,7 @@ def programs(configs: Sequence[Config]) -> list[tuple[int, ...]]:
 def traceable(cfg: Config) -> tuple[str, ...]:
     """Returns the keys of the hyperparameters that a program compiled for this config can take as arrays."""
     adapters = cfg.task != "pretrain" and cfg.finetune.trainable == "lora" and cfg.lora.init == "lora"
+    adapters = adapters and not cfg.lora.miss  # the rank of MiSS is the size of its blocks, and it has no scale
     return TRACED + (TRACED_OF_ADAPTERS if adapters else ())
 
 
