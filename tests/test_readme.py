@@ -35,8 +35,13 @@ TINY = {
     "sample": ("max_new_tokens=8",),
 }  # fmt: skip
 TINY |= {"data": TINY["pretrain"], "sweep": TINY["pretrain"]}
-TINY_TASK = {"instruct": ("sample.max_new_tokens=8", "instruct.compare=false"), "prefer": (), "classify": ()}
-TINY_TASK["reward"] = ("reward.group=4", "reward.max_new_tokens=8", "reward.compare=false", "train.accumulation=1")
+TINY_TASK = {
+    "instruct": ("sample.max_new_tokens=8", "instruct.compare=false"),
+    "prefer": (),
+    "classify": (),
+    "distill": (),
+    "reward": ("reward.group=4", "reward.max_new_tokens=8", "reward.compare=false", "train.accumulation=1"),
+}
 TEXT = "ROMEO:\nThe more I give to thee, the more I have, for both are infinite.\n\nJULIET:\nGood night!\n\n" * 40
 
 

@@ -27,8 +27,8 @@ VERBS: dict[str, Verb] = {
     "finetune": Verb(
         "gptjax.cli.finetune",
         TRAIN,
-        "Fine-tune a model on labels, conversations, preferences or rewards.",
-        ("classify", "instruct", "prefer", "reward"),
+        "Fine-tune a model on labels, conversations, preferences or rewards, or to imitate another model.",
+        ("classify", "instruct", "prefer", "reward", "distill"),
     ),
     "classify": Verb("gptjax.cli.classify", USE, "Predict the class of texts with a fine-tuned classifier."),
     "compare": Verb("gptjax.cli.compare", STUDY, "Score the answers of instruction-tuned models side by side."),

@@ -54,7 +54,7 @@ class Page(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-ALL_TASKS = ("pretrain", "classify", "instruct", "prefer", "reward")
+ALL_TASKS = ("pretrain", "classify", "instruct", "prefer", "reward", "distill")
 
 DRY_RUN = Option(
     "--dry-run", "", "Check the settings and the data and show what the command would do, without doing it."
@@ -79,7 +79,9 @@ PAIRS = (
     " > pairs.jsonl"
 )
 CLASSIFIER = "gptjax finetune classify classify.source=my.csv finetune.base=runs/base"
+SMALL = f"{BASE.replace('runs/base', 'runs/small')} tokenizer.name=runs/base model.n_layer=1 train.max_steps=50"
 INSTRUCTED = "gptjax finetune instruct finetune.base=runs/base instruct.examples=100"
+DISTILLED = "gptjax finetune distill distill.teacher=runs/base finetune.base=runs/small"
 FULLY_INSTRUCTED = f"{INSTRUCTED} finetune.trainable=all optim.lr=1e-3 run_dir=runs/full"
 FINETUNED = (
     "The base model is SmolLM2-135M-Instruct (98 MB, downloaded once) unless finetune.base names another. By default a"
@@ -124,8 +126,8 @@ PAGES: dict[str, Page] = {
     ),
     "finetune": Page(
         about="Fine-tunes a model for one task: to classify texts, to follow instructions, to prefer one answer to"
-        " another, or to give answers with high rewards.",
-        usage=f"gptjax finetune classify|instruct|prefer|reward {CONFIG_USAGE}",
+        " another, to give answers with high rewards, or to imitate a larger model.",
+        usage=f"gptjax finetune classify|instruct|prefer|reward|distill {CONFIG_USAGE}",
         needs=(BASE, CSV),
         examples=(
             (CLASSIFIER, "Train a classifier on a table of texts and labels."),
@@ -252,6 +254,39 @@ PAGES: dict[str, Page] = {
             "Start from a model that gives some right answers, such as finetune.base=runs/instruct: if all answers are"
             " right or all wrong, there is nothing to learn. The answers and their rewards are in rollouts.jsonl."
             " `gptjax help data` explains reward functions of your own.",
+            LAYERS,
+        ),
+    ),
+    "finetune distill": Page(
+        about="Trains a model, the student, to give the next token the same probabilities as another model, the teacher"
+        " (knowledge distillation). It learns from conversations or plain text.",
+        usage=f"gptjax finetune distill {CONFIG_USAGE}",
+        needs=(BASE, SMALL, JSONL),
+        examples=(
+            (
+                f"{DISTILLED} distill.examples=100",
+                "Train all weights of a small model on 100 synthetic questions; the result is in runs/distill.",
+            ),
+            (
+                f"{DISTILLED} distill.source=my.jsonl distill.top_k=32 run_dir=runs/top-32",
+                "Train on the conversations of a file, with probabilities of the teacher that are computed once.",
+            ),
+            (
+                f"{DISTILLED} distill.divergence=reverse distill.temperature=2 run_dir=runs/reverse --dry-run",
+                "Show what training with another divergence and temperature would do, and train nothing.",
+            ),
+        ),
+        options=SWITCHES,
+        reads="distill",
+        preset="distill",
+        tasks=("distill",),
+        notes=(
+            "The teacher is distill.teacher, the student finetune.base. All weights of the student are trained;"
+            " finetune.trainable=lora trains an adapter.",
+            "Both must have the same tokenizer. `gptjax pretrain tokenizer.name=TEACHER model.n_layer=4` makes a"
+            " student of any size with the tokenizer of the teacher; with train.max_steps=1 optim.warmup_steps=0 its"
+            " weights stay practically random.",
+            "Without distill.source the student is trained on synthetic tasks, to try the command.",
             LAYERS,
         ),
     ),

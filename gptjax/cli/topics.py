@@ -118,6 +118,7 @@ Questions to reward answers to: reward.source (.jsonl .json .csv .parquet)
   built in: exact, normalised, number, boxed, format, format:REGEX, length:N,
   constraints and judge:MODEL@URL. A function runs in a process of its own; an
   answer for which it fails is counted and left out.
+Distillation: distill.source has instructions, or plain text (.txt, .md, a folder)
 
 Look at the result before you train: gptjax data inspect data.source=my.txt shows
 the first tokens; gptjax data check my.jsonl finds duplicates and secrets (near

@@ -124,7 +124,7 @@ def _why_none(run: Path) -> str:
     stored = from_yaml(read_text(file, "config"), str(file)) if file.is_file() else []
     settings = {leaf.key: leaf.value for leaf in stored}
     trained = settings.get("finetune.trainable", "lora")
-    if not file.is_file() or settings.get("task", "pretrain") not in TUNINGS:
+    if not file.is_file() or settings.get("task") not in TUNINGS:
         return "only fine-tuning makes one; to export the whole model: gptjax export hf"
     if trained != "lora":
         return f"it was trained with finetune.trainable={trained}; to export the whole model: gptjax export hf"

@@ -37,6 +37,7 @@ from gptjax.config.schema import (
     Computation,
     Config,
     DataConfig,
+    DistillConfig,
     DistributedConfig,
     FinetuneConfig,
     InstructConfig,
@@ -58,7 +59,7 @@ from gptjax.config.schema import (
 
 __all__ = [
     "ARCHS", "RULED", "WITHOUT_EFFECT", "Architecture", "ClassifyConfig", "Computation", "Config", "DataConfig",
-    "DistributedConfig", "FinetuneConfig", "InstructConfig", "LoraConfig", "MeshConfig", "ModelConfig",
+    "DistillConfig", "DistributedConfig", "FinetuneConfig", "InstructConfig", "LoraConfig", "MeshConfig", "ModelConfig",
     "OptimConfig", "PreferConfig", "PretrainConfig", "Provenance", "RewardConfig", "SampleConfig", "TokenizerConfig",
     "TrainConfig", "build", "config_file", "describe", "diff", "file_layers", "flat", "from_dict", "from_yaml", "layer",
     "load_config", "presets", "resolve", "schema", "short", "to_yaml", "type_name", "validate", "yaml_value",

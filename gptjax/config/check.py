@@ -145,7 +145,7 @@ def _local(cfg: Config) -> list[str]:
 def _finetuning_keys(cfg: Config) -> tuple[str, ...]:
     """Returns the keys of the fine-tuning settings that differ from their defaults."""
     defaults, values = flat(Config()), flat(cfg)
-    groups = ("finetune.", "lora.", "classify.", "instruct.", "prefer.", "reward.")
+    groups = ("finetune.", "lora.", "classify.", "instruct.", "prefer.", "reward.", "distill.")
     return tuple(key for key in values if key.startswith(groups) and values[key] != defaults[key])
 
 
@@ -253,7 +253,7 @@ RULES: tuple[Rule, ...] = (
             lambda c, n=name: f"{n}.val_fraction ({getattr(c, n).val_fraction}) and {n}.test_fraction "
             f"({getattr(c, n).test_fraction}) leave no data to train on",
         )
-        for name in ("classify", "instruct", "prefer", "reward")
+        for name in ("classify", "instruct", "prefer", "reward", "distill")
     ),
     (("train.batch_size", "reward.group"),
      lambda c: c.task == "reward" and c.train.batch_size % c.reward.group,
@@ -300,6 +300,7 @@ WITHOUT_EFFECT: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] =
     (("optim.initial_lr_ratio",), "optim.warmup_steps", lambda value: value == 0),
     (("lora.alpha", "lora.scaling"), "lora.miss", bool),
     (("prefer.margin",), "prefer.loss", lambda value: value != "simpo"),
+    (("distill.beta",), "distill.divergence", lambda value: value != "js"),
     (("sample.top_k", "sample.top_p", "sample.min_p"), "sample.temperature", lambda value: value == 0),
     (("model.rope_",), "model.position", lambda value: value != "rope"),
     (("model.window_pattern",), "model.sliding_window", lambda value: value == 0),

@@ -825,14 +825,78 @@ class RewardConfig:
 
 
 @dataclass(frozen=True)
+class DistillConfig:
+    """Knowledge distillation: the teacher, the loss, and the texts on which the student imitates the teacher."""
+
+    teacher: Optional[str] = setting(
+        None,
+        "Teacher, a model with the same tokenizer: a run, model folder, .gguf file, smollm2-135m-instruct or"
+        " hf:org/name.",
+    )
+    divergence: Literal["forward", "reverse", "js"] = setting(
+        "forward",
+        "Divergence of the next-token distributions. forward: KL(teacher || student); reverse: KL(student || teacher);"
+        " js: generalised Jensen-Shannon divergence (arXiv:2306.13649).",
+    )
+    beta: float = setting(
+        0.5, "With divergence=js, the weight of the teacher in the mixture of both distributions.", FRACTION
+    )
+    temperature: float = setting(
+        1.0,
+        "Temperature by which the logits of both models are divided; the divergence is multiplied by its square, as in"
+        " arXiv:1503.02531.",
+        POSITIVE,
+    )
+    alpha: float = setting(
+        0.5, "Weight of the cross-entropy of the texts; the divergence has the weight 1 - alpha.", RATIO
+    )
+    top_k: Optional[int] = setting(
+        None,
+        "Compute the teacher's top_k most probable tokens once, before training, and store their probabilities in the"
+        " cache; all other tokens count as one. null: run the teacher in every step.",
+        COUNT,
+    )
+    source: Optional[str] = setting(
+        None,
+        "Conversations: .json, .jsonl, .csv, .parquet or hf:org/name; or plain text: .txt, .md or a folder. null:"
+        " generated questions of small synthetic tasks.",
+    )
+    style: Optional[ChatStyle] = setting(
+        None,
+        "Prompt style of conversations. chat: the teacher's own chat template; chatml, alpaca and phi3: a fixed"
+        " template instead of it. null: chat if the teacher has a template, else alpaca.",
+    )
+    loss_on: Literal["response", "all"] = setting(
+        "response",
+        "Tokens of conversations that count in the loss. response: those of the responses; all: also the prompts.",
+    )
+    packing: Literal["packed", "padded"] = setting(
+        "packed", "Layout of the rows. packed: several examples per row; padded: one example per row."
+    )
+    context_length: int = setting(
+        512,
+        "Tokens per row. Conversations with more tokens are dropped, and their number is reported; plain text is cut"
+        " into examples of this length.",
+        COUNT,
+    )
+    val_fraction: float = setting(
+        0.05, "Fraction of the examples to hold out for validation, from the end of the source.", FRACTION
+    )
+    test_fraction: float = setting(
+        0.1, "Fraction of the examples to hold out for testing, from just before the validation examples.", FRACTION
+    )
+    examples: int = setting(2000, "Number of synthetic questions, if source is null.", COUNT)
+
+
+@dataclass(frozen=True)
 class Config:
     """All settings of one run."""
 
     run_dir: Optional[str] = setting(None, "Folder that the run is written to. null: runs/NAME-OF-THE-PRESET.")
-    task: Literal["pretrain", "classify", "instruct", "prefer", "reward"] = setting(
+    task: Literal["pretrain", "classify", "instruct", "prefer", "reward", "distill"] = setting(
         "pretrain",
-        "Training task, which is set by the command: pretrain, or the fine-tuning task classify, instruct, prefer or"
-        " reward.",
+        "Training task, which is set by the command: pretrain, or the fine-tuning task classify, instruct, prefer,"
+        " reward or distill.",
     )
     seed: int = setting(0, "Random seed of initialisation, data order and dropout.", SEED)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
@@ -850,6 +914,7 @@ class Config:
     instruct: InstructConfig = field(default_factory=InstructConfig)
     prefer: PreferConfig = field(default_factory=PreferConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
 
     @property
     def window(self) -> int:

@@ -16,7 +16,7 @@ from gptjax.config.load import build, config_file, file_layers, layer, presets, 
 from gptjax.config.schema import Computation, Config, schema
 from gptjax.errors import UserError
 
-TUNINGS = ("classify", "instruct", "prefer", "reward")
+TUNINGS = ("classify", "instruct", "prefer", "reward", "distill")
 _RUN, _LOOP = ("run_dir", "task", "seed"), ("optim.*", "train.*", "mesh.*", "distributed.*")
 _COMPUTATION = [item.name for item in fields(Computation)]
 _TUNED = (*_RUN, "finetune.*", "lora.*", *_LOOP, *(f"model.{name}" for name in _COMPUTATION))
@@ -28,6 +28,7 @@ USES: dict[str, tuple[str, ...]] = {
     "instruct": ("instruct.*", *_TUNED, "sample.*"),
     "prefer": ("prefer.*", *_TUNED, "sample.*"),
     "reward": ("reward.*", *_TUNED, "sample.*"),
+    "distill": ("distill.*", *_TUNED, "sample.*"),
 }
 
 

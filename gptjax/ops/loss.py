@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -168,29 +168,71 @@ def _per_token(
     chunk: int | None,
     temperature: float,
 ) -> Any:
-    """Applies `fn`(logits [M, V], targets [M]), whose results have shape [M], to chunks of tokens.
-
-    Returns the results with the shape of the targets. The backward pass recomputes the logits.
-    """
+    """Returns fn(logits / temperature, targets) for all tokens; see `map_logits`."""
     check_ids("targets", targets, head.shape[1])
 
-    def per_token(hidden: jax.Array, head: jax.Array, targets: jax.Array) -> Any:
-        chunks = _in_chunks((hidden.reshape(-1, head.shape[0]), targets.reshape(-1)), head, chunk)
-        kernel = _row_major(aligned_columns(head))
+    def at_temperature(logits: jax.Array, targets: jax.Array) -> Any:
+        return fn(logits if temperature == 1 else logits / temperature, targets)
+
+    return map_logits(at_temperature, [Head(hidden, head, cap, dtype)], (targets,), chunk=chunk)
+
+
+class Head(NamedTuple):
+    """The input and the kernel of an LM head.
+
+    hidden  [.., D]
+    kernel  [D, V]
+    cap     softcap of the logits; 0: no softcap
+    dtype   dtype of the operands of the matrix product
+    """
+
+    hidden: jax.Array
+    kernel: jax.Array
+    cap: float = 0.0
+    dtype: str = "float32"
+
+
+def map_logits(
+    fn: Callable[..., Any], heads: Sequence[Head], arrays: tuple[jax.Array, ...], *, chunk: int | None = None
+) -> Any:
+    """Applies fn(*logits, *arrays) to chunks of M tokens, so that only the logits of one chunk are in memory at a time.
+
+    The backward pass recomputes the logits of each chunk.
+
+    Args:
+        fn: function of the logits of each head, [M, V] float32, and of the chunk's part of each array, [M, ..]. It
+            returns a pytree of arrays [M, ..]. On a GPU or TPU the logits may have further columns with the value
+            -1e15.
+        heads: one or more LM heads, for the same tokens.
+        arrays: arrays whose leading axes are those of the tokens; the first array has no other axes.
+        chunk: number of tokens per chunk, as in `linear_cross_entropy`.
+
+    Returns:
+        The pytree that `fn` returns, for all tokens: its arrays are [.., ..] with the leading axes of the tokens.
+    """
+    n_axes = arrays[0].ndim
+
+    def mapped(hidden: list[jax.Array], kernels: list[jax.Array], arrays: tuple[jax.Array, ...]) -> Any:
+        shape, size = arrays[0].shape, arrays[0].size
+        flat = [x.reshape(-1, x.shape[-1]) for x in hidden] + [x.reshape(-1, *x.shape[n_axes:]) for x in arrays]
+        chunks = _in_chunks(tuple(flat), kernels[0], chunk)
+        aligned = [_row_major(aligned_columns(kernel)) for kernel in kernels]
 
         @jax.checkpoint
-        def in_chunk(chunk):
-            hidden, targets = chunk
-            raw = matmul(kernel, hidden.astype(jnp.float32), dtype)  # `dtype` also applies to the backward pass
-            logits = _logits(raw, cap, head.shape[1])
-            return fn(logits if temperature == 1 else logits / temperature, targets)
+        def of_chunk(chunk: tuple[jax.Array, ...]) -> Any:
+            logits = []
+            for head, kernel, full, hidden in zip(heads, aligned, kernels, chunk, strict=False):
+                # `dtype` also applies to the backward pass
+                raw = matmul(kernel, hidden.astype(jnp.float32), head.dtype)
+                logits.append(_logits(raw, head.cap, full.shape[1]))
+            return fn(*logits, *chunk[len(heads) :])
 
-        results = _over_chunks(in_chunk, chunks)
-        return jax.tree.map(lambda x: x.reshape(-1)[: targets.size].reshape(targets.shape), results)
+        outs = _over_chunks(of_chunk, chunks)
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:size].reshape(*shape, *x.shape[2:]), outs)
 
-    if (spec := _token_spec(targets)) is not None:
-        per_token = by_device(per_token, (P(*spec, None), P(), spec), spec)
-    return per_token(hidden, head, targets)
+    if (spec := _token_spec(arrays[0])) is not None:
+        mapped = by_device(mapped, (P(*spec, None), P(), spec), spec)
+    return mapped([head.hidden for head in heads], [head.kernel for head in heads], arrays)
 
 
 def _in_chunks(arrays: tuple[jax.Array, ...], head: jax.Array, chunk: int | None) -> tuple[jax.Array, ...]:

@@ -23,7 +23,7 @@ from gptjax.model.cache import init_cache
 from gptjax.model.gpt import abstract_params, extend, init_params
 from gptjax.ops import device
 from gptjax.optim import make_optimizer
-from gptjax.tasks import find, trainable, tuning
+from gptjax.tasks import distill, find, trainable, tuning
 from gptjax.training.step import TrainState, make_train_step
 from gptjax.training.task import identity
 
@@ -94,6 +94,8 @@ def _state(
         if cfg.task == "pretrain":
             return TrainState.create(params, tx=tx, key=key)
         partitioned = trainable.partition(cfg, *trainable.split_heads(params), cfg.model, key)
+        if cfg.task == "distill" and cfg.distill.top_k is None:
+            partitioned = distill.with_teacher(partitioned, init_params(key, distill.teacher_config(cfg)))
         # `combine` can be called after the tracing of `create`, because it captures no tracers.
         combine[:] = [partitioned.combine]
         return TrainState.create(partitioned.params, tx=tx, key=key, frozen=partitioned.frozen)

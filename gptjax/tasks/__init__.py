@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["TASKS", "find", "finetune", "refuse", "train"]
 
-TASKS = {name: f"gptjax.tasks.{name}" for name in ("pretrain", "classify", "instruct", "prefer", "reward")}
+TASKS = {name: f"gptjax.tasks.{name}" for name in ("pretrain", "classify", "instruct", "prefer", "reward", "distill")}
 
 
 def find(name: str) -> ModuleType:

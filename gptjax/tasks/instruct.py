@@ -95,13 +95,13 @@ def conversations(cfg: Config, notes: list[str] | None = None) -> Splits[Convers
         notes: a list to which a line of text is appended that names the ignored keys of the records, if there are any.
             None: the line is printed to stderr.
     """
-    splits = split_records(cfg.instruct, cfg.seed, read, _skills, notes)
+    splits = split_records(cfg.instruct, cfg.seed, read, skills, notes)
     if problems := [line for talk in splits.test for line in check_constraints(talk.constraints, talk.where)]:
         raise UserError.all(problems[:MAX_PROBLEMS])
     return splits
 
 
-def _skills(n: int, seed: int, held_out: bool = False) -> list[Conversation]:
+def skills(n: int, seed: int, held_out: bool = False) -> list[Conversation]:
     """Returns synthetic conversations, with n questions in total.
 
     A training conversation has up to `TURNS` questions, so that a system prompt in the chat template occurs once per

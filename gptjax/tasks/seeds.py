@@ -17,7 +17,6 @@ from gptjax.config.leaves import read_text
 from gptjax.evaluation.intervals import t_interval
 from gptjax.files import number, use_json, write_json
 from gptjax.parallel.distributed import is_writer
-from gptjax.tasks import tuning
 from gptjax.training import resume, vmapped
 from gptjax.training.loop import Prepare, run_task
 from gptjax.training.progress import Progress
@@ -61,14 +60,14 @@ def refuse(cfg: Config) -> bool:
         UserError: `resume.refuse` finds a problem in the config or in a run directory; or the folder of all seeds is
             not writable, or holds files other than seeds.json and the run directories of the seeds.
     """
-    folder = RunDir(cfg.run_dir or "runs/default")
+    folder, missing = RunDir(cfg.run_dir or "runs/default"), tasks.find(cfg.task).refuse_missing
     if not folder.exists():
         refuse_unwritable(folder.path)
         refuse_foreign(folder.path, allowed=r"seed-\d+|seeds\.json")
     if is_vmapped(cfg):
-        return resume.refuse(cfg, tuning.refuse_missing)
+        return resume.refuse(cfg, missing)
     finished = [
-        resume.refuse(_seed_config(cfg, seed), tuning.refuse_missing) for seed in _seeds(cfg)
+        resume.refuse(_seed_config(cfg, seed), missing) for seed in _seeds(cfg)
     ]  # a list, so that every seed is checked: with a generator, `all` would stop at the first unfinished run
     return all(finished)
 
@@ -105,7 +104,7 @@ def _train_vmapped(cfg: Config, folder: Path, say: Callable[[str], None], hooks:
     task = tasks.find(cfg.task)
 
     result, _ = run_task(
-        cfg, lambda cfg, progress: stacked(cfg, task.prepare, progress), say, tuning.refuse_missing, hooks
+        cfg, lambda cfg, progress: stacked(cfg, task.prepare, progress), say, task.refuse_missing, hooks
     )
     for seed in _seeds(cfg) if is_writer() else ():
         seed_dir = folder / f"seed-{seed}"

@@ -31,6 +31,7 @@ from gptjax.model import gpt, layers
 from gptjax.ops import attention, device, linear, norm
 from gptjax.ops.scale import scaled
 from gptjax.planning import program as planning
+from gptjax.tasks import distill
 
 ALL_USES = USES | MORE_USES
 VARIANTS: dict[str, tuple[dict[str, Any], Setting]] = {
@@ -254,8 +255,9 @@ def preset(name: str, dtype: str) -> Config:
 @pytest.mark.slow
 @pytest.mark.parametrize(("platform", "dtype"), BOTH)
 @pytest.mark.parametrize("name", sorted(PRESETS))
-def test_presets(name, platform, dtype):
-    """Checks the training step of the preset, and its model in the common uses."""
+def test_presets(name, platform, dtype, monkeypatch):
+    """Checks the training step of the preset, and its model in the common uses. A teacher has the student's shape."""
+    monkeypatch.setattr(distill, "teacher_config", lambda cfg: cfg.model)
     cfg, n = preset(name, dtype), sorted(PRESETS).index(name)
     complaints = check(cfg.model, programs.train_step(cfg), platform, tokens=planning.width(cfg))
     assert not complaints, "\n".join(complaints)

@@ -370,7 +370,7 @@ def train_step(cfg: Config) -> Program:
         return {"params": state.params, "loss": metrics["loss"], "state": state}
 
     mean = cfg.classify.pooling == "mean"
-    wide = {"pretrain": 0, "instruct": 0, "prefer": 2, "classify": 5 if mean else 3}
+    wide = {"pretrain": 0, "instruct": 0, "prefer": 2, "distill": 0, "classify": 5 if mean else 3}
     scattered = int(cfg.task == "classify" and not mean)
     return Program(fn, (state, find(cfg.task).batch_shapes(cfg, rows, T)), wide[cfg.task], scattered)
 

@@ -46,8 +46,11 @@ def says(capsys, *args):
 # ---------------------------------------------------------------- presets of another task
 
 
-TASKS = ("pretrain", "classify", "instruct", "prefer")
-PRESET = {"pretrain": "tiny-gpt2", "classify": "book-spam-lora", "instruct": "instruct", "prefer": "book-dpo"}
+PRESET = {
+    "pretrain": "tiny-gpt2", "classify": "book-spam-lora", "instruct": "instruct", "prefer": "book-dpo",
+    "distill": "distill",
+}  # fmt: skip
+TASKS = tuple(PRESET)
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -275,7 +278,7 @@ VERBS = (
     "export stablehlo MODEL out", "pretrain pretrain.base=MODEL data.source=a.txt",
     "pretrain pretrain.base=MODEL data.source=a.txt --dry-run", "finetune classify finetune.base=MODEL",
     "finetune classify finetune.base=MODEL --dry-run", "finetune instruct finetune.base=MODEL --dry-run",
-    "finetune prefer finetune.base=MODEL",
+    "finetune prefer finetune.base=MODEL", "finetune distill distill.teacher=MODEL finetune.base=MODEL",
 )  # fmt: skip
 
 

@@ -50,6 +50,7 @@ MISTAKES = {
     "unknown format": ("instruct", ["instruct.source=format.jsonl"], "jsonl:2: the keys question, answer are no"),
     "no template": ("instruct", ["instruct.source=talks.jsonl", "instruct.style=chat"], "has no chat template"),
     "the same answer": ("prefer", ["prefer.source=pairs.jsonl"], "pairs.jsonl:1: chosen and rejected are the same"),
+    "no teacher": ("distill", [], "distill.teacher is missing: name the model to learn from"),
     "no such base": ("instruct", ["finetune.base=runs/absent"], "runs/absent"),
     "no such target": ("instruct", ["lora.targets=blocks/*/kernle"], "'blocks/*/kernle' matches no weight; there are"),
     "no such layers": ("instruct", ["lora.targets=blocks/[0-9]/*/kernel"], "has the range 0-9: expected first-last"),

@@ -53,6 +53,7 @@ VERBS = {
     "classify": ["finetune", "classify", "classify.source=TEXT", "finetune.base=MODEL", "run_dir=OUT"],
     "instruct": ["finetune", "instruct", "finetune.base=MODEL", "run_dir=OUT"],
     "prefer": ["finetune", "prefer", "finetune.base=MODEL", "run_dir=OUT"],
+    "distill": ["finetune", "distill", "distill.teacher=MODEL", "finetune.base=MODEL", "run_dir=OUT"],
     "export hf": ["export", "hf", "MODEL", "OUT"],
     "export stablehlo": ["export", "stablehlo", "MODEL", "OUT"],
     "import": ["import", "MODEL", "OUT"],

@@ -16,7 +16,8 @@ import gptjax
 from gptjax import LoraConfig, lora, parallel, tree
 from gptjax.checkpoint import Checkpoints
 from gptjax.data.classification import LabelledBatch
-from gptjax.losses import classify, next_token
+from gptjax.losses import classify, distill, next_token
+from gptjax.losses.distill import TeacherBatch
 from gptjax.ops import fused
 from gptjax.ops.attention import heads_attention
 from gptjax.ops.flash import Tile, Tiles
@@ -79,6 +80,14 @@ def labelled() -> list[LabelledBatch]:
     return [LabelledBatch(t[:, :-1], s, y, w) for t, s, y, w in zip(tokens(), segments, labels, present, strict=True)]
 
 
+def taught(k: int = 4) -> list[TeacherBatch]:
+    """Batches with the probabilities of k tokens, and of all others, under a teacher."""
+    batches = packed(lambda: (RNG.random((B, T)) < 0.4).astype(np.float32))
+    ids = np.argsort(RNG.random((STEPS, B, T, V)))[..., :k].astype(np.int32)
+    log_probs = np.log(RNG.dirichlet(np.ones(k + 1), (STEPS, B, T))).astype(np.float32)
+    return [TeacherBatch(*batch[:4], i, p) for batch, i, p in zip(batches, ids, log_probs, strict=True)]
+
+
 WITH_HEAD = gptjax.ModelConfig(
     arch="gpt2", n_layer=2, n_head=4, d_model=32, context_length=T, vocab_size=V, n_classes=2
 )
@@ -87,6 +96,7 @@ CASES = {
     "lora": lambda: Case(next_token(CFG), packed(lambda: np.ones((B, T), np.float32)), adapter=True),
     "classify": lambda: Case(classify(WITH_HEAD), labelled(), WITH_HEAD),
     "instruct": lambda: Case(next_token(CFG), packed(lambda: (RNG.random((B, T)) < 0.4).astype(np.float32))),
+    "distill": lambda: Case(distill(CFG, CFG), taught()),
 }
 
 

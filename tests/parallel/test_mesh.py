@@ -24,12 +24,13 @@ from gptjax.parallel.rules import product_axes
 EIGHT = Path(__file__).with_name("eight.py")
 # tests all 20 meshes of eight devices instead of those in SOME, or every third for the tasks in THIRD
 ALL = bool(os.environ.get("GPTJAX_ALL_MESHES"))
-THIRD = ("classify", "instruct")  # whose parameters are sharded like those of lora
+THIRD = ("classify", "instruct", "distill")  # whose parameters are sharded like those of lora
 SOME = {
     "pretrain": ["1,8,1,1", "1,1,4,2", "1,2,2,2"],
     "lora": ["2,2,2,1"],
     "classify": ["1,2,4,1"],
     "instruct": ["4,1,1,2"],
+    "distill": ["2,1,2,2"],
 }
 
 
@@ -43,7 +44,9 @@ def on_eight(*args):
 
 @pytest.mark.first_cases(2)
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("kind", [pytest.param("pretrain", marks=pytest.mark.slow), "lora", "classify", "instruct"])
+@pytest.mark.parametrize(
+    "kind", [pytest.param("pretrain", marks=pytest.mark.slow), "lora", "classify", "instruct", "distill"]
+)
 def test_every_mesh_gives_the_losses_of_one_device(kind):
     errors = on_eight(kind, *((["third"] if kind in THIRD else []) if ALL else SOME[kind]))
     assert len(errors) == ((7 if kind in THIRD else 20) if ALL else len(SOME[kind]))

@@ -6,7 +6,7 @@ import pytest
 
 from gptjax.errors import UserError
 from gptjax.files import use_json, write_json
-from gptjax.tasks import classify, instruct, prefer, seeds
+from gptjax.tasks import classify, distill, instruct, prefer, seeds
 from gptjax.training.resume import result_of
 from gptjax.weights.load import _labels
 
@@ -19,6 +19,9 @@ FILES = {
     "labels": (_labels, {"labels": ["a"], "pooling": "last", "max_length": 8, "prompt": "{text}"}),
     "instruct": (instruct.summary, SCORES),
     "prefer": (prefer.summary, {"pairs": 4, "accuracy": 0.5, "margin": 0.1, "loss": 0.7}),
+    "distill": (distill.summary, {
+        "tokens": 4, "loss": 0.7, "teacher_loss": 0.6, "divergence": 0.1, "agreement": 0.5,
+    }),
     "seeds": (seeds._numbers, {"accuracy": 0.5}),
     "result": (result_of, {"step": 40, "val/loss": 1.5}),
 }  # fmt: skip
@@ -40,7 +43,7 @@ def test_a_missing_field_or_wrong_type_is_reported(kind, tmp_path):
             except UserError as error:
                 assert f"{path} is damaged" in str(error) and "delete it" in str(error)
             else:  # not noticed: a count that is only printed, or another text
-                assert other and (key in ("n", "pairs") or other[key] == "x"), (key, other)
+                assert other and (key in ("n", "pairs", "tokens") or other[key] == "x"), (key, other)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "5", "{}", "[" * 100_000, '{"step": true, "val/loss": 1}'])

@@ -1,0 +1,380 @@
+"""Knowledge distillation: a student learns the next-token probabilities of a larger model, the teacher.
+
+The teacher runs in every training step or, with distill.top_k, once before training; the log-probabilities of its most
+probable tokens are then read from a file in the cache:
+
+    teachers/KEY.npy     one record per token in the loss: ids [K] int32, log_probs [K + 1] float32
+
+KEY is a hash of everything that the log-probabilities depend on: the teacher's weights, the data and the settings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from gptjax import assets, losses, tree, weights
+from gptjax.config import Config, DataConfig, ModelConfig
+from gptjax.data import conversations, loader, packing, sources
+from gptjax.data.packing import Encoded, Rows
+from gptjax.data.split import Splits, split_records
+from gptjax.errors import UserError, complaints
+from gptjax.files import json_sha256, replacing, use_json, write_json
+from gptjax.losses.distill import TeacherBatch, teacher_log_probs
+from gptjax.model.gpt import abstract_params, refuse_classifier
+from gptjax.tasks import tuning
+from gptjax.tasks.instruct import skills
+from gptjax.tasks.trainable import Trainable
+from gptjax.tokenizers import Tokenizer, begin_id
+from gptjax.training.flops import flops_per_token
+from gptjax.training.progress import Progress
+from gptjax.training.run import TrainResult
+from gptjax.training.step import evaluate as mean_over
+from gptjax.training.task import Loss, Ready, resolve
+from gptjax.types import Batch, Params
+
+__all__ = ["evaluate", "loss", "plan", "prepare", "refuse_missing"]
+RESULTS = "test.json"
+VERSION = 1  # of the files in the cache
+PROBE = 4000  # number of tokens whose text is encoded by both tokenizers to compare them
+
+
+class Data(NamedTuple):
+    """The models, whose tensors are not read yet, and the rows to train, validate and test on."""
+
+    base: weights.Model
+    teacher: weights.Model
+    model: ModelConfig  # the student's
+    teacher_cfg: ModelConfig
+    vocab_size: int  # number of logits that both models have
+    tokenizer: Tokenizer  # that of the teacher, with the chat template of distill.style
+    rows: Splits[Rows]
+    lines: list[str]  # lines of text that describe the data
+
+
+def refuse_missing(cfg: Config) -> None:
+    """Check cheaply, before any data is read, that both models and the data exist. Downloads nothing.
+
+    Raises:
+        UserError: a model or the data file is missing, or a model is a classifier; the message lists all problems.
+    """
+    problems, name = complaints(tuning.refuse_missing, cfg), cfg.distill.teacher or ""
+    if not name.startswith("hf:") and name not in assets.ASSETS:
+        problems += [problem if not name else f"distill.teacher: {problem}" for problem in complaints(_teacher, cfg)]
+    if problems:
+        raise UserError.all(problems)
+
+
+def _teacher(cfg: Config) -> weights.Model:
+    """Open the teacher, without reading its tensors. Raises UserError if there is none, or if it is a classifier."""
+    if not cfg.distill.teacher:
+        raise UserError(
+            "distill.teacher is missing: name the model to learn from, such as distill.teacher=runs/instruct; the "
+            "student is finetune.base"
+        )
+    teacher = weights.open_model(cfg.distill.teacher)
+    refuse_classifier(teacher.cfg, cfg.distill.teacher, "gptjax.losses.distill_classes distils a classifier")
+    return teacher
+
+
+def teacher_config(cfg: Config) -> ModelConfig:
+    """Returns the teacher's model config, computed with the dtype and the other settings of the student's."""
+    return _teacher(cfg).cfg.computed_as(cfg.model)
+
+
+def _refuse_other_tokenizer(cfg: Config, student: Tokenizer, teacher: Tokenizer) -> None:
+    """Raise UserError unless both tokenizers have the same ids for the same text. Names and chat templates may differ.
+
+    The texts of all ids are compared, and the ids of a text that consists of `PROBE` of these texts.
+    """
+    if student == teacher:
+        return
+    names = f"the tokenizers of the student {cfg.finetune.base} and of the teacher {cfg.distill.teacher}"
+    advice = (
+        "; distillation needs the same ids for both: choose models of one family, or make a student with "
+        f"gptjax pretrain tokenizer.name={cfg.distill.teacher}"
+    )
+    if student.vocab_size != teacher.vocab_size:
+        raise UserError(f"{names} differ: {student.vocab_size:,} and {teacher.vocab_size:,} ids{advice}")
+    texts, others = ([t.decode([i]) for i in range(t.vocab_size)] for t in (student, teacher))
+    for i, (text, other) in enumerate(zip(texts, others, strict=True)):
+        if text != other:
+            raise UserError(f"{names} differ: id {i} is {text!r:.40} and {other!r:.40}{advice}")
+    probe = "".join(text for text in texts[:: -(-len(texts) // PROBE)] if "\ufffd" not in text)
+    if student.encode(probe, disallowed_special=()) != teacher.encode(probe, disallowed_special=()):
+        raise UserError(f"{names} differ: they split text differently{advice}")
+
+
+# ---------------------------------------------------------------- data
+
+
+def _data(cfg: Config) -> Data:
+    settings, notes = cfg.distill, list[str]()
+    base, teacher = tuning.base_model(cfg), _teacher(cfg)
+    model, teacher_cfg = (opened.cfg.computed_as(cfg.model) for opened in (base, teacher))
+    _refuse_other_tokenizer(cfg, base.tokenizer(), teacher.tokenizer())
+    vocab_size = min(model.vocab_size, teacher_cfg.vocab_size)
+    if settings.top_k and settings.top_k > vocab_size:
+        raise UserError(f"distill.top_k ({settings.top_k}) must be at most {vocab_size}, the size of the vocabulary")
+    tokenizer, style_lines = tuning.styled(teacher, settings.style)
+    width = min(settings.context_length, model.context_length, teacher_cfg.context_length)
+    examples = _texts(cfg, tokenizer, width) if _is_text(settings.source) else _talks(cfg, tokenizer, width, notes)
+    rows = Splits(*(getattr(packing, settings.packing)(subset, width) for subset in examples))
+    counts = " + ".join(f"{len(subset.rows):,}" for subset in examples)
+    train = rows.train
+    dropped = sum(subset.dropped for subset in examples)
+    lines = [
+        f"data    {settings.source or 'synthetic skills'}: {counts} examples to train, validate and test on",
+        f"        {len(train.tokens):,} rows of {width} tokens, {(train.segment_ids > 0).mean():.0%} full"
+        + (f"; {dropped} conversations that do not fit a row were dropped" if dropped else ""),
+        *(f"        {note}" for note in notes),
+        *style_lines,
+    ]
+    return Data(base, teacher, model, teacher_cfg, vocab_size, tokenizer, rows, lines)
+
+
+def _is_text(source: str | None) -> bool:
+    """Returns whether the source is plain text, not conversations."""
+    path = Path(source or "").expanduser()
+    return bool(source) and (path.suffix.lower() in (".txt", ".md") or path.is_dir())
+
+
+def _texts(cfg: Config, tokenizer: Tokenizer, width: int) -> Splits[Encoded]:
+    """Returns the documents of a text source, cut into examples of width + 1 ids whose every token is in the loss.
+
+    The first id of an example is the last id of the example before it, so that every token of a document is a target.
+    """
+    ends = [tokenizer.eot_id] if tokenizer.eot_id is not None else []
+    begins = [first] if (first := begin_id(tokenizer)) is not None else []
+
+    def read(source: str, notes: list[str] | None) -> list[np.ndarray]:
+        pieces: list[np.ndarray] = []
+        for document in sources.documents(DataConfig(source=(source,))):
+            ids = np.array([*begins, *tokenizer.encode(document.text, disallowed_special=()), *ends], np.int32)
+            pieces += [ids[start : start + width + 1] for start in range(0, len(ids) - 1, width)]
+        return pieces
+
+    def encoded(pieces: list[np.ndarray]) -> Encoded:
+        return Encoded(pieces, [np.ones(len(ids), np.float32) for ids in pieces], 0)
+
+    return Splits(*map(encoded, split_records(cfg.distill, cfg.seed, read, lambda *_, **__: [])))
+
+
+def _talks(cfg: Config, tokenizer: Tokenizer, width: int, notes: list[str]) -> Splits[Encoded]:
+    """Returns the conversations of the source, or synthetic ones. They have no token trees: a conversation whose
+    template renders earlier turns differently later gives one example per answer."""
+    because = " (distill.context_length, or less if the context of student or teacher is shorter)"
+    talks = split_records(cfg.distill, cfg.seed, conversations.read, skills, notes)
+    encoded = (
+        conversations.encode(
+            subset, tokenizer, context_length=width, loss_on=cfg.distill.loss_on, trees=False, because=because
+        )
+        for subset in talks
+    )
+    return Splits(*encoded)
+
+
+# ---------------------------------------------------------------- the task
+
+
+def prepare(cfg: Config, progress: Progress) -> Ready:
+    with progress.phase("preparing the data"):
+        data = _data(cfg)
+    (train, val, test), size, settings = data.rows, cfg.train.batch_size, cfg.distill
+    resolved = resolve(cfg, data.model, len(train.tokens), size)
+    trainable, fingerprint = tuning.load_base(resolved, data.base, {}, jax.random.key(cfg.seed), progress)
+    with progress.phase("loading the teacher"):
+        teacher = data.teacher.params(data.teacher_cfg.dtype, None)
+    teacher_hash, data_hash = weights.fingerprint(teacher), loader.fingerprint(*train, *val)
+    flops = 0.0
+    if settings.top_k is None:
+        trainable = with_teacher(trainable, teacher)
+        width = train.tokens.shape[1]
+        flops = flops_per_token(data.teacher_cfg, abstract_params(data.teacher_cfg), width=width) / 3  # forward only
+        lines = [f"teacher {settings.teacher}, in every step"]
+
+        def batch(step: int) -> Batch | TeacherBatch:
+            return packing.batch(train, step, batch_size=size, seed=cfg.seed)
+
+        def eval_batches() -> Iterator[Batch | TeacherBatch]:
+            return packing.eval_batches(val, size)
+    else:
+        records, path = _cached(resolved, data, teacher, [teacher_hash, data_hash], progress)
+        places = np.split(_places(train, val), [len(train.tokens)])
+        lines = [f"teacher {settings.teacher}: top {settings.top_k} of {len(records):,} tokens, in {path}"]
+
+        def batch(step: int) -> Batch | TeacherBatch:
+            index = loader.epoch_rows(step, size, len(train.tokens), cfg.seed)
+            plain = packing.batch(train, step, batch_size=size, seed=cfg.seed)
+            return _with_records(plain, records[places[0][index]])
+
+        def eval_batches() -> Iterator[Batch | TeacherBatch]:
+            for i, plain in enumerate(packing.eval_batches(val, size)):
+                index = np.minimum(np.arange(i * size, (i + 1) * size), len(val.tokens) - 1)  # padding has weight 0
+                yield _with_records(plain, records[places[1][index]])
+
+    task = tuning.make_task(
+        resolved,
+        trainable,
+        fingerprint=fingerprint,
+        tokenizer=data.tokenizer,
+        loss=lambda cfg: _loss(cfg, data.teacher_cfg),
+        batch=batch,
+        eval_batches=eval_batches,
+        width=train.tokens.shape[1],
+        data=data_hash,
+        lines=[*data.lines, *lines],
+    )
+    fingerprints = task.fingerprints | {"teacher": (teacher_hash, f"distill.teacher={settings.teacher}")}
+    return Ready(resolved, task._replace(fingerprints=fingerprints, flops_per_token=task.flops_per_token + flops), test)
+
+
+def with_teacher(trainable: Trainable, teacher: Params) -> Trainable:
+    """Returns the `Trainable` of a student whose loss also reads params["teacher"], which are frozen and not saved."""
+    # Closures over `trainable` itself would keep the initial weights in memory after training has replaced them.
+    combine, merge, export = trainable.combine, trainable.merge, trainable.export
+
+    def with_params(trained: Params, frozen: Params, **options: Any) -> Params:
+        return combine(trained, frozen["student"], **options) | {"teacher": frozen["teacher"]}
+
+    return Trainable(
+        trainable.params,
+        {"student": trainable.frozen, "teacher": teacher},
+        with_params,
+        lambda trained, frozen: merge(trained, frozen["student"]),
+        lambda folder, trained, frozen: export(folder, trained, frozen["student"]),
+    )
+
+
+def loss(cfg: Config) -> Loss:
+    return _loss(cfg, teacher_config(cfg))
+
+
+def _loss(cfg: Config, teacher_cfg: ModelConfig) -> Loss:
+    settings = cfg.distill
+    return losses.distill(
+        cfg.model, teacher_cfg, kind=settings.divergence, beta=settings.beta, temperature=settings.temperature,
+        alpha=settings.alpha,
+    )  # fmt: skip
+
+
+def batch_shapes(cfg: Config, rows: int, width: int) -> Batch | TeacherBatch:
+    ids, counts = (jax.ShapeDtypeStruct((rows, width), dtype) for dtype in (np.int32, np.float32))
+    if (k := cfg.distill.top_k) is None:
+        return Batch(ids, ids, counts, ids)
+    of_k = jax.ShapeDtypeStruct((rows, width, k), np.int32), jax.ShapeDtypeStruct((rows, width, k + 1), np.float32)
+    return TeacherBatch(ids, ids, counts, ids, *of_k)
+
+
+def plan(cfg: Config) -> list[str]:
+    """Returns lines of text that summarise the run, for --dry-run."""
+    data, size = _data(cfg), cfg.train.batch_size
+    n = len(data.rows.train.tokens)
+    return [
+        *(f"{line[:8]:19}{line[8:]}" for line in data.lines),
+        tuning.plan(cfg, data.base, data.model),
+        f"teacher            {data.teacher.location}: {tree.size(abstract_params(data.teacher_cfg)):,} parameters",
+        f"steps              {cfg.train.steps(n, size):,} of {size} rows, {n:,} rows per epoch",
+    ]
+
+
+# ---------------------------------------------------------------- the teacher's log-probabilities
+
+
+def _places(*subsets: Rows) -> np.ndarray:
+    """Returns the index of the record of each token, [n, T]; tokens that are not in the loss have any index."""
+    in_loss = np.concatenate([rows.weights for rows in subsets]) != 0
+    return np.maximum(np.cumsum(in_loss).reshape(in_loss.shape) - 1, 0)
+
+
+def _with_records(batch: Batch, records: np.ndarray) -> TeacherBatch:
+    tokens = batch.tokens, batch.targets, batch.weights, batch.segment_ids
+    return TeacherBatch(*tokens, records["ids"], records["log_probs"])
+
+
+def _cached(cfg: Config, data: Data, teacher: Params, hashes: list[str], progress: Progress) -> tuple[np.ndarray, Path]:
+    """Returns the records of the training and validation tokens in the loss, as a memory map of a file in the cache,
+    and the path of the file. If there is no such file, or it is damaged, it is computed and written.
+
+    Args:
+        hashes: hashes of the teacher's weights and of the data.
+    """
+    k, subsets, teacher_cfg = cfg.distill.top_k or 0, data.rows[:2], data.teacher_cfg
+    options = {"top_k": k, "temperature": cfg.distill.temperature, "vocab_size": data.vocab_size}
+    key = json_sha256([VERSION, *hashes, options, teacher_cfg.dtype, teacher_cfg.precision])
+    path = assets.cache_dir() / "teachers" / f"{key}.npy"
+    n_outcomes = k if k == data.vocab_size else k + 1
+    kind = np.dtype([("ids", "<i4", (k,)), ("log_probs", "<f4", (n_outcomes,))])
+    n = sum(int((rows.weights != 0).sum()) for rows in subsets)
+    if (records := _opened(path, kind, n)) is not None:
+        return records, path
+    run = jax.jit(lambda params, batch: teacher_log_probs(params, batch, teacher_cfg, **options))
+    done = [0]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    said = progress.phase(lambda: f"computing the teacher's probabilities: {done[0]:,} of {n:,} tokens")
+    with said, replacing(path, shared=True) as file:
+        header = {"descr": np.lib.format.dtype_to_descr(kind), "fortran_order": False, "shape": (n,)}
+        np.lib.format.write_array_header_1_0(file, header)
+        for rows in subsets:
+            for batch in packing.eval_batches(rows, cfg.train.batch_size):
+                in_loss = batch.weights != 0
+                new = np.empty(in_loss.sum(), kind)
+                new["ids"], new["log_probs"] = (np.asarray(out)[in_loss] for out in run(teacher, batch))
+                file.write(new.tobytes())
+                done[0] += len(new)
+    return np.load(path, mmap_mode="r"), path
+
+
+def _opened(path: Path, kind: np.dtype, n: int) -> np.ndarray | None:
+    try:
+        records = np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError):
+        return None
+    return records if records.dtype == kind and records.shape == (n,) else None
+
+
+# ---------------------------------------------------------------- the test data
+
+
+def evaluate(result: TrainResult, test: Rows | None, say: Callable[[str], None]) -> None:
+    """Evaluate the student on the held-out tokens: its loss, that of the teacher, the divergence of the two and how
+    often their most probable token is the same. The teacher's whole distribution is used, also with distill.top_k.
+
+    Writes test.json; if test.json exists, only prints its summary.
+
+    Args:
+        test: the test rows, or None to read them again.
+    """
+    file = Path(result.run_dir) / RESULTS
+    if not file.exists():
+        write_json(file, _scores(result, test or _data(result.cfg).rows.test))
+    say(use_json(file, summary))
+
+
+def _scores(result: TrainResult, test: Rows) -> dict[str, Any]:
+    cfg, teacher_cfg = result.cfg, teacher_config(result.cfg)
+    params, _ = weights.load(Path(result.run_dir) / "final")  # with the adapter merged into the weights
+    teacher = _teacher(cfg).params(teacher_cfg.dtype, None)
+
+    def mean_of(loss: Loss, params: Params) -> Any:
+        return mean_over(jax.jit(loss), params, packing.eval_batches(test, cfg.train.batch_size))
+
+    _, metrics = mean_of(_loss(cfg, teacher_cfg), params | {"teacher": teacher})
+    own, _ = mean_of(losses.next_token(teacher_cfg), teacher)
+    means = {name: mean.value() for name, mean in metrics.items()}
+    return {
+        "tokens": int((test.weights != 0).sum()), "loss": means["cross_entropy"], "teacher_loss": own.value(),
+        "divergence": means["divergence"], "agreement": means["agreement"],
+    }  # fmt: skip
+
+
+def summary(scores: dict[str, Any]) -> str:
+    return (
+        f"test    {scores['tokens']} held-out tokens: loss {scores['loss']:.4f}, that of the teacher "
+        f"{scores['teacher_loss']:.4f}; divergence {scores['divergence']:.4f}, the same most probable token in "
+        f"{scores['agreement']:.1%}"
+    )
