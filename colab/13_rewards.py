@@ -216,7 +216,7 @@ print(f"last ten rollouts: {np.mean(curve[-10:]):.2f} and {np.mean(collapsed[-10
 # one answer is (self-consistency). It costs time at every question, but no training.
 
 # %%
-from gptjax.generation.choose import majority  # noqa: E402
+from gptjax.generation.choose import majority
 
 votes = {}
 for n in (1, 4, 16):

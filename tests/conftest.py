@@ -72,7 +72,7 @@ def release_programs():
 
 # Tests without optax and the decoding loop, which rely on dtype promotion. Rank promotion stays allowed.
 STRICT_DTYPES = {
-    "losses": {"test_classify", "test_policy", "test_preference"},
+    "losses": {"test_classify", "test_policy", "test_preference", "test_reward_model"},
     "model": {"test_cache"},
     "ops": {
         "test_activation", "test_attention", "test_linear", "test_loss", "test_norm", "test_position", "test_scale",

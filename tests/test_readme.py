@@ -40,6 +40,7 @@ TINY_TASK = {
     "prefer": (),
     "classify": (),
     "distill": (),
+    "reward_model": (),
     "reward": ("reward.group=4", "reward.max_new_tokens=8", "reward.compare=false", "train.accumulation=1"),
 }
 TEXT = "ROMEO:\nThe more I give to thee, the more I have, for both are infinite.\n\nJULIET:\nGood night!\n\n" * 40

@@ -28,7 +28,7 @@ VERBS: dict[str, Verb] = {
         "gptjax.cli.finetune",
         TRAIN,
         "Fine-tune a model on labels, conversations, preferences or rewards, or to imitate another model.",
-        ("classify", "instruct", "prefer", "reward", "distill"),
+        ("classify", "instruct", "prefer", "reward", "reward_model", "distill"),
     ),
     "classify": Verb("gptjax.cli.classify", USE, "Predict the class of texts with a fine-tuned classifier."),
     "compare": Verb("gptjax.cli.compare", STUDY, "Score the answers of instruction-tuned models side by side."),

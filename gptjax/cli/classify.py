@@ -43,11 +43,11 @@ class Request(NamedTuple):
 
 def run(args: list[str]) -> int:
     request = parse(args)
-    from gptjax.tasks.classify import load_classifier, read_labels
+    from gptjax.tasks.classify import load_classifier, read_labels, refuse_reward_model
     from gptjax.training.process import use_compile_cache
 
     folder = Path(request.run)
-    read_labels(folder)  # raises UserError if the model is not a classifier
+    refuse_reward_model(read_labels(folder), folder)  # raises UserError if the model is not a classifier
     files = [file for file in (folder / "config.yaml", folder.parent / "config.yaml") if file.is_file()][:1]
     leaves = [leaf for file in files for leaf in leaves_of(read_text(file, "config"), str(file))]
     trained = {leaf.key: leaf.value for leaf in leaves}  # settings of the training run, from its config.yaml

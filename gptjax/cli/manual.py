@@ -54,8 +54,6 @@ class Page(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-ALL_TASKS = ("pretrain", "classify", "instruct", "prefer", "reward", "distill")
-
 DRY_RUN = Option(
     "--dry-run", "", "Check the settings and the data and show what the command would do, without doing it."
 )
@@ -70,6 +68,7 @@ MODEL = (
     "MODEL is a run directory, a folder written by `gptjax import`, a Hugging Face folder, a .gguf file, hf:ORG/NAME"
     " (downloaded from the Hugging Face Hub), or smollm2-135m-instruct (98 MB, downloaded once)."
 )
+TASKS = ("pretrain", "classify", "instruct", "prefer", "reward", "reward_model", "distill")
 TINY = "gptjax pretrain tiny-gpt2"
 BASE = "gptjax pretrain tiny-gpt2 model.context_length=512 data.max_documents=20 run_dir=runs/base"
 CSV = '(echo label,text; for i in $(seq 20); do echo "fruit,apple number $i"; echo "tool,saw number $i"; done) > my.csv'
@@ -82,6 +81,7 @@ CLASSIFIER = "gptjax finetune classify classify.source=my.csv finetune.base=runs
 SMALL = f"{BASE.replace('runs/base', 'runs/small')} tokenizer.name=runs/base model.n_layer=1 train.max_steps=50"
 INSTRUCTED = "gptjax finetune instruct finetune.base=runs/base instruct.examples=100"
 DISTILLED = "gptjax finetune distill distill.teacher=runs/base finetune.base=runs/small"
+REWARDED = "gptjax finetune reward_model finetune.base=runs/base reward_model.examples=100"
 FULLY_INSTRUCTED = f"{INSTRUCTED} finetune.trainable=all optim.lr=1e-3 run_dir=runs/full"
 FINETUNED = (
     "The base model is SmolLM2-135M-Instruct (98 MB, downloaded once) unless finetune.base names another. By default a"
@@ -126,8 +126,8 @@ PAGES: dict[str, Page] = {
     ),
     "finetune": Page(
         about="Fine-tunes a model for one task: to classify texts, to follow instructions, to prefer one answer to"
-        " another, to give answers with high rewards, or to imitate a larger model.",
-        usage=f"gptjax finetune classify|instruct|prefer|reward|distill {CONFIG_USAGE}",
+        " another, to give answers with high rewards, to score answers, or to imitate a larger model.",
+        usage=f"gptjax finetune classify|instruct|prefer|reward|reward_model|distill {CONFIG_USAGE}",
         needs=(BASE, CSV),
         examples=(
             (CLASSIFIER, "Train a classifier on a table of texts and labels."),
@@ -290,6 +290,37 @@ PAGES: dict[str, Page] = {
             LAYERS,
         ),
     ),
+    "finetune reward_model": Page(
+        about="Trains a reward model: a model with a head that scores an answer with one number. It learns from prompts"
+        " with a chosen and a rejected answer each (Bradley-Terry loss), and reports how often the chosen answer has"
+        " the larger reward on pairs that were held out.",
+        usage=f"gptjax finetune reward_model {CONFIG_USAGE}",
+        needs=(BASE, PAIRS),
+        examples=(
+            (REWARDED, "Train on 100 synthetic pairs; the result is in runs/reward_model."),
+            (
+                "gptjax finetune reward_model finetune.base=runs/base reward_model.source=pairs.jsonl"
+                " reward_model.center=0.01 run_dir=runs/centred",
+                "Train on the pairs of a file, and keep the rewards near 0.",
+            ),
+            (
+                "gptjax finetune reward_model finetune.base=runs/base finetune.trainable=all run_dir=runs/all"
+                " --dry-run",
+                "Show how many parameters full fine-tuning would train, and train nothing.",
+            ),
+        ),
+        options=SWITCHES,
+        reads="reward_model",
+        preset="reward_model",
+        tasks=("reward_model",),
+        notes=(
+            FINETUNED,
+            "Use the result with `gptjax sample MODEL n=8 pick=reward reward_model=runs/reward_model`, where MODEL has"
+            " the same vocabulary. Without reward_model.source the model is trained on synthetic tasks, to try the"
+            " command.",
+            LAYERS,
+        ),
+    ),
     "classify": Page(
         about="Predicts the class of texts with a classifier that `gptjax finetune classify` trained.",
         usage='gptjax classify RUN "TEXT"|FILE|- [...] [text_field=COLUMN] [out=FILE]',
@@ -366,8 +397,8 @@ PAGES: dict[str, Page] = {
         examples=(
             ('gptjax sample runs/tiny-gpt2 --prompt "The "', "Continue one prompt."),
             (
-                'gptjax sample runs/tiny-gpt2 --prompt "The " n=3 temperature=1.2 top_k=50 max_new_tokens=40',
-                "Write three short continuations, with more variety than by default.",
+                'gptjax sample runs/tiny-gpt2 --prompt "The " n=4 pick=logprob temperature=1.2 max_new_tokens=40',
+                "Write four continuations with more variety than by default, and keep only the most likely one.",
             ),
             (
                 "printf 'One\\nTwo\\n' > prompts.txt; gptjax sample runs/tiny-gpt2 prompts=prompts.txt out=texts.jsonl",
@@ -377,7 +408,12 @@ PAGES: dict[str, Page] = {
         options=SWITCHES,
         settings=("sample.*",),
         section="sample",
-        notes=(MODEL, SAMPLING),
+        notes=(
+            MODEL,
+            "A reward model scores the prompt and the continuation as they are, so write the prompt in the chat"
+            " template of the models.",
+            SAMPLING,
+        ),
     ),
     "chat": Page(
         about="Holds a conversation with an instruction-tuned model in the terminal.",
@@ -453,7 +489,7 @@ PAGES: dict[str, Page] = {
         ),
         reads="*",
         preset="gpt2-124m",
-        tasks=ALL_TASKS,
+        tasks=TASKS,
         notes=(
             "The command needs the TPU compiler: pip install -e '.[tpu-plan]' in the checkout. Without a preset it"
             " plans a step of gpt2-124m.",
@@ -493,7 +529,7 @@ PAGES: dict[str, Page] = {
         ),
         reads="*",
         preset="tiny-gpt2",
-        tasks=ALL_TASKS,
+        tasks=TASKS,
         notes=(
             "Without a preset it uses tiny-gpt2, whose text comes with Python; without lists it sweeps"
             " optim.lr=[1e-3,3e-3,1e-2] and seed=range(4).",
@@ -871,7 +907,7 @@ PAGES: dict[str, Page] = {
             ("gptjax presets show instruct", "Print the default preset of `gptjax finetune instruct`."),
             ("gptjax presets show tiny-gpt2 | head -n 8", "Print only what a preset is for."),
         ),
-        tasks=ALL_TASKS,
+        tasks=TASKS,
     ),
     "presets cp": Page(
         about="Copies a preset to a new file, which can then be changed and run.",
@@ -887,7 +923,7 @@ PAGES: dict[str, Page] = {
                 "Copy a fine-tuning preset and print all its settings.",
             ),
         ),
-        tasks=ALL_TASKS,
+        tasks=TASKS,
         notes=("Nothing is overwritten: FILE.yaml must be new.",),
     ),
     "doctor": Page(

@@ -135,6 +135,8 @@ def with_shape(cfg: Config) -> Config:
         if cfg.task == "classify":
             n_classes = len(cfg.classify.labels) or 2
             model = dataclasses.replace(model, n_classes=n_classes, cls_bias=cfg.classify.bias)
+        if cfg.task == "reward_model":
+            model = dataclasses.replace(model, n_classes=1, cls_bias=False)
         return dataclasses.replace(cfg, model=model)
     known = {"gpt2": 50257, "bytes": 257}
     if cfg.tokenizer.name in ("bpe", "wordpiece", "unigram"):

@@ -6,6 +6,7 @@ import json
 import shlex
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from gptjax.formats import tables
 
 if TYPE_CHECKING:
     from gptjax.generation import Completion
+    from gptjax.generation.choose import Pick
     from gptjax.generation.text import Until
     from gptjax.tokenizers import Tokenizer
     from gptjax.types import Params
@@ -54,10 +56,11 @@ def run(args: list[str]) -> int:
     tokenizer = model.tokenizer()
     ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     draft = open_draft(cfg.sample, tokenizer)
+    judge = open_reward_model(cfg.sample, tokenizer)
     lines = [f"prompts            {len(ids)}, {sum(map(len, ids))} tokens", "dry run: nothing was written"]
     if options.show_only(parsed, cfg, provenance, lambda cfg: lines, options.keys_of("sample.*")):
         return 0
-    write(model.params("float32", None), model.cfg, tokenizer, cfg.sample, prompts, ids, draft)
+    write(model.params("float32", None), model.cfg, tokenizer, cfg.sample, prompts, ids, draft, judge)
     return 0
 
 
@@ -124,6 +127,31 @@ def open_draft(settings: SampleConfig, tokenizer: Tokenizer) -> Model | None:
     return draft
 
 
+def open_reward_model(settings: SampleConfig, tokenizer: Tokenizer) -> Model | None:
+    """Opens the reward model of sample.pick=reward, without reading its tensors. Returns None for any other pick.
+
+    Raises:
+        UserError: the reward model does not exist, is not a model with a head of one class, or has another vocabulary
+            than the model that writes, whose token ids it scores.
+    """
+    if settings.pick != "reward" or settings.reward_model is None:
+        return None
+    from gptjax.generation.choose import refuse_no_reward_model
+    from gptjax.tokenizers.base import SETTINGS
+    from gptjax.weights import open_model
+
+    place = f"sample.reward_model={settings.reward_model}"
+    judge = open_model(settings.reward_model)
+    refuse_no_reward_model(judge.cfg, place)
+    # The settings of a tokenizer, such as its chat template, do not matter here, only its vocabulary.
+    own, other = (t.replace(**SETTINGS).fingerprint for t in (tokenizer, judge.tokenizer()))
+    if own != other:
+        raise UserError(
+            f"{place}: expected the vocabulary of the model, got another one: train the reward model from the same base"
+        )
+    return judge
+
+
 def write(
     params: Params,
     model: ModelConfig,
@@ -132,13 +160,16 @@ def write(
     prompts: list[str],
     ids: list[list[int]],
     draft: Model | None = None,
+    judge: Model | None = None,
 ) -> None:
-    """Generates `settings.n` completions per prompt, and prints them or appends them to a JSONL file. The number of
-    generated tokens and the generation time are printed to stderr.
+    """Generates `settings.n` completions per prompt, and prints them or appends them to a JSONL file; with
+    `settings.pick` only the chosen completion of each prompt. The number of generated tokens, the generation time and
+    the scores of the chosen completions are printed to stderr.
 
     Args:
         ids: the token ids of each prompt.
         draft: the draft model for speculative decoding, or None if there is no draft model.
+        judge: the reward model of sample.pick=reward, or None for any other pick.
     """
     import jax
 
@@ -149,6 +180,7 @@ def write(
     params = for_decoding(quantize(params, settings.quantize), model)
     until = stop_strings(tokenizer.decode, settings.stop) if settings.stop else None
     draft_params = for_decoding(draft.params("float32", None), draft.cfg) if draft else None
+    pick = _picker(tokenizer, settings, judge)
     start, count, rounds, accepted = time.monotonic(), 0, 0, 0.0
     for first in range(0, len(ids), settings.batch_size):
         batch = ids[first : first + settings.batch_size]
@@ -163,17 +195,26 @@ def write(
             rounds, accepted = rounds + out.rounds, accepted + out.accepted * out.rounds
             completions = [_completion(new, until, settings.max_new_tokens) for new in out.tokens]
         else:
-            logprobs = 0 if settings.out else None
+            logprobs = 0 if settings.out or settings.pick == "logprob" else None
             completions = complete(params, batch, model, n=settings.n, until=until, logprobs=logprobs, **common)
         count += sum(len(c.tokens) for c in completions)
+        scores: list[float] = []
+        if settings.pick:
+            samples = [completions[i : i + settings.n] for i in range(0, len(completions), settings.n)]
+            picks = [pick(prompt, of_prompt) for prompt, of_prompt in zip(ids[first:], samples, strict=False)]
+            scores = [chosen.score for chosen in picks]
+            completions = [of_prompt[chosen.choice] for chosen, of_prompt in zip(picks, samples, strict=True)]
         for i, completion in enumerate(completions):
-            row, new = first + i // settings.n, tokenizer.decode(completion.tokens)
+            row = first + i if settings.pick else first + i // settings.n
+            new = tokenizer.decode(completion.tokens)
             text = cut(new, settings.stop)
             if settings.out:
-                line = dict(
+                line: dict[str, Any] = dict(
                     prompt=prompts[row], text=text, finish=completion.finish, tokens=completion.tokens,
                     logprobs=[round(value, 4) for value in completion.logprobs],
                 )  # fmt: skip
+                if settings.pick:
+                    line[settings.pick] = round(scores[i], 4)
                 # each completion is appended to the file at once, so that it is not lost if a later completion fails
                 with open(settings.out, "a", encoding="utf-8") as file:
                     file.write(json.dumps(line, ensure_ascii=False) + "\n")
@@ -184,9 +225,48 @@ def write(
                 # in the completion. Stop strings are cut from the completion only.
                 whole = tokenizer.decode([*ids[row], *completion.tokens])
                 print(whole[: len(whole) - len(new) + len(text)], flush=True)
+                if settings.pick:
+                    print(f"{settings.pick} {scores[i]:.4f}, the largest of {settings.n} samples", file=sys.stderr)
     seconds = time.monotonic() - start
     acceptance = f"; {accepted / rounds:.0%} of the draft tokens accepted" if rounds else ""
     print(f"{count} tokens in {seconds:.1f} s, compilation included{acceptance}", file=sys.stderr)
+
+
+def _picker(
+    tokenizer: Tokenizer, settings: SampleConfig, judge: Model | None
+) -> Callable[[list[int], list[Completion]], Pick]:
+    """Returns a function that takes the token ids of a prompt and its completions, and chooses one of them as
+    `settings.pick` says.
+
+    A reward model scores the tokens of the prompt and of the completion and, if the completion has ended, the token
+    that ends an answer for the reward model. A completion that ended at a stop string is encoded again without it.
+    """
+    from gptjax.generation import best_of_n, by_logprob, cut, majority, sequence_rewards
+    from gptjax.tokenizers import stop_ids
+    from gptjax.tokenizers.base import whole_tokens
+    from gptjax.tokenizers.chat import end_of_answer
+
+    def text_of(completion: Completion) -> str:
+        return cut(tokenizer.decode(completion.tokens), settings.stop)
+
+    if settings.pick == "logprob":
+        return lambda prompt, completions: by_logprob(completions)
+    if judge is None:
+        return lambda prompt, completions: majority([text_of(completion) for completion in completions])
+    params, words = judge.params("float32", None), judge.tokenizer()
+    end = end_of_answer(words)
+    end_ids = [whole_tokens(words)[end]] if end else stop_ids(words)[:1]
+
+    def answer_ids(completion: Completion) -> list[int]:
+        new, text = tokenizer.decode(completion.tokens), text_of(completion)
+        tokens = completion.tokens if new == text else words.encode(text, allowed_special="all")
+        return [*tokens, *(end_ids if completion.finish == "stop" else [])]
+
+    def by_reward(prompt: list[int], completions: list[Completion]) -> Pick:
+        rewards = sequence_rewards(params, judge.cfg, [[*prompt, *answer_ids(c)] for c in completions])
+        return best_of_n(completions, rewards)
+
+    return by_reward
 
 
 def _completion(new: list[int], until: Until | None, max_new_tokens: int) -> Completion:

@@ -100,7 +100,7 @@ Instructions: instruct.source (.jsonl .json .csv .parquet)
   reasoning_content, and messages of role tool may follow it. "weight" is the loss
   weight of an answer; with weight 0 it is read as context.
 
-Preferences: prefer.source (.jsonl .json .csv .parquet)
+Preferences: prefer.source, reward_model.source (.jsonl .json .csv .parquet)
 
     {"prompt": "Name a fruit.", "chosen": "An apple.", "rejected": "A saw."}
 

@@ -35,7 +35,9 @@ def run_import(args: list[str]) -> int:
     if model.cfg.n_classes:
         files[LABELS] = json.dumps(weights.read_labels(words[0]), indent=1) + "\n"
     weights.save(words[1], model.params(dtype, None), model.cfg, tokenizer, files)
-    use = f'classify {words[1]} "TEXT"' if model.cfg.n_classes else f"sample {words[1]} --prompt TEXT"
+    use = {
+        0: f"sample {words[1]} --prompt TEXT", 1: f"sample MODEL n=8 pick=reward reward_model={words[1]} --prompt TEXT"
+    }.get(model.cfg.n_classes, f'classify {words[1]} "TEXT"')  # fmt: skip
     print(f"{words[1]}  (use it: gptjax {use})")
     return 0
 

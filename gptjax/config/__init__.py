@@ -48,6 +48,7 @@ from gptjax.config.schema import (
     PreferConfig,
     PretrainConfig,
     RewardConfig,
+    RewardModelConfig,
     SampleConfig,
     TokenizerConfig,
     TrainConfig,
@@ -60,7 +61,8 @@ from gptjax.config.schema import (
 __all__ = [
     "ARCHS", "RULED", "WITHOUT_EFFECT", "Architecture", "ClassifyConfig", "Computation", "Config", "DataConfig",
     "DistillConfig", "DistributedConfig", "FinetuneConfig", "InstructConfig", "LoraConfig", "MeshConfig", "ModelConfig",
-    "OptimConfig", "PreferConfig", "PretrainConfig", "Provenance", "RewardConfig", "SampleConfig", "TokenizerConfig",
-    "TrainConfig", "build", "config_file", "describe", "diff", "file_layers", "flat", "from_dict", "from_yaml", "layer",
-    "load_config", "presets", "resolve", "schema", "short", "to_yaml", "type_name", "validate", "yaml_value",
+    "OptimConfig", "PreferConfig", "PretrainConfig", "Provenance", "RewardConfig", "RewardModelConfig", "SampleConfig",
+    "TokenizerConfig", "TrainConfig", "build", "config_file", "describe", "diff", "file_layers", "flat", "from_dict",
+    "from_yaml", "layer", "load_config", "presets", "resolve", "schema", "short", "to_yaml", "type_name", "validate",
+    "yaml_value",
 ]  # fmt: skip

@@ -16,6 +16,7 @@ from typing import Any, Literal, Optional, get_args, get_origin
 from gptjax.config.leaves import Provenance
 from gptjax.config.schema import (
     CHECKS,
+    TUNINGS,
     Config,
     DistributedConfig,
     ModelConfig,
@@ -145,7 +146,7 @@ def _local(cfg: Config) -> list[str]:
 def _finetuning_keys(cfg: Config) -> tuple[str, ...]:
     """Returns the keys of the fine-tuning settings that differ from their defaults."""
     defaults, values = flat(Config()), flat(cfg)
-    groups = ("finetune.", "lora.", "classify.", "instruct.", "prefer.", "reward.", "distill.")
+    groups = ("finetune.", "lora.", *(f"{task}." for task in TUNINGS))
     return tuple(key for key in values if key.startswith(groups) and values[key] != defaults[key])
 
 
@@ -180,6 +181,20 @@ RULES: tuple[Rule, ...] = (
     (("sample.stop",),
      lambda c: "" in c.sample.stop,
      "sample.stop contains an empty string, which would stop generation at once: remove it"),
+    (("sample.pick", "sample.n"),
+     lambda c: c.sample.pick and c.sample.n == 1,
+     lambda c: f"sample.pick={c.sample.pick} chooses one of several samples, but sample.n=1: set sample.n=8, or "
+     "sample.pick=null"),
+    (("sample.pick", "sample.temperature"),
+     lambda c: c.sample.pick and c.sample.temperature == 0,
+     lambda c: f"sample.pick={c.sample.pick} chooses one of several samples, but with sample.temperature=0 all samples "
+     "are the same: set a temperature above 0"),
+    (("sample.pick", "sample.reward_model"),
+     lambda c: c.sample.pick == "reward" and not c.sample.reward_model,
+     "sample.pick=reward needs sample.reward_model=RUN, which gptjax finetune reward_model trains"),
+    (("sample.pick", "sample.draft"),
+     lambda c: c.sample.pick == "logprob" and c.sample.draft,
+     "sample.pick=logprob needs log-probabilities, which speculative decoding does not return: set sample.draft=null"),
     (("train.batch_size", "train.accumulation"),
      lambda c: min(c.train.batch_size, c.train.accumulation) >= 1 and c.train.batch_size % c.train.accumulation,
      lambda c: f"train.accumulation ({c.train.accumulation}) must divide train.batch_size ({c.train.batch_size}): "
@@ -253,7 +268,7 @@ RULES: tuple[Rule, ...] = (
             lambda c, n=name: f"{n}.val_fraction ({getattr(c, n).val_fraction}) and {n}.test_fraction "
             f"({getattr(c, n).test_fraction}) leave no data to train on",
         )
-        for name in ("classify", "instruct", "prefer", "reward", "distill")
+        for name in TUNINGS
     ),
     (("train.batch_size", "reward.group"),
      lambda c: c.task == "reward" and c.train.batch_size % c.reward.group,
@@ -308,6 +323,7 @@ WITHOUT_EFFECT: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] =
     (("model.qk_gain",), "model.qk_norm", lambda value: not value),
     (("data.split", "data.val_fraction"), "data.val_source", bool),
     (("sample.ahead",), "sample.draft", lambda value: value is None),
+    (("sample.reward_model",), "sample.pick", lambda value: value != "reward"),
 )
 
 

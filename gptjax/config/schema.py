@@ -502,6 +502,17 @@ class SampleConfig:
     batch_size: int = setting(8, "Number of prompts per batch.", COUNT)
     max_new_tokens: int = setting(300, "Maximum number of tokens to generate per continuation.", COUNT)
     n: int = setting(1, "Number of continuations per prompt.", COUNT)
+    pick: Optional[Literal["reward", "majority", "logprob"]] = setting(
+        None,
+        "Which of the n continuations of a prompt to keep. reward: the one with the largest reward (best-of-n);"
+        " majority: the most frequent one (self-consistency, arXiv:2203.11171), ignoring case, whitespace and a final"
+        " full stop; logprob: the one with the largest mean log-probability per token. null: all of them.",
+    )
+    reward_model: Optional[str] = setting(
+        None,
+        "Reward model for pick=reward: a run of gptjax finetune reward_model, or another model with a head of one"
+        " class. It must have the vocabulary of the model.",
+    )
     temperature: float = setting(0.8, "Sampling temperature. 0: greedy decoding.")
     top_k: int = setting(0, "Top-k sampling: sample from the k most likely tokens. 0: off.")
     top_p: float = setting(
@@ -825,6 +836,43 @@ class RewardConfig:
 
 
 @dataclass(frozen=True)
+class RewardModelConfig:
+    """Reward model: the pairs of answers whose better one gets the larger reward."""
+
+    source: Optional[str] = setting(
+        None,
+        "Preference pairs: .json, .jsonl, .csv, .parquet or hf:org/name. null: generated pairs of small synthetic"
+        " tasks.",
+    )
+    center: float = setting(
+        0.0,
+        "Coefficient of the mean squared sum of the two rewards of a pair, which keeps rewards near 0"
+        " (arXiv:2312.09244 uses 0.01). 0: off.",
+    )
+    style: Optional[ChatStyle] = setting(
+        None,
+        "Prompt style. chat: the model's own chat template; chatml, alpaca and phi3: a fixed template instead of it."
+        " null: chat if the model has a template, else alpaca.",
+    )
+    packing: Literal["packed", "padded"] = setting(
+        "packed", "Layout of the rows. packed: several pairs per row; padded: one pair per row."
+    )
+    context_length: int = setting(
+        512,
+        "Tokens per row. Both answers of a pair, each with its own copy of the prompt, must fit in one row; longer"
+        " pairs are dropped, and their number is reported.",
+        COUNT,
+    )
+    val_fraction: float = setting(
+        0.05, "Fraction of the pairs to hold out for validation, from the end of the source.", FRACTION
+    )
+    test_fraction: float = setting(
+        0.1, "Fraction of the pairs to hold out for testing, from just before the validation pairs.", FRACTION
+    )
+    examples: int = setting(1000, "Number of synthetic pairs, if source is null.", COUNT)
+
+
+@dataclass(frozen=True)
 class DistillConfig:
     """Knowledge distillation: the teacher, the loss, and the texts on which the student imitates the teacher."""
 
@@ -888,15 +936,18 @@ class DistillConfig:
     examples: int = setting(2000, "Number of synthetic questions, if source is null.", COUNT)
 
 
+TUNINGS = ("classify", "instruct", "prefer", "reward", "reward_model", "distill")  # the fine-tuning tasks
+
+
 @dataclass(frozen=True)
 class Config:
     """All settings of one run."""
 
     run_dir: Optional[str] = setting(None, "Folder that the run is written to. null: runs/NAME-OF-THE-PRESET.")
-    task: Literal["pretrain", "classify", "instruct", "prefer", "reward", "distill"] = setting(
+    task: Literal["pretrain", "classify", "instruct", "prefer", "reward", "reward_model", "distill"] = setting(
         "pretrain",
         "Training task, which is set by the command: pretrain, or the fine-tuning task classify, instruct, prefer,"
-        " reward or distill.",
+        " reward, reward_model or distill.",
     )
     seed: int = setting(0, "Random seed of initialisation, data order and dropout.", SEED)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
@@ -915,6 +966,7 @@ class Config:
     prefer: PreferConfig = field(default_factory=PreferConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
+    reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
 
     @property
     def window(self) -> int:

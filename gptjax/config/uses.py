@@ -13,10 +13,9 @@ from dataclasses import fields
 
 from gptjax.config.leaves import Leaf, Provenance
 from gptjax.config.load import build, config_file, file_layers, layer, presets, short
-from gptjax.config.schema import Computation, Config, schema
+from gptjax.config.schema import TUNINGS, Computation, Config, schema
 from gptjax.errors import UserError
 
-TUNINGS = ("classify", "instruct", "prefer", "reward", "distill")
 _RUN, _LOOP = ("run_dir", "task", "seed"), ("optim.*", "train.*", "mesh.*", "distributed.*")
 _COMPUTATION = [item.name for item in fields(Computation)]
 _TUNED = (*_RUN, "finetune.*", "lora.*", *_LOOP, *(f"model.{name}" for name in _COMPUTATION))
@@ -29,6 +28,7 @@ USES: dict[str, tuple[str, ...]] = {
     "prefer": ("prefer.*", *_TUNED, "sample.*"),
     "reward": ("reward.*", *_TUNED, "sample.*"),
     "distill": ("distill.*", *_TUNED, "sample.*"),
+    "reward_model": ("reward_model.*", *_TUNED),
 }
 
 
@@ -88,7 +88,8 @@ def resolve(
     groups: dict[str, set[str]] = {}
     for leaf in layers:
         groups.setdefault(layer(leaf.where), set()).add(leaf.key.partition(".")[0])
-    complete_files = {name for name, names in groups.items() if names.issuperset(TUNINGS)}
+    tunings = ("classify", "instruct", "prefer")  # without later tasks, which the config.yaml of an older run lacks
+    complete_files = {name for name, names in groups.items() if names.issuperset(tunings)}
     user_leaves = [*(leaf for leaf in layers if layer(leaf.where) not in preset_files | complete_files), *leaves]
     unread = [
         *_unread(user_leaves, resolved_task, verb, also),

@@ -205,6 +205,7 @@ def encode(
     style: Style | None = None,
     context_length: int,
     because: str = "",
+    end_as_input: bool = False,
 ) -> EncodedPairs:
     """Encodes both conversations of each pair as token ids. The loss covers only the last answer and its end token.
 
@@ -213,6 +214,8 @@ def encode(
     Args:
         because: text that the error message adds to "no pair fits a context of .. tokens": the setting that the context
             length comes from, such as " (prefer.context_length)".
+        end_as_input: whether the token that ends an answer is also an input of the model, for a reward model, which
+            reads the hidden state of this token. Its target is a filler without loss weight.
 
     Raises:
         UserError: a conversation cannot be rendered, for a reason that `conversations.render` lists, or no pair fits in
@@ -222,8 +225,9 @@ def encode(
     examples = []
     for turns in conversations.turns_of(talks, tokenizer, style):
         prompt, answer, _ = turns[-1]
-        weights = np.repeat(np.array([0, 1], np.float32), [len(prompt), len(answer)])
-        examples.append((np.array(prompt + answer, np.int32), weights))
+        filler = answer[-1:] * end_as_input
+        weights = np.repeat(np.array([0, 1, 0], np.float32), [len(prompt), len(answer), len(filler)])
+        examples.append((np.array(prompt + answer + filler, np.int32), weights))
     all_pairs = list(zip(examples[::2], examples[1::2], strict=True))
     lengths = [sum(len(ids) - 1 for ids, _ in pair) for pair in all_pairs]
     fitting = [pair for pair, length in zip(all_pairs, lengths, strict=True) if length <= context_length]

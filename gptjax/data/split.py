@@ -19,7 +19,14 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypeVar
 import numpy as np
 
 from gptjax._moved import moved_name
-from gptjax.config import DataConfig, DistillConfig, InstructConfig, PreferConfig, RewardConfig
+from gptjax.config import (
+    DataConfig,
+    DistillConfig,
+    InstructConfig,
+    PreferConfig,
+    RewardConfig,
+    RewardModelConfig,
+)
 from gptjax.data.sources import Document, Documents, Source
 from gptjax.errors import UserError
 
@@ -354,7 +361,7 @@ class Splits(NamedTuple, Generic[T]):
 
 
 def split_records(
-    settings: InstructConfig | PreferConfig | RewardConfig | DistillConfig,
+    settings: InstructConfig | PreferConfig | RewardConfig | RewardModelConfig | DistillConfig,
     seed: int,
     read: Callable[[str, list[str] | None], list[T]],
     made: Callable[..., list[T]],

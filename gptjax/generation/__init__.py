@@ -1,8 +1,9 @@
-"""Text generation: samplers, and compiled decoding loops with a KV cache."""
+"""Text generation: samplers, compiled decoding loops with a KV cache, and choosing one of several samples."""
 
 from typing import Any
 
 from gptjax._moved import moved_name
+from gptjax.generation.choose import best_of_n, by_logprob, majority, reward_scores, sequence_rewards
 from gptjax.generation.decode import Completion, complete, generate, programs, stream
 from gptjax.generation.sampling import (
     chain,
@@ -20,9 +21,9 @@ from gptjax.generation.text import cut, prompt_ids, stop_strings, text_chunks
 from gptjax.model.gpt import for_decoding
 
 __all__ = [
-    "Completion", "chain", "complete", "cut", "draw", "for_decoding", "from_config", "generate", "greedy", "min_p",
-    "programs", "prompt_ids", "repetition_penalty", "speculate", "stop_strings", "stream", "temperature", "text_chunks",
-    "top_k", "top_p",
+    "Completion", "best_of_n", "by_logprob", "chain", "complete", "cut", "draw", "for_decoding", "from_config",
+    "generate", "greedy", "majority", "min_p", "programs", "prompt_ids", "repetition_penalty", "reward_scores",
+    "sequence_rewards", "speculate", "stop_strings", "stream", "temperature", "text_chunks", "top_k", "top_p",
 ]  # fmt: skip
 
 

@@ -1,7 +1,7 @@
-"""Losses for training: next-token prediction, preferences, reinforcement learning, classification and distillation.
+"""Losses for training: next-token prediction, preferences, rewards, classification and distillation.
 
-`next_token`, `preference`, `policy`, `classify` and `distill` each return the loss for a model config. A loss is a pure
-function (params, batch, key) that returns a `Mean` and a dict of metrics:
+`next_token`, `preference`, `policy`, `classify`, `reward_model` and `distill` each return the loss for a model config.
+A loss is a pure function (params, batch, key) that returns a `Mean` and a dict of metrics:
 
     loss = gptjax.losses.next_token(cfg)
     (mean, metrics) = loss(params, batch, None)         pass a key to apply dropout
@@ -16,10 +16,11 @@ from gptjax.losses.distill import distill, distill_classes
 from gptjax.losses.next_token import next_token, token_log_probs, token_log_probs_and_entropies
 from gptjax.losses.policy import advantages, policy, policy_switches, policy_terms
 from gptjax.losses.preference import answer_log_probs, preference
+from gptjax.losses.reward_model import answer_rewards, reward_model
 from gptjax.types import RolloutBatch
 
 __all__ = [
-    "RolloutBatch", "advantages", "answer_log_probs", "class_logits", "classify", "distill", "distill_classes",
-    "next_token", "policy", "policy_switches", "policy_terms", "preference", "token_log_probs",
-    "token_log_probs_and_entropies",
+    "RolloutBatch", "advantages", "answer_log_probs", "answer_rewards", "class_logits", "classify", "distill",
+    "distill_classes", "next_token", "policy", "policy_switches", "policy_terms", "preference", "reward_model",
+    "token_log_probs", "token_log_probs_and_entropies",
 ]  # fmt: skip

@@ -23,6 +23,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from gptjax.config import Config
+from gptjax.config.uses import TUNINGS
 from gptjax.errors import UserError
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = ["TASKS", "find", "finetune", "refuse", "train"]
 
-TASKS = {name: f"gptjax.tasks.{name}" for name in ("pretrain", "classify", "instruct", "prefer", "reward", "distill")}
+TASKS = {name: f"gptjax.tasks.{name}" for name in ("pretrain", *TUNINGS)}
 
 
 def find(name: str) -> ModuleType:
@@ -72,8 +73,9 @@ def train(cfg: Config, *, log: Callable[[str], None] | None = None, hooks: Seque
 def finetune(cfg: Config, *, log: Callable[[str], None] | None = None, hooks: Sequence[Hook] = ()) -> TrainResult:
     """Fine-tune a model: the same as `train`, but raises UserError for the task pretrain."""
     if cfg.task == "pretrain":
-        tunings = ", ".join(name for name in TASKS if name != "pretrain")
-        raise UserError(f"task=pretrain is not fine-tuning: use gptjax pretrain, or another task: {tunings}")
+        raise UserError(
+            f"task=pretrain is not fine-tuning: use gptjax pretrain, or task={', '.join(TUNINGS[:-1])} or {TUNINGS[-1]}"
+        )
     return train(cfg, log=log, hooks=hooks)
 
 

@@ -247,6 +247,7 @@ def load_classifier(folder: str | Path) -> Callable[[Sequence[str]], list[dict[s
         UserError: the model is not a classifier.
     """
     settings = read_labels(Path(folder))
+    refuse_reward_model(settings, folder)
     model = weights.open_model(folder)
     tokenizer, params, cfg = model.tokenizer(), model.params("float32", None), model.cfg
     names, pooling = tuple(settings["labels"]), settings["pooling"]
@@ -267,6 +268,15 @@ def load_classifier(folder: str | Path) -> Callable[[Sequence[str]], list[dict[s
         return [dict(zip(names, map(float, row), strict=True)) for batch in batches for row in batch]
 
     return classify
+
+
+def refuse_reward_model(settings: dict[str, Any], folder: str | Path) -> None:
+    """Raises UserError if the labels.json of a model has only one class: the probability of this class is always 1."""
+    if len(settings["labels"]) == 1:
+        raise UserError(
+            f"{folder} is a reward model, which has no classes: gptjax sample MODEL n=8 pick=reward "
+            f"reward_model={folder} uses it"
+        )
 
 
 def __getattr__(name: str) -> Any:

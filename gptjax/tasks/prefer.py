@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from gptjax import losses
+from gptjax import losses, weights
 from gptjax._moved import moved_name, old_task
 from gptjax.config import Config, ModelConfig
 from gptjax.data import loader, preferences
@@ -75,7 +75,7 @@ def pairs(cfg: Config, notes: list[str] | None = None) -> Splits[Pair]:
     A line of text that names the ignored keys of the file is appended to the list `notes`. If `notes` is None, the line
     is printed to stderr.
     """
-    return split_records(cfg.prefer, cfg.seed, preferences.read, preferences.of_skills, notes)
+    return split_records(getattr(cfg, cfg.task), cfg.seed, preferences.read, preferences.of_skills, notes)
 
 
 def loss(cfg: Config) -> Loss:
@@ -84,7 +84,7 @@ def loss(cfg: Config) -> Loss:
 
 def batch_shapes(cfg: Config, rows: int, width: int) -> PairBatch:
     """Returns the shapes of a batch. The number of pairs per packed row depends on the data, so it is estimated."""
-    n = max(1, width // MIN_PAIR_TOKENS) if cfg.prefer.packing == "packed" else 1
+    n = max(1, width // MIN_PAIR_TOKENS) if getattr(cfg, cfg.task).packing == "packed" else 1
     ids, *floats = (
         jax.ShapeDtypeStruct((rows, *shape), dtype)
         for shape, dtype in (((width,), np.int32), ((width,), np.float32), ((n,), np.float32), ((n, 2), np.float32))
@@ -93,24 +93,45 @@ def batch_shapes(cfg: Config, rows: int, width: int) -> PairBatch:
 
 
 def _rows(cfg: Config, pairs: list[Any], tokenizer: Tokenizer, model: ModelConfig) -> tuple[PairRows, int]:
-    """Encode the pairs as rows of tokens, packed if prefer.packing is "packed", otherwise with one pair per row.
+    """Encode the pairs as rows of tokens, packed if the task's `packing` is "packed", otherwise with one pair per row.
 
     Returns the rows, and the number of pairs that were dropped because they do not fit into a row.
     """
     width = tuning.longest_row(cfg, model)
-    encoded = preferences.encode(pairs, tokenizer, context_length=width, because=tuning.why_so_long(cfg, model))
-    packed = cfg.prefer.packing == "packed"
+    because, packed = tuning.why_so_long(cfg, model), getattr(cfg, cfg.task).packing == "packed"
+    encoded = preferences.encode(
+        pairs, tokenizer, context_length=width, because=because, end_as_input=cfg.task == "reward_model"
+    )  # a reward model reads the hidden state of the end token
     return preferences.rows(encoded, width if packed else None, packed), encoded.dropped
+
+
+def encoded_pairs(cfg: Config, base: weights.Model) -> tuple[Tokenizer, list[PairRows], list[str]]:
+    """Read and encode the pairs, for this task and for reward_model.
+
+    Returns the tokenizer with the chat template of the task's style, the rows to train, validate and test on, and lines
+    of text that describe them.
+    """
+    settings, notes = getattr(cfg, cfg.task), list[str]()
+    tokenizer, style_lines = tuning.styled(base, settings.style)
+    splits = pairs(cfg, notes)
+    rows, dropped = zip(*(_rows(cfg, subset, tokenizer, base.cfg) for subset in splits), strict=True)
+    train, counts = rows[0], " + ".join(f"{len(subset):,}" for subset in splits)
+    lines = [
+        f"data    {settings.source or 'synthetic skills'}: {counts} pairs to train, validate and test on",
+        f"        {len(train.tokens):,} rows of {train.tokens.shape[1]} tokens, {(train.segment_ids > 0).mean():.0%} "
+        f"full; {sum(dropped)} pairs that do not fit a row were dropped",
+        *(f"        {note}" for note in notes),
+        *style_lines,
+    ]
+    return tokenizer, list(rows), lines
 
 
 def prepare(cfg: Config, progress: Progress) -> Ready:
     base = tuning.base_model(cfg)
-    size, notes = cfg.train.batch_size, list[str]()
+    size = cfg.train.batch_size
     model = base.cfg.computed_as(cfg.model)
     with progress.phase("preparing the data"):
-        tokenizer, style_lines = tuning.styled(base, cfg.prefer.style)
-        splits = pairs(cfg, notes)
-        rows, dropped = zip(*(_rows(cfg, subset, tokenizer, model) for subset in splits), strict=True)
+        tokenizer, rows, lines = encoded_pairs(cfg, base)
     train, val, test = rows
     resolved = resolve(cfg, model, len(train.tokens), cfg.train.batch_size)
     trainable, fingerprint = tuning.load_base(resolved, base, {}, jax.random.key(cfg.seed), progress)
@@ -120,14 +141,6 @@ def prepare(cfg: Config, progress: Progress) -> Ready:
             start = trainable.combine(trainable.params, trainable.frozen)
             references = [reference(start, subset, model, size) for subset in rows]
 
-    counts = " + ".join(f"{len(subset):,}" for subset in splits)
-    lines = [
-        f"data    {cfg.prefer.source or 'synthetic skills'}: {counts} pairs to train, validate and test on",
-        f"        {len(train.tokens):,} rows of {train.tokens.shape[1]} tokens, {(train.segment_ids > 0).mean():.0%} "
-        f"full; {sum(dropped)} pairs that do not fit a row were dropped",
-        *(f"        {note}" for note in notes),
-        *style_lines,
-    ]
     task = tuning.make_task(
         resolved,
         trainable,
@@ -155,19 +168,18 @@ def reference(params: Params, rows: PairRows, cfg: ModelConfig, batch_size: int)
 
 def plan(cfg: Config) -> list[str]:
     """Returns lines of text that summarise the run, for --dry-run."""
-    notes: list[str] = []
-    splits, base = pairs(cfg, notes), tuning.base_model(cfg)
-    model = base.cfg.computed_as(cfg.model)
-    tokenizer, style_lines = tuning.styled(base, cfg.prefer.style)
-    rows, dropped = _rows(cfg, splits.train, tokenizer, model)
-    n, size = len(rows.tokens), cfg.train.batch_size
-    counts = " + ".join(f"{len(subset):,}" for subset in splits)
+    base = tuning.base_model(cfg)
+    return [*plan_pairs(cfg, base, base.cfg), f"loss               {cfg.prefer.loss}"]
+
+
+def plan_pairs(cfg: Config, base: weights.Model, model: ModelConfig) -> list[str]:
+    """Returns the lines of `plan` about the data, the base model and the steps, for this task and for reward_model."""
+    _, rows, lines = encoded_pairs(cfg, base)
+    n, size = len(rows[0].tokens), cfg.train.batch_size
     return [
-        f"data               {counts} pairs to train, validate and test on; {dropped} do not fit a row",
-        *(f"                   {note}" for note in notes),
-        *(f"{line[:8]:19}{line[8:]}" for line in style_lines),
-        tuning.plan(cfg, base, model),
-        f"steps              {cfg.train.steps(n, size):,} of {size} rows, {n:,} rows per epoch; loss {cfg.prefer.loss}",
+        *(f"{line[:8]:19}{line[8:]}" for line in lines),
+        tuning.plan(cfg, base, model.computed_as(cfg.model)),
+        f"steps              {cfg.train.steps(n, size):,} of {size} rows, {n:,} rows per epoch",
     ]
 
 

@@ -319,7 +319,7 @@ def changes(stored: Config, cfg: Config) -> list[str]:
 
 def train_further(stored: Config, path: Path) -> str:
     """Returns advice on how to train for more steps when the run itself cannot be extended."""
-    if stored.task == "classify":
+    if stored.task in ("classify", "reward_model"):
         return "for more steps run the same command with another run_dir=FOLDER"
     key = "pretrain.base" if stored.task == "pretrain" else "finetune.base"
     return f"to train the model further: gptjax {verb_of(stored.task)} {key}={path} run_dir=FOLDER"

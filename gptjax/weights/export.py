@@ -20,6 +20,7 @@ from gptjax.formats import safetensors
 from gptjax.formats.gguf import write as write_gguf
 from gptjax.model.gpt import forward, refuse_classifier
 from gptjax.tokenizers import Tokenizer, stop_ids
+from gptjax.tokenizers.chat import answer_ends
 from gptjax.types import Params
 from gptjax.weights import families, gguf, native
 from gptjax.weights.load import CONFIG, LABELS
@@ -105,8 +106,12 @@ def _class_values(
     if tokenizer is not None:
         stops = stop_ids(tokenizer)
         spare = tokenizer.vocab_size if cfg.vocab_size > tokenizer.vocab_size else None
-        pad = next((i for i in (tokenizer.pad_id, *stops, spare) if i is not None), None)
         named = {*tokenizer.special_tokens.values(), *tokenizer.added_tokens.values()}
+        candidates: list[int | None] = [tokenizer.pad_id, *stops, spare]
+        if cfg.n_classes == 1:  # a reward model reads the token that ends an answer, so that token cannot be padding
+            ends = answer_ends(tokenizer)
+            candidates = [i for i in (tokenizer.pad_id, spare, *sorted(named), *range(len(ends) + 1)) if i not in ends]
+        pad = next((i for i in candidates if i is not None), None)
         tokenizer = tokenizer.replace(pad_id=pad) if pad in named else tokenizer
     table = {str(i): name for i, name in enumerate(names)}
     return tokenizer, {

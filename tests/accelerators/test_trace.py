@@ -248,6 +248,7 @@ def preset(name: str, dtype: str) -> Config:
     model = dataclasses.replace(source.model, vocab_size=vocab_size)
     if cfg.task != "pretrain":
         classes = {"n_classes": 2, "cls_bias": cfg.classify.bias} if cfg.task == "classify" else {}
+        classes = {"n_classes": 1, "cls_bias": False} if cfg.task == "reward_model" else classes
         model = dataclasses.replace(model.computed_as(cfg.model), **classes)
     return dataclasses.replace(cfg, model=dataclasses.replace(model, dtype=dtype))
 

@@ -18,10 +18,11 @@ import jax.numpy as jnp
 
 from gptjax import LoraConfig, lora
 from gptjax.config import ARCHS, Config, ModelConfig
+from gptjax.config.uses import TUNINGS
 from gptjax.data.classification import LabelledBatch
 from gptjax.data.preferences import PairBatch
 from gptjax.generation import decode, sampling, speculative
-from gptjax.losses import classify, next_token, preference
+from gptjax.losses import classify, next_token, preference, reward_model
 from gptjax.losses.preference import LOSSES
 from gptjax.model import activations, gpt
 from gptjax.model.cache import init_cache
@@ -264,6 +265,17 @@ def preferences(cfg: ModelConfig, setting: Setting, kind: str) -> Program:
     return Program(functools.partial(_gradient, loss), (parameters(cfg), batch, KEY), 2)
 
 
+def rewards(cfg: ModelConfig, setting: Setting) -> Program:
+    """Loss and gradient of a reward model, whose head is that of `classifier`."""
+    cfg = dataclasses.replace(cfg, n_classes=1)
+    tokens, pairs = ids(setting.rows, setting.length), 2
+    weights, present, reference = (
+        floats(*shape) for shape in (tokens.shape, (setting.rows, pairs), (setting.rows, pairs, 2))
+    )
+    batch = PairBatch(tokens, tokens, weights, tokens, present, reference)
+    return Program(functools.partial(_gradient, reward_model(cfg, 0.01)), (parameters(cfg), batch, KEY), 3, 1)
+
+
 def tapped(cfg: ModelConfig, setting: Setting) -> Program:
     """Reads every activation, in the forward pass and in a step with a cache."""
     names = activations.names(cfg)
@@ -347,6 +359,7 @@ MORE_USES: dict[str, Callable[[ModelConfig, Setting], Program]] = {
     "speculate": speculate,
     "adapters by row": adapters_by_row,
     "classify, mean": functools.partial(classifier, pooling="mean"),
+    "reward model": rewards,
     **{kind: functools.partial(preferences, kind=kind) for kind in LOSSES if kind != "dpo"},
 }
 
@@ -370,8 +383,9 @@ def train_step(cfg: Config) -> Program:
         return {"params": state.params, "loss": metrics["loss"], "state": state}
 
     mean = cfg.classify.pooling == "mean"
-    wide = {"pretrain": 0, "instruct": 0, "prefer": 2, "distill": 0, "classify": 5 if mean else 3}
-    scattered = int(cfg.task == "classify" and not mean)
+    wide = {"prefer": 2, "classify": 5 if mean else 3, "reward_model": 3}
+    wide = dict.fromkeys(("pretrain", *TUNINGS), 0) | wide
+    scattered = int(cfg.task == "reward_model" or (cfg.task == "classify" and not mean))
     return Program(fn, (state, find(cfg.task).batch_shapes(cfg, rows, T)), wide[cfg.task], scattered)
 
 

@@ -36,7 +36,7 @@ def words(typed):
     ("typed", "offered"),
     [
         ("pre", "pretrain presets"),
-        ("finetune ", "classify instruct prefer reward distill"),
+        ("finetune ", "classify instruct prefer reward reward_model distill"),
         ("finetune ins", "instruct"),
         ("export g", "gguf"),
         ("presets s", "show"),

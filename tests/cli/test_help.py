@@ -231,7 +231,8 @@ def test_quick_examples_run(name, run_examples):
     run_examples(name)
 
 
-LONG = ("pretrain", "finetune", "finetune instruct", "finetune prefer", "sweep", "audit")  # train several models
+# train several models
+LONG = ("pretrain", "finetune", "finetune instruct", "finetune prefer", "finetune reward_model", "sweep", "audit")
 FURTHER = [pytest.param(name, marks=pytest.mark.further_case) for name in LONG]
 
 

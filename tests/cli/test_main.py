@@ -10,8 +10,9 @@ import pytest
 
 from gptjax.__main__ import main
 from gptjax.config import Computation
+from gptjax.config.uses import TUNINGS
 
-TUNED = ("finetune.", "lora.", "classify.", "instruct.", "prefer.", "distill.")
+TUNED = ("finetune.", "lora.", *(f"{task}." for task in TUNINGS))
 
 
 def test_pretrain_help_lists_every_setting_with_default_and_comment(capsys):
@@ -31,13 +32,13 @@ def test_pretrain_help_lists_every_setting_with_default_and_comment(capsys):
     assert "the values of shakespeare-char" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("task", ["classify", "instruct", "prefer", "distill"])
+@pytest.mark.parametrize("task", TUNINGS)
 def test_finetune_help_is_of_its_task(task, capsys):
     main(["finetune", task, "--help"])
     out = capsys.readouterr().out
     keys = re.findall(r"^  (\S+?)=", out, re.MULTILINE)
     assert keys[0].startswith(f"{task}.") and f"  task={task}" in out
-    others = {"classify", "instruct", "prefer", "distill", "data", "tokenizer"} - {task}
+    others = {*TUNINGS, "data", "tokenizer"} - {task}
     assert not [key for key in keys if key.partition(".")[0] in others]
     assert [key for key in keys if key.startswith("model.")] == [f"model.{item.name}" for item in fields(Computation)]
     assert "  train.epochs=" in out and "train.epochs=null" not in out  # the value of the preset

@@ -48,7 +48,7 @@ def says(capsys, *args):
 
 PRESET = {
     "pretrain": "tiny-gpt2", "classify": "book-spam-lora", "instruct": "instruct", "prefer": "book-dpo",
-    "distill": "distill",
+    "reward_model": "reward_model", "distill": "distill",
 }  # fmt: skip
 TASKS = tuple(PRESET)
 
@@ -95,6 +95,8 @@ def test_the_task_of_a_file_is_as_good(here, capsys):
         ("finetune classify", "data.source=shakespeare", "whose data is classify.source"),
         ("finetune prefer", "tokenizer.name=chars", "whose tokenizer is that of finetune.base"),
         ("finetune classify", "sample.temperature=0.8", "which writes no text"),
+        ("finetune reward_model", "sample.pick=reward", "which writes no text"),
+        ("finetune prefer", "reward_model.center=0.1", "only of gptjax finetune reward_model"),
         ("finetune classify", "instruct.examples=3", "only of gptjax finetune instruct"),
         ("sweep instruct", "prefer.loss=ipo", "only of gptjax finetune prefer"),
         ("sweep tiny-gpt2", "lora.rank=[4,8]", "only of gptjax finetune"),
@@ -165,7 +167,10 @@ def test_the_config_of_a_run_holds_everything_and_is_read(here):
     Path("run").mkdir()
     Path("run/config.yaml").write_text(config.to_yaml(cfg))
     shutil.copy("run/config.yaml", "mine.yaml")
-    for source in ("run", "run/config.yaml", "mine.yaml"):
+    written = Path("mine.yaml").read_text()
+    assert written.count("\nreward_model:") == 1  # the last section, which releases without this task did not write
+    Path("older.yaml").write_text(written.partition("\nreward_model:")[0] + "\n")
+    for source in ("run", "run/config.yaml", "mine.yaml", "older.yaml"):
         assert main(["pretrain", source, "--print-config"]) == 0
 
 
@@ -279,6 +284,7 @@ VERBS = (
     "pretrain pretrain.base=MODEL data.source=a.txt --dry-run", "finetune classify finetune.base=MODEL",
     "finetune classify finetune.base=MODEL --dry-run", "finetune instruct finetune.base=MODEL --dry-run",
     "finetune prefer finetune.base=MODEL", "finetune distill distill.teacher=MODEL finetune.base=MODEL",
+    "finetune reward_model finetune.base=MODEL",
 )  # fmt: skip
 
 
@@ -307,7 +313,8 @@ WRITING = {
     "audit base train=a.txt held_out=a.txt prompts=a.txt base=MODEL": NAME, "data check a.txt model=MODEL": NAME,
     "export gguf MODEL out.gguf": "gptjax export hf MODEL DIR", "export stablehlo MODEL out": "gptjax classify MODEL",
     "pretrain pretrain.base=MODEL data.source=a.txt": NAME, "finetune instruct finetune.base=MODEL": NAME,
-    "finetune prefer finetune.base=MODEL --dry-run": NAME, "sweep instruct finetune.base=MODEL --dry-run": NAME,
+    "finetune prefer finetune.base=MODEL --dry-run": NAME, "finetune reward_model finetune.base=MODEL": NAME,
+    "sweep instruct finetune.base=MODEL --dry-run": NAME,
 }  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """`gptjax sample` with an untrained model: inputs, settings and output."""
 
+import dataclasses
 import json
 
 import jax
@@ -8,6 +9,7 @@ import pytest
 import gptjax
 from gptjax.__main__ import main
 from gptjax.cli import sample
+from gptjax.tokenizers.chat import styled
 
 MODEL = gptjax.ModelConfig(n_layer=1, n_head=2, d_model=8, context_length=16, vocab_size=257)
 
@@ -79,6 +81,112 @@ def test_a_draft_that_cannot_be(run, tmp_path, capsys):
     assert "sample.ahead would have no effect: sample.draft=null" in capsys.readouterr().err
 
 
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory):
+    """A reward model with the vocabulary of MODEL, and other settings of its tokenizer."""
+    folder = tmp_path_factory.mktemp("judge")
+    cfg = dataclasses.replace(MODEL, n_classes=1, cls_bias=False)
+    params = gptjax.init_params(jax.random.key(1), cfg)
+    gptjax.save(folder / "reward", params, cfg, styled(gptjax.tokenizers.load("bytes"), "alpaca"))
+    return folder / "reward"
+
+
+SEVERAL = ["prompt=ab", "n=4", "temperature=1.5", "max_new_tokens=6"]
+
+
+def rows_of(folder, out, *settings):
+    assert main(["sample", str(folder), *SEVERAL, *settings, f"out={out}"]) == 0
+    return [json.loads(line) for line in out.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("pick", ["reward", "majority", "logprob"])
+def test_one_of_several_samples_is_picked(run, judge, tmp_path, capsys, pick):
+    everything = rows_of(run, tmp_path / "all.jsonl")
+    model = [f"reward_model={judge}"] if pick == "reward" else []
+    (row,) = rows_of(run, tmp_path / "one.jsonl", f"pick={pick}", *model)
+    score = row.pop(pick)
+    assert row in everything and len(everything) == 4
+    if pick == "reward":
+        params, cfg = gptjax.load(judge)
+        rewards = gptjax.generation.sequence_rewards(
+            params, cfg, [[97, 98, *r["tokens"], *([256] if r["finish"] == "stop" else [])] for r in everything]
+        )
+        assert score == pytest.approx(rewards.max(), abs=1e-4) and row == everything[rewards.argmax()]
+    elif pick == "logprob":
+        means = [sum(r["logprobs"]) / len(r["logprobs"]) for r in everything]
+        assert score == pytest.approx(max(means), abs=1e-3) and row == everything[means.index(max(means))]
+    else:
+        assert score == 0.25 and row == everything[0]  # four different texts
+    capsys.readouterr()
+    assert main(["sample", str(run), *SEVERAL, f"pick={pick}", *model]) == 0
+    out = capsys.readouterr()
+    assert out.out.startswith("ab" + row["text"]) and "-----" not in out.out
+    assert f"{pick} {score:.4f}, the largest of 4 samples" in out.err
+
+
+def test_every_prompt_has_its_own_pick(run, judge, tmp_path):
+    (tmp_path / "p.txt").write_text("a\nbc\ndef\n")
+    settings = [f"prompts={tmp_path / 'p.txt'}", "prompt=", "batch_size=2"]
+    everything = rows_of(run, tmp_path / "all.jsonl", *settings)
+    picked = rows_of(run, tmp_path / "picked.jsonl", *settings, "pick=reward", f"reward_model={judge}")
+    assert [row["prompt"] for row in picked] == ["a", "bc", "def"]
+    assert all({**row, "reward": None} in [{**r, "reward": None} for r in everything] for row in picked)
+
+
+def test_a_sample_that_ended_at_a_stop_string_is_scored_without_it(run, judge, tmp_path):
+    letters = {
+        c for row in rows_of(run, tmp_path / "all.jsonl") for c in row["text"] if c.isascii() and c.isprintable()
+    }
+    stop = [f"stop={json.dumps(sorted(letters))}"]
+    rows = rows_of(run, tmp_path / "cut.jsonl", *stop)
+    (picked,) = rows_of(run, tmp_path / "one.jsonl", *stop, "pick=reward", f"reward_model={judge}")
+    params, cfg = gptjax.load(judge)
+    tokenizer = gptjax.tokenizers.load(judge)
+    assert any(row["text"] != tokenizer.decode(row["tokens"]) for row in rows)
+    ids = [
+        row["tokens"] if row["text"] == tokenizer.decode(row["tokens"]) else tokenizer.encode(row["text"])
+        for row in rows
+    ]
+    ends = [[tokenizer.eot_id] if row["finish"] == "stop" else [] for row in rows]
+    rewards = gptjax.generation.sequence_rewards(
+        params, cfg, [[97, 98, *i, *e] for i, e in zip(ids, ends, strict=True)]
+    )
+    assert picked["reward"] == pytest.approx(rewards.max(), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["pick=reward"], "sample.pick=reward needs sample.reward_model=RUN"),
+        (["pick=reward", "reward_model=no/such"], "no/such: no such run"),
+        (["pick=reward", "reward_model=RUN"], "expected a reward model, which has a head of one class, got a language"),
+        (["pick=reward", "reward_model=CLASSES"], "got a classifier of 3 classes"),
+        (["pick=reward", "reward_model=OTHER"], "expected the vocabulary of the model, got another one"),
+        (["pick=majority", "reward_model=JUDGE"], "sample.reward_model would have no effect: sample.pick=majority"),
+        (["pick=majority", "n=1"], "but sample.n=1: set sample.n=8"),
+        (["pick=majority", "temperature=0"], "all samples are the same: set a temperature above 0"),
+        (["pick=logprob", "draft=ngram"], "set sample.draft=null"),
+        (["pick=best"], "sample.pick: expected reward, majority, logprob or null"),
+    ],
+)
+def test_what_cannot_pick(run, judge, tmp_path, settings, words, capsys):
+    for name, cfg, tokenizer in (
+        ("CLASSES", dataclasses.replace(MODEL, n_classes=3), gptjax.tokenizers.load("bytes")),
+        (
+            "OTHER",
+            dataclasses.replace(MODEL, n_classes=1, vocab_size=259),
+            gptjax.tokenizers.extend(gptjax.tokenizers.load("bytes"), ["<a>"]),
+        ),
+    ):
+        if f"reward_model={name}" in settings:
+            gptjax.save(tmp_path / name, gptjax.init_params(jax.random.key(0), cfg), cfg, tokenizer)
+    places = {"RUN": run, "JUDGE": judge, "CLASSES": tmp_path / "CLASSES", "OTHER": tmp_path / "OTHER"}
+    given = [f"reward_model={places.get(s[13:], s[13:])}" if s.startswith("reward_model=") else s for s in settings]
+    assert main(["sample", str(run), *SEVERAL, *given]) == 2
+    assert words in capsys.readouterr().err
+    assert main(["sample", str(run), *SEVERAL, *given, "--dry-run"]) == 2  # the error is raised before any generation
+
+
 @pytest.mark.slow
 def test_a_stop_string_ends_text_and_is_left_out(run, tmp_path, capsys):
     out = tmp_path / "out.jsonl"
@@ -136,8 +244,6 @@ def test_prompts_of_any_line_end(tmp_path):
 
 def test_rows_beyond_the_tokenizer_are_not_drawn(tmp_path, capsys):
     """257 tokens, 4,096 embedding rows: unrestricted sampling would almost always draw an id without a token."""
-    import dataclasses
-
     wide = dataclasses.replace(MODEL, vocab_size=4096)
     params = gptjax.init_params(jax.random.key(0), wide)
     gptjax.save(tmp_path / "m", params, wide, gptjax.tokenizers.load("bytes"))

@@ -81,6 +81,7 @@ NO_EFFECT = [
     ("model.qk_norm=false", "model.qk_gain=2"),
     ("data.val_source=b.txt", "data.val_fraction=0.2"),
     ("sample.draft=null", "sample.ahead=2"),
+    ("sample.pick=majority", "sample.reward_model=runs/x"),
 ]
 
 

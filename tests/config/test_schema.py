@@ -53,5 +53,5 @@ def test_every_setting_has_a_help_text():
 
 def test_the_help_explains_prompt_styles():
     texts = {key: text for _, _, rows in config.describe() for key, _, text in rows}
-    for task in ("instruct", "prefer"):
+    for task in ("instruct", "prefer", "reward_model"):
         assert "null: chat if the model has a template, else alpaca" in texts[f"{task}.style"]

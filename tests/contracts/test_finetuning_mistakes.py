@@ -51,6 +51,9 @@ MISTAKES = {
     "no template": ("instruct", ["instruct.source=talks.jsonl", "instruct.style=chat"], "has no chat template"),
     "the same answer": ("prefer", ["prefer.source=pairs.jsonl"], "pairs.jsonl:1: chosen and rejected are the same"),
     "no teacher": ("distill", [], "distill.teacher is missing: name the model to learn from"),
+    "a reward model of the same answer": (
+        "reward_model", ["reward_model.source=pairs.jsonl"], "pairs.jsonl:1: chosen and rejected are the same",
+    ),
     "no such base": ("instruct", ["finetune.base=runs/absent"], "runs/absent"),
     "no such target": ("instruct", ["lora.targets=blocks/*/kernle"], "'blocks/*/kernle' matches no weight; there are"),
     "no such layers": ("instruct", ["lora.targets=blocks/[0-9]/*/kernel"], "has the range 0-9: expected first-last"),

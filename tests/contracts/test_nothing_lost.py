@@ -54,6 +54,7 @@ VERBS = {
     "instruct": ["finetune", "instruct", "finetune.base=MODEL", "run_dir=OUT"],
     "prefer": ["finetune", "prefer", "finetune.base=MODEL", "run_dir=OUT"],
     "distill": ["finetune", "distill", "distill.teacher=MODEL", "finetune.base=MODEL", "run_dir=OUT"],
+    "reward_model": ["finetune", "reward_model", "finetune.base=MODEL", "run_dir=OUT"],
     "export hf": ["export", "hf", "MODEL", "OUT"],
     "export stablehlo": ["export", "stablehlo", "MODEL", "OUT"],
     "import": ["import", "MODEL", "OUT"],

@@ -199,13 +199,13 @@ def test_decoding_compiles_for_a_tpu():
     assert result.parts["cache"] == pytest.approx(cache, rel=0.01)
 
 
-@pytest.mark.parametrize("task", ["instruct", "classify", "prefer"])
+@pytest.mark.parametrize("task", ["instruct", "classify", "prefer", "reward_model"])
 def test_lora_compiles_for_a_tpu(task):
     pytest.importorskip("libtpu", reason="the TPU compiler is not installed (gptjax[tpu-plan])")
     settings = dataclasses.replace(
         getattr(CFG, task), **{"max_length" if task == "classify" else "context_length": 128}
     )
-    model = dataclasses.replace(CFG.model, n_classes=2 * (task == "classify"))
+    model = dataclasses.replace(CFG.model, n_classes={"classify": 2, "reward_model": 1}.get(task, 0))
     lora = dataclasses.replace(CFG.lora, rank=4, dropout=0.1 * (task == "prefer"))
     result = plan.plan(dataclasses.replace(CFG, task=task, model=model, lora=lora, **{task: settings}), "v5e-1")
     assert result.tokens == 8 * 128

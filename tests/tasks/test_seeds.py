@@ -16,6 +16,11 @@ KINDS = {
     "classify": ["classify.source={}/texts.tsv", "classify.pooling=mean"],
     "instruct": ["instruct.source={}/talks.json", "instruct.style=phi3", "instruct.context_length=96"],
     "prefer": ["prefer.source={}/pairs.jsonl", "prefer.style=phi3", "prefer.context_length=96"],
+    "reward_model": [
+        "reward_model.source={}/pairs.jsonl",
+        "reward_model.style=phi3",
+        "reward_model.context_length=96",
+    ],
 }
 
 
@@ -36,7 +41,7 @@ def folder(tmp_path_factory):
 
 def run(folder, kind, name, vmapped, *more):
     settings = [text.format(folder) for text in KINDS[kind]]
-    settings += ["sample.max_new_tokens=4"] if kind != "classify" else []
+    settings += ["sample.max_new_tokens=4"] if kind in ("instruct", "prefer") else []
     return main(
         [
             "finetune", kind, *settings, f"finetune.base={folder / 'base'}", f"run_dir={folder / name}", "seed=3",

@@ -6,7 +6,7 @@ import pytest
 
 from gptjax.errors import UserError
 from gptjax.files import use_json, write_json
-from gptjax.tasks import classify, distill, instruct, prefer, seeds
+from gptjax.tasks import classify, distill, instruct, prefer, reward_model, seeds
 from gptjax.training.resume import result_of
 from gptjax.weights.load import _labels
 
@@ -21,6 +21,9 @@ FILES = {
     "prefer": (prefer.summary, {"pairs": 4, "accuracy": 0.5, "margin": 0.1, "loss": 0.7}),
     "distill": (distill.summary, {
         "tokens": 4, "loss": 0.7, "teacher_loss": 0.6, "divergence": 0.1, "agreement": 0.5,
+    }),
+    "reward_model": (reward_model.summary, {
+        "pairs": 4, "accuracy": 0.5, "accuracy_interval": [0.1, 0.9], "margin": 0.1, "loss": 0.7,
     }),
     "seeds": (seeds._numbers, {"accuracy": 0.5}),
     "result": (result_of, {"step": 40, "val/loss": 1.5}),

@@ -1,0 +1,160 @@
+"""Functions that choose one of several completions of a prompt: by a reward model, by majority, or by probability.
+
+completions = complete(params, [ids], cfg, n=8, logprobs=0, ..)
+texts = [tokenizer.decode(c.tokens) for c in completions]
+best = best_of_n(texts, sequence_rewards(reward_params, reward_cfg, [ids + c.tokens + [end] for c in completions]))
+texts[best.choice], best.score
+
+Each function returns a `Pick`. If several completions are equally good, the first of them is chosen.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gptjax.config import ModelConfig
+from gptjax.data.conversations import Conversation, render_all
+from gptjax.data.split import normalized
+from gptjax.errors import UserError
+from gptjax.generation.decode import Completion, bucket
+from gptjax.losses import class_logits
+from gptjax.tokenizers import Tokenizer
+from gptjax.types import Params
+
+BATCH_SIZE = 8  # number of sequences per batch in `sequence_rewards`
+
+
+class Pick(NamedTuple):
+    """The index of the chosen completion (`choice`), and its score."""
+
+    choice: int
+    score: float
+
+
+def best_of_n(completions: Sequence[Any], rewards: Sequence[float] | np.ndarray) -> Pick:
+    """Chooses the completion with the largest reward (best-of-n). The score is its reward.
+
+    Args:
+        completions: the completions of one prompt, of any type.
+        rewards: [n], one reward per completion, for example from `reward_scores` or from a verifier.
+
+    Raises:
+        UserError: there is no completion, a reward is not a number, or there are not as many rewards as completions.
+
+    Source: arXiv:2112.09332, section 3.2.
+    """
+    scores = np.asarray(rewards, np.float64)
+    if scores.shape != (len(completions),):
+        raise UserError(f"rewards: expected one per completion, [{len(completions)}], got shape {list(scores.shape)}")
+    return _largest(scores)
+
+
+def majority(answers: Sequence[str]) -> Pick:
+    """Chooses the most frequent answer (self-consistency). The score is the fraction of answers that are equal to it.
+
+    Answers are compared without differences in case and whitespace and without full stops at the end. If the
+    completions contain reasoning, pass only the final answers.
+
+    Raises:
+        UserError: there is no answer.
+
+    Source: arXiv:2203.11171, section 2; the unweighted sum, which is a majority vote.
+    """
+    normal = [normalized(answer).rstrip(".") for answer in answers]
+    counts = Counter(normal)
+    return _largest(np.array([counts[answer] / len(normal) for answer in normal]))
+
+
+def by_logprob(completions: Sequence[Completion]) -> Pick:
+    """Chooses the completion with the largest mean log-probability per token. The score is this mean, in nats.
+
+    The completions must have log-probabilities (`complete(.., logprobs=0)`). These do not include the stop token. A
+    completion without tokens has the score -inf.
+
+    Raises:
+        UserError: there is no completion, or completions have no log-probabilities.
+
+    Source: arXiv:2203.11171, eq. 1.
+    """
+    if any(len(c.logprobs) != len(c.tokens) for c in completions):
+        raise UserError("by_logprob: completions without log-probabilities: call complete(.., logprobs=0)")
+    return _largest(np.array([np.mean(c.logprobs) if c.logprobs else -np.inf for c in completions]))
+
+
+def _largest(scores: np.ndarray) -> Pick:
+    if not scores.size:
+        raise UserError("there are no completions to choose from: expected at least one")
+    if np.isnan(scores).any():
+        raise UserError(f"the score of completion {int(np.isnan(scores).argmax())} is not a number")
+    choice = int(scores.argmax())
+    return Pick(choice, float(scores[choice]))
+
+
+def reward_scores(
+    params: Params, cfg: ModelConfig, tokenizer: Tokenizer, conversations: Sequence[Conversation]
+) -> np.ndarray:
+    """Computes the reward of the last answer of each conversation with a reward model, [n] float32.
+
+    Args:
+        params, cfg, tokenizer: the reward model, as `gptjax finetune reward_model` trains it. The conversations are
+            rendered with the chat template of the tokenizer, and end with the token that ends an answer.
+        conversations: conversations that end with an answer.
+
+    Raises:
+        UserError: the model is no reward model, or a conversation cannot be rendered, for a reason that
+            `data.conversations.render` lists.
+    """
+    rendered = render_all(conversations, tokenizer)
+    return sequence_rewards(params, cfg, [[i for span in spans for i in span.ids] for spans in rendered])
+
+
+def sequence_rewards(params: Params, cfg: ModelConfig, sequences: Sequence[Sequence[int]]) -> np.ndarray:
+    """Computes the rewards of sequences of token ids with a reward model, [n] float32.
+
+    The reward is the logit of the model's only class, computed from the hidden state of the last token. Sequences of
+    any length are scored in batches, whose shapes are rounded up so that XLA compiles for few shapes. Of a sequence
+    that is longer than the context, only the last tokens are read.
+
+    Args:
+        sequences: the token ids of prompt and answer; after a complete answer, the token that ends it.
+
+    Raises:
+        UserError: the model is no reward model, or a sequence is empty.
+    """
+    refuse_no_reward_model(cfg)
+    if any(not len(sequence) for sequence in sequences):
+        raise UserError("a sequence to score is empty: expected at least one token")
+    rows = [list(sequence)[-cfg.context_length :] for sequence in sequences]
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # similar lengths in one batch need little padding
+    rewards = np.zeros(len(rows), np.float32)
+    for first in range(0, len(order), BATCH_SIZE):
+        index = order[first : first + BATCH_SIZE]
+        width = min(bucket(len(rows[index[-1]])), cfg.context_length)
+        tokens, lengths = np.zeros((BATCH_SIZE, width), np.int32), np.ones(BATCH_SIZE, np.int32)
+        for place, i in enumerate(index):
+            tokens[place, : len(rows[i])], lengths[place] = rows[i], len(rows[i])
+        rewards[index] = np.asarray(_rewards(params, tokens, lengths, cfg))[: len(index)]
+    return rewards
+
+
+def refuse_no_reward_model(cfg: ModelConfig, place: str = "") -> None:
+    """Raises UserError unless the model has a head of one class. The message begins with `place`, if given."""
+    if cfg.n_classes != 1:
+        has = f"a classifier of {cfg.n_classes} classes" if cfg.n_classes else "a language model"
+        raise UserError(
+            f"{place}{': ' * bool(place)}expected a reward model, which has a head of one class, got {has}: gptjax "
+            "finetune reward_model trains a reward model"
+        )
+
+
+@partial(jax.jit, static_argnums=3)
+def _rewards(params: Params, tokens: jax.Array, lengths: jax.Array, cfg: ModelConfig) -> jax.Array:
+    segment_ids = (jnp.arange(tokens.shape[1]) < lengths[:, None]).astype(jnp.int32)
+    return class_logits(params, tokens, segment_ids, cfg)[:, 0, 0]

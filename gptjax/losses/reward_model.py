@@ -1,0 +1,56 @@
+"""Loss of reward models: a linear head scores both answers of a pair, and the chosen one should score higher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+
+from gptjax.config import ModelConfig
+from gptjax.losses.classify import class_logits
+from gptjax.ops.dropout import off
+from gptjax.types import Mean, Metrics, Params
+
+if TYPE_CHECKING:
+    from gptjax.data.preferences import PairBatch
+
+
+def reward_model(cfg: ModelConfig, center: float = 0.0) -> Callable[..., tuple[Mean, Metrics]]:
+    """Returns the loss of a reward model, averaged over pairs, for a `gptjax.data.preferences.PairBatch`.
+
+    The loss of a pair with the rewards r is -log sigmoid(r_chosen - r_rejected) + center * (r_chosen + r_rejected)^2.
+    The first term is the negative log-likelihood of the Bradley-Terry model, in nats. It does not change if a constant
+    is added to both rewards; the second term makes their mean 0. The metrics are `margin`, r_chosen - r_rejected, and
+    `accuracy`, the fraction of pairs with a margin above 0.
+
+    Source: arXiv:2203.02155, eq. 1; the second term as in TRL, from arXiv:2312.09244.
+    """
+
+    def loss(params: Params, batch: PairBatch, key: jax.Array | None) -> tuple[Mean, Metrics]:
+        rewards = answer_rewards(params, batch, cfg, None if off(cfg.dropout) else key)
+        gap, present, n = rewards[..., 0] - rewards[..., 1], batch.present, batch.present.sum()
+        losses = -jax.nn.log_sigmoid(gap) + center * jnp.square(rewards.sum(-1))
+        metrics = {
+            "margin": Mean((gap * present).sum(), n),
+            "accuracy": Mean(((gap > 0).astype(jnp.float32) * present).sum(), n),
+        }
+        return Mean((losses * present).sum(), n), metrics
+
+    return loss
+
+
+def answer_rewards(params: Params, batch: PairBatch, cfg: ModelConfig, key: jax.Array | None = None) -> jax.Array:
+    """Returns the rewards of the chosen and the rejected answer of each pair, [B, P, 2] float32.
+
+    The reward of an answer is the logit of the model's only class, computed from the hidden state of its last token.
+
+    Args:
+        batch: the `PairBatch`, whose arrays tokens, segment_ids [B, T] and present [B, P] are used. Segment 2 p + 1 is
+            the chosen answer of pair p, and segment 2 p + 2 the rejected answer.
+        key: random key of dropout. None: dropout is off.
+    """
+    n = 2 * batch.present.shape[1]
+    logits = class_logits(params, batch.tokens, batch.segment_ids, cfg, n=n, dropout_key=key)  # [B, 2 P, 1]
+    return logits.reshape(-1, n // 2, 2)
