@@ -5,7 +5,8 @@ Every parameter belongs to a group, which decides its update rule (AdamW or Muon
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ import optax
 from optax import contrib
 
 from gptjax import tree
-from gptjax.config import OptimConfig
+from gptjax.config import Config, OptimConfig
 from gptjax.ops.dropout import off
 from gptjax.types import Params
 
@@ -65,14 +66,29 @@ def make_schedule(cfg: OptimConfig, max_steps: int) -> optax.Schedule:
     return schedule
 
 
+def decay_schedule(cfg: OptimConfig, max_steps: int) -> optax.Schedule:
+    """Returns the schedule of the weight decay coefficient, a function of the step; see
+    `OptimConfig.weight_decay_schedule`.
+
+    An update subtracts learning rate * coefficient * parameter. With "lr", weight decay is thus proportional to the
+    square of the learning rate's factor (AdamC, arXiv:2506.02285).
+    """
+    factors = {
+        "constant": lambda step: 1.0, "lr": make_schedule(cfg, max_steps),
+        "linear": optax.linear_schedule(1.0, 0.0, max_steps), "cosine": optax.cosine_decay_schedule(1.0, max_steps),
+    }  # fmt: skip
+    return lambda step: cfg.weight_decay * factors[cfg.weight_decay_schedule](step)
+
+
 def make_optimizer(cfg: OptimConfig, max_steps: int) -> optax.GradientTransformation:
     """Returns an optimizer that clips gradients by global norm, then applies the update rule of each parameter group
     (`GROUPS`).
 
     cfg.name="adamw": AdamW (arXiv:1711.05101) for all parameters, with a learning rate per group.
     cfg.name="muon": Muon (Jordan 2024; arXiv:2502.16982) for the matrices of the blocks, AdamW for all other
-    parameters. Each [in, out] slice of stacked layers is orthogonalised separately. Muon's updates are scaled to a root
-    mean square of 0.2, that of AdamW's updates, so that AdamW's learning rates can be used.
+    parameters. Each [in, out] slice of stacked layers is orthogonalised separately. By default, Muon's updates are
+    scaled to a root mean square of 0.2, that of AdamW's updates, so that AdamW's learning rates can be used.
+    cfg.normuon, cfg.cautious, cfg.cautious_decay: see `per_neuron`, `cautious` and `decayed_weights`.
 
     The matrices of an adapter are always updated by AdamW, with learning rate lr and the weight decay of
     matrices (arXiv:2106.09685), as in peft. DoRA's magnitude vector m is in the group `vector`.
@@ -82,18 +98,25 @@ def make_optimizer(cfg: OptimConfig, max_steps: int) -> optax.GradientTransforma
     def finish(peak: float | None, decayed: bool) -> list[optax.GradientTransformation]:
         rate = cfg.lr if peak is None else peak
         decayed = decayed and not off(cfg.weight_decay)
-        decay = optax.add_decayed_weights(cfg.weight_decay) if decayed else optax.identity()
+        decay = decayed_weights(cfg, max_steps) if decayed else optax.identity()
         return [decay, optax.scale_by_learning_rate(lambda step: rate * schedule(step))]
 
+    def direction(*rule: optax.GradientTransformation) -> list[optax.GradientTransformation]:
+        return [cautious(optax.chain(*rule))] if cfg.cautious else [*rule]
+
     def adam(peak: float | None, decayed: bool = True) -> optax.GradientTransformation:
-        return optax.chain(optax.scale_by_adam(cfg.beta1, cfg.beta2, cfg.eps), *finish(peak, decayed))
+        rule = optax.scale_by_adam(cfg.beta1, cfg.beta2, cfg.eps)
+        return optax.chain(*direction(rule), *finish(peak, decayed))
 
     def muon() -> optax.GradientTransformation:
         dims = contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
         rule = contrib.scale_by_muon(
-            beta=cfg.momentum, weight_dimension_numbers=lambda p: jax.tree.map(lambda _: dims, p)
-        )
-        return optax.chain(rule, _consistent_rms(), *finish(cfg.lr, True))
+            beta=cfg.momentum, nesterov=cfg.nesterov, preconditioning=cfg.preconditioning,
+            weight_dimension_numbers=lambda p: jax.tree.map(lambda _: dims, p),
+        )  # fmt: skip
+        normalised = [per_neuron(cfg.normuon)] if cfg.normuon else []
+        scale = _consistent_rms() if cfg.muon_scale == "rms" else _by_width()
+        return optax.chain(*direction(rule, *normalised, scale), *finish(cfg.lr, True))
 
     rules = {
         "embed": adam(cfg.embed_lr),
@@ -141,6 +164,89 @@ def clip_by_norm(limit: float | jax.Array) -> optax.GradientTransformationExtraA
     return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
 
 
+class PerNeuronState(NamedTuple):
+    """The second moment of each output neuron, with leaves [.., 1, out]."""
+
+    nu: Params
+
+
+def per_neuron(beta: float, eps: float = 1e-10) -> optax.GradientTransformation:
+    """Returns a transformation that normalises orthogonalised updates [.., in, out] per output neuron (NorMuon).
+
+    The second moment nu of each neuron is an exponential moving average, with decay rate `beta`, of the mean square of
+    its updates. Updates are divided by sqrt(nu) + eps, and each matrix is then scaled to the Frobenius norm of an
+    orthogonal matrix, sqrt(min(in, out)).
+
+    Source: arXiv:2510.05491, algorithm 1; with optim.muon_scale=rms, the root mean square of each update is 0.2, as
+    there.
+    """
+
+    def init(params):
+        return PerNeuronState(jax.tree.map(lambda p: jnp.zeros_like(p[..., :1, :]), params))
+
+    def update(updates, state, params=None):
+        nu = jax.tree.map(
+            lambda u, v: beta * v + (1 - beta) * jnp.mean(u * u, axis=-2, keepdims=True), updates, state.nu
+        )
+
+        def normalise(u, v):
+            u = u / (jnp.sqrt(v) + eps)
+            norm = jnp.linalg.norm(u, axis=(-2, -1), keepdims=True)
+            return u * (min(u.shape[-2:]) ** 0.5 / (norm + eps))
+
+        return jax.tree.map(normalise, updates, nu), PerNeuronState(nu)
+
+    return optax.GradientTransformation(init, update)
+
+
+def cautious(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Returns `tx` with the elements of its updates set to 0 whose sign differs from that of the gradient.
+
+    `tx` returns updates that are still to be multiplied by the negative learning rate. The other elements are divided
+    by their fraction of the elements, but at least by 1e-3; for stacked layers, by the fraction in each layer.
+
+    Source: arXiv:2411.16085, algorithm 1, with the normalisation of its authors' code.
+    """
+
+    def update(grads, state, params=None):
+        updates, state = tx.update(grads, state, params)
+
+        def masked(path, u, g):
+            mask = (u * g > 0).astype(u.dtype)
+            fraction = jnp.mean(mask, axis=tuple(range("blocks" in path.split("/"), u.ndim)), keepdims=True)
+            return u * (mask / jnp.maximum(fraction, 1e-3))
+
+        return tree.map_paths(masked, updates, grads), state
+
+    return optax.GradientTransformation(tx.init, update)
+
+
+def decayed_weights(cfg: OptimConfig, max_steps: int) -> optax.GradientTransformation:
+    """Returns a transformation that adds coefficient * parameter to the updates; the coefficient follows
+    cfg.weight_decay_schedule.
+
+    With cfg.cautious_decay, only where update * parameter >= 0, that is, where the update moves the parameter towards 0
+    (arXiv:2510.12402, algorithm 1).
+    """
+    scheduled = cfg.weight_decay_schedule != "constant"
+    decay = optax.add_decayed_weights(decay_schedule(cfg, max_steps) if scheduled else cfg.weight_decay)
+    if not cfg.cautious_decay:
+        return decay
+
+    def update(updates, state, params=None):
+        decayed, state = decay.update(updates, state, params)
+        return jax.tree.map(lambda u, d, p: jnp.where(u * p >= 0, d, u), updates, decayed, params), state
+
+    return optax.GradientTransformation(decay.init, update)
+
+
+def _by_width() -> optax.GradientTransformation:
+    """Returns a transformation that scales updates by sqrt(max(1, out / in)). Source: Jordan 2024."""
+    return optax.stateless(
+        lambda updates, _: jax.tree.map(lambda u: u * max(1.0, u.shape[-1] / u.shape[-2]) ** 0.5, updates)
+    )
+
+
 def _consistent_rms(rms: float = 0.2) -> optax.GradientTransformation:
     """Returns a transformation that scales updates by rms * sqrt(max(in, out)), which gives an orthogonal [in, out]
     matrix the root mean square `rms`.
@@ -148,3 +254,82 @@ def _consistent_rms(rms: float = 0.2) -> optax.GradientTransformation:
     Source: arXiv:2502.16982.
     """
     return optax.stateless(lambda updates, _: jax.tree.map(lambda u: u * (rms * max(u.shape[-2:]) ** 0.5), updates))
+
+
+# ---------------------------------------------------------------- averages of the weights
+
+
+class AveragedState(NamedTuple):
+    """The state of `averaged`: the state of the optimizer, the number of updates, and the average of the params."""
+
+    inner: Any
+    step: jax.Array
+    mean: Params
+
+
+def averaged(tx: optax.GradientTransformation, weight: optax.Schedule) -> optax.GradientTransformationExtraArgs:
+    """Returns `tx` with an average of the params in its state. The updates are those of `tx`.
+
+    After update number n = 1, 2, .., the average is mean = (1 - w) * mean + w * params with w = weight(n).
+
+    ema_weight(0.999)   exponential moving average
+    last_weight(900)    the params until update 900, then the uniform average of the params after updates 901, 902, ..
+    """
+    inner = optax.with_extra_args_support(tx)
+
+    def init(params):
+        # a copy, because a compiled step that donates its state cannot donate a buffer twice
+        return AveragedState(inner.init(params), jnp.int32(0), jax.tree.map(jnp.copy, params))
+
+    def update(updates, state, params=None, **extra):
+        updates, new = inner.update(updates, state.inner, params, **extra)
+        step = optax.safe_increment(state.step)
+        w = weight(step)
+        mean = jax.tree.map(
+            lambda m, p: (1 - w).astype(m.dtype) * m + w.astype(p.dtype) * p,
+            state.mean, optax.apply_updates(params, updates),
+        )  # fmt: skip
+        return updates, AveragedState(new, step, mean)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def ema_weight(decay: float) -> optax.Schedule:
+    """Returns the weight of the newest params in an exponential moving average with bias correction, as in `optax.ema`:
+    (1 - decay) / (1 - decay**n) after n updates, which is 1 for the first.
+
+    Source: arXiv:2411.18704; bias correction: arXiv:1412.6980, section 3.
+    """
+    return lambda n: (1 - decay) / -jnp.expm1(math.log(decay) * n)
+
+
+def last_weight(begin: int) -> optax.Schedule:
+    """Returns the weight of the newest params in a uniform average that begins after update `begin`.
+
+    Source: arXiv:1803.05407, equation 1; arXiv:2209.14981.
+    """
+    return lambda n: 1 / jnp.maximum(n - begin, 1).astype(jnp.float32)
+
+
+def with_average(tx: optax.GradientTransformation, cfg: Config) -> optax.GradientTransformation:
+    """Returns `tx` with the average of the params that train.ema or train.average_last describes, or `tx` itself."""
+    train = cfg.train
+    if train.ema:
+        tx = averaged(tx, ema_weight(train.ema))
+    elif train.average_last:
+        last = train.average_last if train.average_last >= 1 else max(1, round(train.average_last * train.max_steps))
+        tx = averaged(tx, last_weight(max(0, train.max_steps - int(last))))
+    else:
+        return tx
+    return offloaded(tx) if cfg.optim.offload else tx
+
+
+def average_of(params: Any, opt_state: Any) -> Any:
+    """Returns the average of the params in the state of an optimizer, or `params` if the state has no average."""
+    if not isinstance(opt_state, AveragedState):
+        return params
+
+    def on_device(mean: jax.Array, p: jax.Array) -> jax.Array:  # with optim.offload, the average is in host memory
+        return mean if mean.sharding.memory_kind == p.sharding.memory_kind else jax.device_put(mean, p.sharding)
+
+    return jax.tree.map(on_device, opt_state.mean, params)

@@ -8,7 +8,7 @@ would take most of the time of each completion.
 The command prints these completions for these words:
     --words pre                             pretrain, presets
     --words pretrain opt                    optim.
-    --words pretrain optim.w                optim.warmup_steps=, optim.weight_decay=
+    --words pretrain optim.w                optim.warmup_steps=, optim.weight_decay=, optim.weight_decay_schedule=
     --words pretrain optim.name=            optim.name=adamw, optim.name=muon
 """
 

@@ -167,7 +167,8 @@ Interrupt and resume
   If run_dir holds a run with other settings, the command stops and shows the
   differences: choose another run_dir. Nothing is overwritten. A run can be made
   longer with a larger train.max_steps if optim.schedule is constant, or wsd and
-  the decay has not begun; otherwise start a new run with pretrain.base=RUN.
+  the decay has not begun; otherwise start a new run with pretrain.base=RUN. A run
+  that train.patience stopped early goes on with a larger train.patience.
 
 Exit codes
   0      done

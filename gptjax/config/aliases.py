@@ -30,6 +30,7 @@ ALIASES: dict[str, str] = {
     "eval_interval": "train.eval_every", "eval_steps": "train.eval_every", "eval_freq": "train.eval_every",
     "save_interval": "train.checkpoint_every", "save_steps": "train.checkpoint_every",
     "save_every": "train.checkpoint_every",
+    "early_stopping_patience": "train.patience", "ema_decay": "train.ema",
     "log_interval": "train.log_every", "logging_steps": "train.log_every", "save_total_limit": "train.keep_checkpoints",
     "init_from": "train.resume", "resume_from_checkpoint": "train.resume", "report_to": "train.loggers",
     "wandb_log": "train.loggers", "logger_name": "train.loggers",

@@ -139,6 +139,11 @@ def _axes(cfg: Config, size: int) -> tuple[str, ...]:
     return tuple(key for key, value in flat(cfg.mesh, "mesh.").items() if value == size)
 
 
+def _earliest_stop(cfg: Config) -> int:
+    """Returns the first step at which train.patience can end a run whose first evaluation is its best."""
+    return (cfg.train.patience + 1) * cfg.train.eval_every
+
+
 def _local(cfg: Config) -> list[str]:
     return [source for source in (*cfg.data.source, *cfg.data.val_source) if not source.startswith("hf:")]
 
@@ -203,6 +208,26 @@ RULES: tuple[Rule, ...] = (
      lambda c: c.train.epochs is None and c.optim.warmup_steps >= c.train.max_steps >= 1,
      lambda c: f"optim.warmup_steps ({c.optim.warmup_steps}) must be below train.max_steps ({c.train.max_steps}): "
      "use more steps, or optim.warmup_steps=0"),
+    (("train.ema", "train.average_last"),
+     lambda c: c.train.ema and c.train.average_last,
+     "train.ema and train.average_last are two averages of the same weights: set one of them to 0"),
+    (("train.average_last",),
+     lambda c: c.train.average_last > 1 and c.train.average_last % 1,
+     lambda c: f"train.average_last ({c.train.average_last}) must be a whole number of steps, or a fraction below 1"),
+    (("train.average_last", "train.max_steps"),
+     lambda c: c.train.epochs is None and c.train.average_last > c.train.max_steps >= 1,
+     lambda c: f"train.average_last ({c.train.average_last:g}) must be at most train.max_steps ({c.train.max_steps})"),
+    (("train.patience", "train.average_last"),
+     lambda c: c.train.patience and c.train.average_last,
+     "train.patience may end the run before the last steps, which train.average_last averages: use train.ema"),
+    (("train.patience", "train.eval_every", "train.max_steps"),
+     lambda c: c.train.epochs is None and c.train.patience and _earliest_stop(c) >= c.train.max_steps >= 1,
+     lambda c: f"train.patience={c.train.patience} could not end the run before train.max_steps "
+     f"({c.train.max_steps}): with train.eval_every={c.train.eval_every} the earliest stop is at step "
+     f"{_earliest_stop(c)}; evaluate more often"),
+    (("train.patience", "finetune.together"),
+     lambda c: c.task != "pretrain" and c.train.patience and c.finetune.seeds > 1 and c.finetune.together,
+     "train.patience cannot stop seeds at different steps in one program: use finetune.together=false"),
     (("distributed.coordinator", "distributed.num_processes", "distributed.process_id"),
      lambda c: _is_manual(c.distributed) and not _is_complete(c.distributed),
      lambda c: f"distributed.coordinator={c.distributed.coordinator} must be HOST:PORT, and needs "
@@ -309,7 +334,12 @@ RULES: tuple[Rule, ...] = (
 # and returns True if, with this value, the settings with these keys have no effect. A config is then refused if one of
 # these settings was set on the command line or in the overrides of `load_config`.
 WITHOUT_EFFECT: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] = (
-    (("optim.momentum",), "optim.name", lambda value: value != "muon"),
+    (
+        ("optim.momentum", "optim.nesterov", "optim.preconditioning", "optim.muon_scale", "optim.normuon"),
+        "optim.name",
+        lambda value: value != "muon",
+    ),
+    (("optim.weight_decay_schedule", "optim.cautious_decay"), "optim.weight_decay", lambda value: value == 0),
     (("optim.decay_fraction",), "optim.schedule", lambda value: value != "wsd"),
     (("optim.min_lr_ratio",), "optim.schedule", lambda value: value == "constant"),
     (("optim.initial_lr_ratio",), "optim.warmup_steps", lambda value: value == 0),

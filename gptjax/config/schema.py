@@ -397,12 +397,50 @@ class OptimConfig:
     beta2: float = setting(0.95, "AdamW: decay rate of the second moment.", RATE)
     eps: float = setting(1e-8, "AdamW: epsilon added to the denominator.", POSITIVE)
     weight_decay: float = setting(0.1, "Weight decay coefficient, decoupled from the gradient as in AdamW.")
+    weight_decay_schedule: Literal["constant", "lr", "linear", "cosine"] = setting(
+        "constant",
+        "Weight decay coefficient over training. constant: weight_decay; lr: in proportion to the learning rate"
+        " (AdamC, arXiv:2506.02285); linear, cosine: decay to 0 at the last step.",
+    )
     decay: Literal["matrices", "all"] = setting(
         "matrices", "Parameters to which weight decay applies: matrices only, or all parameters."
     )
+    cautious_decay: bool = setting(
+        False,
+        "Cautious weight decay: decay only the weights that the update of the optimizer moves towards 0"
+        " (arXiv:2510.12402).",
+    )
+    cautious: bool = setting(
+        False,
+        "Cautious optimizer: set elements of the update whose sign differs from that of the gradient to 0, and scale"
+        " up the others (arXiv:2411.16085).",
+    )
     clip_norm: float = setting(1.0, "Maximum global gradient norm (gradient clipping). 0: off.")
     momentum: float = setting(0.95, "Momentum of Muon.", RATE)
+    nesterov: bool = setting(True, "Nesterov momentum in Muon.")
+    preconditioning: Literal["frobenius", "spectral", "aol", "schatten"] = setting(
+        "frobenius",
+        "How Muon scales a matrix before it is orthogonalised: by its Frobenius norm, its spectral norm (slow), per row"
+        " (aol, arXiv:2512.04632) or by its Schatten-4 norm (arXiv:2506.10935).",
+    )
+    muon_scale: Literal["rms", "width"] = setting(
+        "rms",
+        "Scale of Muon's updates, for a matrix [in, out]. rms: 0.2 * sqrt(max(in, out)), with the root mean square of"
+        " AdamW's updates (arXiv:2502.16982); width: sqrt(max(1, out / in)), which needs higher learning rates.",
+    )
+    normuon: float = setting(
+        0.0,
+        "NorMuon: decay rate of the second moment per output neuron by which Muon's updates are normalised, such as"
+        " 0.95 (arXiv:2510.05491). 0: off.",
+        RATE,
+    )
     offload: bool = setting(False, "Offload the optimizer state to host memory between updates.")
+
+    @property
+    def open_ended(self) -> bool:
+        """True if neither the learning rate nor the weight decay depends on the number of steps."""
+        fixed = self.weight_decay == 0 or self.weight_decay_schedule in ("constant", "lr")
+        return self.schedule == "constant" and fixed
 
 
 @dataclass(frozen=True)
@@ -431,6 +469,21 @@ class TrainConfig:
     eval_every: int = setting(250, "Number of steps between evaluations on the validation data.", COUNT)
     eval_train_batches: int = setting(
         0, "Number of training batches on which each evaluation also computes the loss, without dropout. 0: off."
+    )
+    patience: int = setting(
+        0,
+        "Early stopping: end training after this many consecutive evaluations without a lower validation loss. 0: off.",
+    )
+    ema: float = setting(
+        0.0,
+        "Decay rate of an exponential moving average (EMA) of the trained weights, such as 0.999. The average is"
+        " evaluated and saved as the model; training itself does not change. 0: off.",
+        RATE,
+    )
+    average_last: float = setting(
+        0.0,
+        "Average the trained weights uniformly over the last steps, and evaluate and save this average as the model."
+        " Number of steps or, below 1, a fraction of all steps. 0: off.",
     )
     checkpoint_every: int = setting(250, "Number of steps between checkpoints.", COUNT)
     log_every: int = setting(10, "Number of steps between log lines in metrics.jsonl.", COUNT)

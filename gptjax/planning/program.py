@@ -22,7 +22,7 @@ from gptjax.errors import UserError
 from gptjax.model.cache import init_cache
 from gptjax.model.gpt import abstract_params, extend, init_params
 from gptjax.ops import device
-from gptjax.optim import make_optimizer
+from gptjax.optim import make_optimizer, with_average
 from gptjax.tasks import distill, find, trainable, tuning
 from gptjax.training.step import TrainState, make_train_step
 from gptjax.training.task import identity
@@ -63,6 +63,7 @@ def train_program(cfg: Config, mesh: Mesh, *, chunk: int | None = None) -> Progr
         tx, loss = make_optimizer(cfg.optim, cfg.train.max_steps), losses.next_token(cfg.model, chunk=chunk)
     else:
         tx, loss = trainable.optimizer(cfg), trainable.with_dropout(cfg, task.loss(cfg))
+    tx = with_average(tx, cfg)
     create, combine = _state(cfg, tx)
     step = make_train_step(loss, tx, combine=combine, accumulation=cfg.train.accumulation)
     batch = task.batch_shapes(cfg, rows, T)

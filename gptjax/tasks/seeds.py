@@ -83,11 +83,12 @@ def is_vmapped(cfg: Config) -> bool:
     """Returns whether the seeds are trained in one vmapped program, as set by finetune.together.
 
     If finetune.together is null, the result is true only for adapters on an accelerator, because on a CPU one vmapped
-    program is no faster than sequential runs.
+    program is no faster than sequential runs; and only without train.patience, which ends each run at its own step.
     """
     if cfg.finetune.together is not None:
         return cfg.finetune.together
-    return cfg.task != "reward" and cfg.finetune.trainable == "lora" and jax.default_backend() != "cpu"
+    one_program = cfg.task != "reward" and not cfg.train.patience and cfg.finetune.trainable == "lora"
+    return one_program and jax.default_backend() != "cpu"
 
 
 def _seeds(cfg: Config) -> range:

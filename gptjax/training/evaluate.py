@@ -81,8 +81,10 @@ def evaluator(meter: Meter) -> Callable[[Run], None]:
         if run.step == 0:
             return
         if loss < counters.best_loss:
-            counters.best_loss, counters.best_step = loss, run.step
+            counters.best_loss, counters.best_step, counters.since_best = loss, run.step, 0
             write_model(run, run.dir.best)
+        else:
+            counters.since_best += 1
         sampled_from = time.monotonic()
         meter.eval_s += sampled_from - ended
         if run.task.sample:
@@ -134,6 +136,8 @@ def write_model(run: Run, folder: Path) -> None:
         "best/step": counters.best_step,
         "best/loss": counters.best_loss if counters.best_step >= 0 else None,
     }
+    if run.cfg.train.patience:
+        result["best/evaluations_since"] = counters.since_best
     files = {"config.yaml": config.to_yaml(run.cfg), "result.json": json.dumps(result, indent=1) + "\n"}
     with run.progress.phase(f"writing {folder.name}/"):
         trained, frozen = distributed.on_host(run.both)

@@ -91,7 +91,7 @@ def _run(
         distributed.agree_on_settings(written)
         with distributed.synchronise_errors():
             finished = resume.refuse(written, missing)
-            result = resume.finished(dir, log or print) if finished else None
+            result = resume.finished(dir, written, log or print) if finished else None
         distributed.agree_on({f"{dir.path} is finished": finished}, "the run directories")
         if result is not None:
             return result, None
@@ -152,6 +152,11 @@ def _train(run: Run, hooks: Sequence[Hook]) -> TrainResult:
         raise too_large(run, error) from error
     finally:
         meter.close()
+    if run.step < settings.max_steps:
+        say(
+            f"stopped early at step {run.step:,} of {settings.max_steps:,}: no lower validation loss in "
+            f"{run.counters.since_best} evaluations (train.patience)"
+        )
     evaluate.plot(run)
     evaluate.write_model(run, run.dir.final)
     counters, shown = run.counters, run.task.validation.text
@@ -174,10 +179,10 @@ def _until_done(run: Run, meter: Meter, call: Callable, hooks: Sequence[Hook]) -
     """
     steps = run.cfg.train.max_steps
     while True:
-        for every, hook in hooks:
-            if run.step % every == 0 or run.step >= steps:
+        for every, hook in hooks:  # the first hook evaluates the model, after which the run may be done
+            if run.step % every == 0 or run.done:
                 hook(run)
-        if run.step >= steps:
+        if run.done:
             return
         run.poll()
         if run.task.rollouts:

@@ -27,14 +27,16 @@ def memory_bytes(cfg: Config, n_params: int, vocab_size: int) -> dict[str, int]:
     For five configurations on a CPU, the estimate was within about 20 % of XLA's own figure.
 
     weights      4 bytes per parameter, 4 bytes for its gradient and 4 bytes for its update
-    optimizer    two float32 moments per parameter; with Muon, only one for parameters in matrices of the blocks
+    optimizer    two float32 moments per parameter; with Muon, only one for parameters in matrices of the blocks; the
+                 average of the parameters, if train.ema or train.average_last is set
     activations  the activations of one micro-batch; see `activation_elements`
     """
     model, rows = cfg.model, cfg.train.batch_size // cfg.train.accumulation
     matrices = max(0, n_params - (1 if model.tie_embeddings else 2) * vocab_size * model.d_model)
     return {
         "weights, gradients and updates": (_WEIGHT + 2 * _GRADIENT) * n_params,
-        "optimizer": _MOMENTS * n_params - (_MOMENTS // 2 * matrices if cfg.optim.name == "muon" else 0),
+        "optimizer": (_MOMENTS + _average(cfg)) * n_params
+        - (_MOMENTS // 2 * matrices if cfg.optim.name == "muon" else 0),
         "activations": activation_bytes(model, rows, cfg.window),
     }
 
@@ -64,12 +66,16 @@ def chip_bytes(cfg: Config, n_params: int, width: int, shape: Shape) -> float:
 
 
 def param_bytes(cfg: Config, *, accumulation: int = 1) -> float:
-    """Returns the bytes per parameter: its weight, its gradient, AdamW's two moments and, with gradient accumulation,
-    the sum of its gradients. With LoRA, returns the bytes per frozen weight, which depend on finetune.quantize, and
-    neglects the adapter."""
+    """Returns the bytes per parameter: its weight, its gradient, AdamW's two moments, its average if there is one and,
+    with gradient accumulation, the sum of its gradients. With LoRA, returns the bytes per frozen weight, which depend
+    on finetune.quantize, and neglects the adapter."""
     if cfg.task != "pretrain" and cfg.finetune.trainable == "lora":
         return _FROZEN[cfg.finetune.quantize]
-    return _WEIGHT + _GRADIENT + _MOMENTS + (_GRADIENT if accumulation > 1 else 0)
+    return _WEIGHT + _GRADIENT + _MOMENTS + _average(cfg) + (_GRADIENT if accumulation > 1 else 0)
+
+
+def _average(cfg: Config) -> int:
+    return _WEIGHT if cfg.train.ema or cfg.train.average_last else 0
 
 
 def activation_bytes(model: ModelConfig, rows: int, width: int) -> int:

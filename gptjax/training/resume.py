@@ -42,7 +42,8 @@ def refuse(written: Config, missing: Callable[[Config], None]) -> bool:
 
     Returns:
         True if the run is finished: final/ was written at step `train.max_steps` of the stored config or later, and
-        `written` has no more steps or epochs than the stored config.
+        `written` has no more steps or epochs than the stored config; or final/ was written after as many evaluations
+        without a lower validation loss as the train.patience of `written` allows.
 
     Raises:
         UserError: a check failed; the message lists all problems.
@@ -51,7 +52,7 @@ def refuse(written: Config, missing: Callable[[Config], None]) -> bool:
     run_problems, result = complaints(run.check, written), run.final / "result.json"
     if not run_problems and result.exists():
         (step, _), stored = use_json(result, result_of), run.stored()
-        if not longer(stored, written) and step >= stored.train.max_steps:
+        if (not longer(stored, written) and step >= stored.train.max_steps) or _stopped_early(run, written):
             return True
     settings = written.train
     rows = settings.batch_size // settings.accumulation
@@ -65,13 +66,23 @@ def refuse(written: Config, missing: Callable[[Config], None]) -> bool:
     return False
 
 
-def finished(run: RunDir, say: Callable[[str], None]) -> TrainResult:
+def _stopped_early(run: RunDir, written: Config) -> bool:
+    """Returns True if train.patience of `written` rules out further training of the run, of which final/ exists."""
+    since_best = use_json(run.final / "result.json", lambda result: number(result.get("best/evaluations_since", 0)))
+    return since_best >= written.train.patience > 0
+
+
+def finished(run: RunDir, written: Config, say: Callable[[str], None]) -> TrainResult:
     """Returns the result of a finished run, and tells the user that there is nothing to do."""
     (step, loss), cfg = use_json(run.final / "result.json", result_of), run.stored()
     params, _ = weights.load(run.final)
-    say(f"{run.path} is finished: {step:,} steps, validation loss {loss:.4f}. Nothing to do.")
+    early = _stopped_early(run, written)
+    steps = f"{step:,} steps{' (stopped early by train.patience)' if early else ''}"
+    say(f"{run.path} is finished: {steps}, validation loss {loss:.4f}. Nothing to do.")
     say(f"  for another run choose another run_dir=FOLDER; to generate text: gptjax sample {run.path}")
-    if cfg.optim.schedule == "constant":
+    if early:
+        say("  to train for more steps: a larger train.patience, or train.patience=0")
+    elif cfg.optim.open_ended:
         say("  to train for more steps: train.max_steps=N")
     else:
         say(f"  {train_further(cfg, run.path)}")
@@ -95,7 +106,7 @@ def result_of(result: dict[str, Any]) -> tuple[int, float]:
 def begin(ready: Ready, dir: RunDir, mesh: Mesh | None, progress: Progress, signals: Signals) -> Run:
     """Create the run, with a newly initialised state or the state of the newest checkpoint."""
     cfg, task, _ = ready
-    functions, (init, start) = task.build(cfg), task.initial()
+    functions, (init, start) = task.functions(cfg), task.initial()
 
     def new_state(start: Any) -> TrainState:
         return init_state(init, functions.optimizer, cfg.seed, start)

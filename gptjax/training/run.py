@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from gptjax.checkpoint import Checkpoints
 from gptjax.config import Config
+from gptjax.optim import average_of
 from gptjax.parallel import distributed, place_batch
 from gptjax.signals import Signals
 from gptjax.tokenizers import Tokenizer
@@ -48,6 +49,7 @@ class Counters:
     best_step: int = -1
     loss_total: float = 0.0  # weighted sum of the training losses since the last row of metrics
     loss_weight: float = 0.0  # sum of the weights of the losses in `loss_total`
+    since_best: int = 0  # number of evaluations since the one with the lowest validation loss
     samples_bytes: int = 0  # length of samples.txt in bytes
     seconds: float = 0.0  # wall time of the run so far, in seconds
 
@@ -92,8 +94,17 @@ class Run:
 
     @property
     def both(self) -> tuple[Any, Any]:
-        """(trained params, frozen params)."""
-        return self.state.params, self.state.frozen
+        """(trained params, frozen params). With train.ema or train.average_last, the average of the trained params."""
+        return average_of(self.state.params, self.state.opt_state), self.state.frozen
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether train.patience has ended the run."""
+        return self.counters.since_best >= self.cfg.train.patience > 0
+
+    @property
+    def done(self) -> bool:
+        return self.step >= self.cfg.train.max_steps or self.stopped_early
 
     def params(self) -> Params:
         """Returns the params that the loss reads, copied to host memory."""

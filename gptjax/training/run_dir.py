@@ -46,7 +46,7 @@ LOCK_STALE_S = 180
 # Settings that may differ when a run is resumed. They do not affect the trained weights.
 MAY_CHANGE = (
     "run_dir", "train.eval_every", "train.checkpoint_every", "train.log_every", "train.keep_checkpoints",
-    "train.max_nonfinite", "train.resume", "train.loggers", "data.cache_dir", "sample.*", "mesh.*",
+    "train.max_nonfinite", "train.patience", "train.resume", "train.loggers", "data.cache_dir", "sample.*", "mesh.*",
     "distributed.*",
 )  # fmt: skip
 
@@ -106,6 +106,11 @@ class RunDir:
         optim, steps = stored.optim, stored.train.max_steps
         saved = max((int(path.name) for path in self.checkpoints.glob("*") if path.name.isdecimal()), default=0)
         decay_start = steps - max(1, round(optim.decay_fraction * steps))
+        if optim.weight_decay and optim.weight_decay_schedule in ("linear", "cosine"):
+            return (
+                f"optim.weight_decay_schedule={optim.weight_decay_schedule}: the weight decay was planned for {steps} "
+                f"steps; {train_further(stored, self.path)}"
+            )
         if optim.schedule == "constant" or (optim.schedule == "wsd" and saved <= decay_start):
             return ""
         begun = f", and step {saved} is past step {decay_start}, where the decay starts"
@@ -173,17 +178,17 @@ class RunDir:
     def begin(self, cfg: Config, environment: dict[str, Any]) -> None:
         """Write environment.json, and config.yaml if there is none.
 
-        If `cfg` has more steps than the stored config, update the number of steps and epochs in config.yaml, and delete
-        the test results of the shorter run.
+        If `cfg` has more steps than the stored config, update the number of steps and epochs in config.yaml. If the run
+        had ended before, delete the test results of the shorter run.
         """
         stored = self.stored() if self.config.exists() else None
         if stored is None:
             write_text(self.config, config.to_yaml(cfg))
         elif cfg.train.max_steps > stored.train.max_steps:
-            for name in OF_THE_END:
-                (self.path / name).unlink(missing_ok=True)
             settings = dataclasses.replace(stored.train, max_steps=cfg.train.max_steps, epochs=cfg.train.epochs)
             write_text(self.config, config.to_yaml(dataclasses.replace(stored, train=settings)))
+        for name in OF_THE_END if self.final.exists() else ():
+            (self.path / name).unlink(missing_ok=True)
         write_text(self.path / "environment.json", json.dumps(environment, indent=1) + "\n")
 
     def cut_metrics(self, step: int, say: Callable[[str], None]) -> None:

@@ -13,6 +13,7 @@ import optax
 
 from gptjax._moved import moved_name
 from gptjax.config import Config, ModelConfig
+from gptjax.optim import with_average
 from gptjax.tokenizers import Tokenizer
 from gptjax.training.step import Loss
 from gptjax.types import Mean, Metrics, Params
@@ -114,6 +115,12 @@ class Task(NamedTuple):
     sample: Callable[[Params], list[str]] | None = None
     rollouts: Callable[[Any, Any, int, int], Rollouts] | None = None
     during: AbstractContextManager[Any] = nullcontext()
+
+    def functions(self, cfg: Config) -> StepFunctions:
+        """Returns `build(cfg)`, with an optimizer that also averages the params if train.ema or train.average_last is
+        set."""
+        functions = self.build(cfg)
+        return functions._replace(optimizer=with_average(functions.optimizer, cfg))
 
     def initial(self) -> tuple[Callable[[jax.Array, Any], Any], Any]:
         """Returns (init, start), where init(key, start) gives the trained params before the first step.

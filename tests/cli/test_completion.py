@@ -43,7 +43,7 @@ def words(typed):
         ("presets show tiny-l", "tiny-llama"),
         ("pretrain tiny-", "tiny-gpt2 tiny-llama tiny-modern tiny-shakespeare-250 tiny-shakespeare-modern"),
         ("pretrain opt", "optim."),
-        ("pretrain tiny-gpt2 optim.w", "optim.warmup_steps= optim.weight_decay="),
+        ("pretrain tiny-gpt2 optim.w", "optim.warmup_steps= optim.weight_decay= optim.weight_decay_schedule="),
         ("pretrain tiny-gpt2 --optim.na", "--optim.name="),
         ("pretrain optim.name=", "optim.name=adamw optim.name=muon"),
         ("pretrain optim.name=m", "optim.name=muon"),
@@ -180,7 +180,7 @@ printf '%s\\n' "${COMPREPLY[@]}" """
         ("gptjax pre", "pretrain presets"),
         ("gptjax data ", "prepare inspect check"),
         ("gptjax pretrain tiny-g", "tiny-gpt2"),
-        ("gptjax pretrain tiny-gpt2 optim.w", "optim.warmup_steps= optim.weight_decay="),
+        ("gptjax pretrain tiny-gpt2 optim.w", "optim.warmup_steps= optim.weight_decay= optim.weight_decay_schedule="),
         ("gptjax pretrain optim.name=", "adamw muon"),  # bash replaces what follows the =
         ("gptjax pretrain optim.name=mu", "muon"),
         ('gptjax sample "my run" quantize=i', "int8"),

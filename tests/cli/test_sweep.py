@@ -69,6 +69,7 @@ def test_without_an_axis_it_has_some(capsys):
         (["seed=range(2)", "model.d_modle=3"], "model.d_model"),
         (["model.n_head=[2,3]"], "must be divisible"),
         (["seed=range(2)", "mesh.fsdp=2"], "leave out"),
+        (["seed=range(2)", "train.patience=1", "train.eval_every=1"], "train.patience: leave out"),
     ],
 )
 def test_what_it_refuses(args, says, capsys):

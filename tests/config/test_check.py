@@ -39,6 +39,12 @@ INVALID = [
     (("train.accumulation=5",), "use one of 1, 2, 4, 8"),
     (("train.eval_every=0",), "train.eval_every"),
     (("train.epochs=0",), "train.epochs"),
+    (("train.ema=1",), "train.ema"),
+    (("train.ema=0.9", "train.average_last=5"), "two averages of the same weights"),
+    (("train.average_last=2.5",), "must be a whole number of steps, or a fraction below 1"),
+    (("train.average_last=51", "train.max_steps=50"), "(51) must be at most train.max_steps (50)"),
+    (("train.average_last=5", "train.patience=1", "train.eval_every=1"), "use train.ema"),
+    (("train.patience=4", "train.eval_every=10", "train.max_steps=50"), "the earliest stop is at step 50"),
     (("train.loggers=[tensorbord]",), "tensorboard, wandb"),
     (("data.weights=[1,2]",), "2 values for 1 sources"),
     (("data.weights=[0]",), "must have a positive sum"),
@@ -65,6 +71,9 @@ def test_invalid_values_and_combinations_are_refused(complaint, overrides, words
 
 NO_EFFECT = [
     ("optim.name=adamw", "optim.momentum=0.9"),
+    ("optim.name=adamw", "optim.normuon=0.95"),
+    ("optim.weight_decay=0", "optim.cautious_decay=true"),
+    ("optim.weight_decay=0", "optim.weight_decay_schedule=linear"),
     ("optim.schedule=cosine", "optim.decay_fraction=0.1"),
     ("optim.schedule=constant", "optim.min_lr_ratio=0.1"),
     ("optim.warmup_steps=0", "optim.initial_lr_ratio=0.1"),

@@ -21,7 +21,7 @@ from gptjax.losses.distill import TeacherBatch
 from gptjax.ops import fused
 from gptjax.ops.attention import heads_attention
 from gptjax.ops.flash import Tile, Tiles
-from gptjax.optim import make_optimizer
+from gptjax.optim import average_of, make_optimizer, with_average
 from gptjax.parallel.mesh import mesh_of
 from gptjax.types import Batch
 
@@ -39,29 +39,33 @@ RNG = np.random.default_rng(0)
 class Case:
     """A training case: a loss, its batches, a config, and whether a LoRA adapter is trained."""
 
-    def __init__(self, loss: Callable, batches: list, cfg=CFG, adapter: bool = False):
-        self.loss, self.batches, self.cfg, self.adapter = loss, batches, cfg, adapter
+    def __init__(self, loss: Callable, batches: list, cfg=CFG, adapter: bool = False, tx=TX):
+        self.loss, self.batches, self.cfg, self.adapter, self.tx = loss, batches, cfg, adapter, tx
 
     def state(self, mesh: Any) -> Any:
         def fresh(key: jax.Array) -> Any:
             params = gptjax.init_params(jax.random.key(0), self.cfg)
             trained, frozen = (lora.init(key, params, LORA), params) if self.adapter else (params, None)
-            return gptjax.TrainState.create(trained, tx=TX, key=key, frozen=frozen)
+            return gptjax.TrainState.create(trained, tx=self.tx, key=key, frozen=frozen)
 
         return parallel.init_on(fresh, mesh, jax.random.key(1))
 
     def step(self, accumulation: int = 1) -> Callable:
         options = dict(combine=lambda a, base: lora.attach(base, a, LORA)) if self.adapter else {}
-        return gptjax.make_train_step(self.loss, TX, accumulation=accumulation, **options)
+        return gptjax.make_train_step(self.loss, self.tx, accumulation=accumulation, **options)
 
     def losses(self, mesh: Any, accumulation: int = 1) -> np.ndarray:
+        return self.train(mesh, accumulation)[0]
+
+    def train(self, mesh: Any, accumulation: int = 1) -> tuple[np.ndarray, Any]:
+        """(losses, final state)."""
         state = self.state(mesh)
         step = parallel.jit_step(self.step(accumulation), mesh, state)
         values = []
         for batch in self.batches:
             state, metrics = step(state, parallel.place_batch(batch, mesh))
             values.append(float(metrics["loss"]))
-        return np.array(values)
+        return np.array(values), state
 
 
 def tokens() -> np.ndarray:
@@ -215,7 +219,21 @@ def attention() -> dict[str, float]:
     return errors
 
 
-OTHERS = {fn.__name__: fn for fn in (accumulated, pmapped, checkpointed, generated, attention)}
+def switched() -> dict[str, float]:
+    """Largest differences in loss and in the average of the params between a mesh and one device, with the switches of
+    the optimizer."""
+    cfg = gptjax.OptimConfig(
+        name="muon", lr=1e-2, eps=1e-4, normuon=0.9, cautious=True, cautious_decay=True, weight_decay_schedule="lr"
+    )
+    tx = with_average(make_optimizer(cfg, STEPS), gptjax.Config(train=gptjax.TrainConfig(ema=0.8)))
+    case = Case(next_token(CFG), [Batch(t[:, :-1], t[:, 1:]) for t in tokens()[:8]], tx=tx)
+    (alone, single), (losses, state) = case.train(None), case.train(mesh((1, 2, 2, 2)))
+    means = [tree.flatten(average_of(s.params, s.opt_state)) for s in (single, state)]
+    difference = max(float(np.abs(np.asarray(means[0][path]) - np.asarray(means[1][path])).max()) for path in means[0])
+    return {"loss": float(np.abs(losses - alone).max()), "average": difference}
+
+
+OTHERS = {fn.__name__: fn for fn in (switched, accumulated, pmapped, checkpointed, generated, attention)}
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from gptjax.config import ARCHS, MeshConfig
 from gptjax.model.cache import init_cache
 from gptjax.model.gpt import unstack_layers
 from gptjax.ops.device import AXES
-from gptjax.optim import make_optimizer
+from gptjax.optim import make_optimizer, with_average
 from gptjax.parallel.mesh import make_mesh, sizes
 from gptjax.parallel.rules import product_axes
 
@@ -50,6 +50,12 @@ def on_eight(*args):
 def test_every_mesh_gives_the_losses_of_one_device(kind):
     errors = on_eight(kind, *((["third"] if kind in THIRD else []) if ALL else SOME[kind]))
     assert len(errors) == ((7 if kind in THIRD else 20) if ALL else len(SOME[kind]))
+    assert max(errors.values()) < 1e-5, errors
+
+
+@pytest.mark.slow
+def test_switches_of_the_optimizer_and_averages_on_a_mesh():
+    errors = on_eight("switched")
     assert max(errors.values()) < 1e-5, errors
 
 
@@ -98,8 +104,9 @@ def test_rules_cover_params_adapters_and_optimizers(arch):
         tie_embeddings=False,
     )  # fmt: skip
     mesh = described(1, 2, 2, 1)
-    for name in ("adamw", "muon"):
-        tx = make_optimizer(gptjax.OptimConfig(name=name), 10)
+    averaged = gptjax.Config(train=gptjax.TrainConfig(ema=0.9))
+    for options in ({"name": "adamw"}, {"name": "muon", "normuon": 0.95, "weight_decay_schedule": "linear"}):
+        tx = with_average(make_optimizer(gptjax.OptimConfig(**options), 10), averaged)
         state = jax.eval_shape(
             lambda key, tx=tx: gptjax.TrainState.create(gptjax.init_params(key, cfg), tx=tx, key=key), jax.random.key(0)
         )
@@ -107,7 +114,11 @@ def test_rules_cover_params_adapters_and_optimizers(arch):
         assert specs["params/blocks/attn/q/kernel"] == P(None, ("fsdp",), ("tensor",))
         assert specs["params/blocks/mlp/down/kernel"] == P(None, ("tensor",), ("fsdp",))
         moments = [spec for path, spec in specs.items() if "/mu/" in path and path.endswith("attn/q/kernel")]
-        assert moments and set(moments) == {P(None, ("fsdp",), ("tensor",))}
+        moments.append(specs["opt_state/mean/blocks/attn/q/kernel"])
+        assert len(moments) > 1 and set(moments) == {P(None, ("fsdp",), ("tensor",))}
+        if options["name"] == "muon":  # one second moment per output neuron, [L, 1, out]
+            (per_neuron,) = (spec for path, spec in specs.items() if path.endswith("nu/blocks/attn/q/kernel"))
+            assert per_neuron == P(None, None, ("tensor",))
     params = gptjax.init_params(jax.random.key(0), cfg)
     for more in (
         lora.init(jax.random.key(0), params, gptjax.LoraConfig(rank=2, dora=True)),

@@ -16,6 +16,7 @@ import gptjax
 from gptjax import tree
 from gptjax.errors import UserError
 from gptjax.research import sweep
+from gptjax.research.sweep import with_hyperparameters
 from gptjax.tasks import classify, pretrain
 from gptjax.training.progress import Progress
 from gptjax.training.step import TrainState, evaluate, make_train_step
@@ -124,6 +125,21 @@ def test_two_devices_share_the_runs(swept):
     there = json.loads(run.stdout.splitlines()[-1])
     assert there["devices"] == 2
     np.testing.assert_allclose(there["losses"], swept.losses, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_an_average_of_the_weights_is_evaluated(folder):
+    """As by `gptjax.train`, with the switches of the optimizer, for two learning rates in one program."""
+    switches = (
+        "train.ema=0.7", "optim.name=muon", "optim.normuon=0.9", "optim.cautious=true", "optim.cautious_decay=true",
+        "optim.weight_decay_schedule=lr",
+    )  # fmt: skip
+    configs = [load(*switches, f"optim.lr={lr}") for lr in (1e-2, 3e-3)]
+    result = sweep.sweep(configs)
+    assert len(result.programs) == 1
+    for row, cfg, lr in zip(result.rows, configs, (1e-2, 3e-3), strict=True):
+        alone = gptjax.train(with_hyperparameters(cfg, {"run_dir": f"ema-{lr}"}), log=lambda line: None)
+        assert row["val/loss"] == pytest.approx(alone.val_loss, rel=1e-5)
 
 
 def test_a_run_that_explodes_is_said_to(swept):

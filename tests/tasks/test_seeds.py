@@ -1,5 +1,6 @@
 """Fine-tuning with several seeds: vmapped in one program, the results equal those of sequential runs."""
 
+import dataclasses
 import json
 import shutil
 
@@ -9,6 +10,7 @@ import pytest
 
 import gptjax
 from gptjax.__main__ import main
+from gptjax.tasks.seeds import is_vmapped
 from gptjax.training.vmapped import stack
 
 BASE = gptjax.ModelConfig(arch="llama", n_layer=2, n_head=2, d_model=32, d_ff=48, context_length=96, vocab_size=257)
@@ -86,6 +88,25 @@ def test_vmapped_seeds_are_resumed_bitwise_equal(folder, capsys):
         assert (folder / "again" / name).read_bytes() == (folder / "whole" / name).read_bytes()
     assert run(folder, "classify", "again", "true") == 0
     assert "is finished" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_averages_of_vmapped_seeds_equal_those_of_sequential_seeds(folder):
+    more = ("train.ema=0.7", "optim.cautious=true")
+    assert run(folder, "classify", "ema-vmapped", "true", *more) == 0
+    assert run(folder, "classify", "ema-sequential", "false", *more) == 0
+    for seed in ("seed-3", "seed-4"):
+        (a, _), (b, _) = (gptjax.load(folder / f"ema-{how}" / seed) for how in ("vmapped", "sequential"))
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), a, b)
+
+
+def test_early_stopping_needs_sequential_seeds(folder, capsys, monkeypatch):
+    assert run(folder, "classify", "early", "true", "train.patience=1", "train.eval_every=1") == 2
+    assert "use finetune.together=false" in capsys.readouterr().err
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    cfg = gptjax.load_config("classify", "finetune.seeds=2")
+    assert is_vmapped(cfg)
+    assert not is_vmapped(dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, patience=1)))
 
 
 def test_only_adapters_can_be_vmapped(folder, capsys):

@@ -150,9 +150,8 @@ def test_the_remaining_time_includes_evaluations_and_samples(make, tmp_path, mon
     assert left == {step: progress.duration(seconds) for step, seconds in want.items()}
 
 
-def test_validation_loss_is_that_of_every_token_once(whole):
-    """It equals the mean over tokens, computed here with `forward` only."""
-    result, _ = whole
+def loss_by_forward(result) -> tuple[float, int]:
+    """The validation loss of the result's params, as a mean over tokens by `forward` only, and the number of tokens."""
     tokens = gptjax.data.prepare(result.cfg).val.tokens.astype(np.int32)
     forward = jax.jit(lambda params, tokens: gptjax.forward(params, tokens, result.cfg.model))
     total = count = 0
@@ -162,7 +161,13 @@ def test_validation_loss_is_that_of_every_token_once(whole):
         logits = forward(result.params, np.pad(window[:-1], (0, 16 - n))[None])[0, :n]
         total -= float(jax.nn.log_softmax(logits)[np.arange(n), window[1:]].sum())
         count += n
-    assert result.val_loss == pytest.approx(total / count, rel=1e-5)
+    return total / count, count
+
+
+def test_validation_loss_is_that_of_every_token_once(whole):
+    result, _ = whole
+    loss, count = loss_by_forward(result)
+    assert result.val_loss == pytest.approx(loss, rel=1e-5)
     row = read_metrics(result.run_dir)[-1]
     assert row["val/tokens"] == count
     store = gptjax.data.prepare(result.cfg).val
@@ -205,6 +210,17 @@ def test_another_config_is_refused_with_the_difference(copy, make, change):
     text = str(error.value)
     assert change.partition("=")[0] + ":" in text and "another run_dir" in text and "nothing was overwritten" in text
     assert {path: path.stat().st_mtime_ns for path in copy.rglob("*")} == before
+
+
+def test_a_run_whose_weight_decay_was_scheduled_is_not_extended(make, tmp_path):
+    scheduled = "optim.weight_decay_schedule=linear"
+    run = RunDir((cfg := make(tmp_path / "run", scheduled)).run_dir)
+    run.path.mkdir()
+    run.begin(cfg, {})
+    with pytest.raises(UserError, match=r"weight_decay_schedule=linear: .* planned for 40 steps.*pretrain.base="):
+        run.check(make(tmp_path / "run", scheduled, "train.max_steps=80"))
+    assert cfg.optim.schedule == "constant" and not cfg.optim.open_ended
+    assert make(tmp_path / "run", "optim.weight_decay_schedule=lr").optim.open_ended
 
 
 @pytest.mark.slow
@@ -645,3 +661,96 @@ def test_an_optimizer_state_in_host_memory(make, tmp_path, monkeypatch, whole):
         for folder in (tmp_path / "run", whole[0].run_dir)
     )
     np.testing.assert_allclose(ours, expected, rtol=1e-5)
+
+
+# ---------------------------------------------------------------- averages of the weights
+
+
+@pytest.mark.parametrize("setting", ["train.ema=0.9", pytest.param("train.average_last=0.5", marks=pytest.mark.slow)])
+def test_the_average_is_evaluated_saved_and_resumed_bitwise_equal(make, tmp_path, monkeypatch, whole, setting):
+    result = gptjax.train(make(tmp_path / "run", setting), log=quiet)
+    state = Checkpoints(tmp_path / "run" / "checkpoints").read(40)
+    mean, saved = state["opt_state"]["mean"], gptjax.load(tmp_path / "run" / "final")[0]
+    for params in (result.params, saved):
+        jax.tree.map(np.testing.assert_array_equal, params, mean)
+    assert result.val_loss == pytest.approx(loss_by_forward(result)[0], rel=1e-5)
+    assert abs(result.val_loss - loss_by_forward(result._replace(params=state["params"]))[0]) > 1e-3
+    # training itself is the same as without an average
+    plain = Checkpoints(whole[0].run_dir / "checkpoints").read(40)["params"]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), state["params"], plain)
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        send(patch, 25, signal.SIGTERM)
+        gptjax.train(make(tmp_path / "again", setting), log=quiet)
+    gptjax.train(make(tmp_path / "again", setting), log=quiet)
+    assert curve(tmp_path / "again") == curve(tmp_path / "run")
+    assert final_state(tmp_path / "again") == final_state(tmp_path / "run")
+
+
+def test_a_run_is_not_resumed_with_another_average(copy, make):
+    with pytest.raises(UserError, match=r"train.ema: 0.0 -> 0.9"):
+        gptjax.train(make(copy, "train.ema=0.9"), log=quiet)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(jax.__version_info__ < (0, 8), reason="a CPU has no separate host memory in older versions of jax")
+def test_an_average_in_host_memory(make, tmp_path, monkeypatch):
+    on_device = gptjax.train(make(tmp_path / "device", "train.ema=0.9"), log=quiet)
+    cfg = make(tmp_path / "run", "train.ema=0.9", "optim.offload=true")
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        send(patch, 15, signal.SIGTERM)
+        gptjax.train(cfg, log=quiet)
+    assert gptjax.train(cfg, log=quiet).val_loss == pytest.approx(on_device.val_loss, rel=1e-5)
+
+
+# ---------------------------------------------------------------- early stopping
+
+UNSTABLE = ("optim.lr=0.3", "train.eval_every=5", "train.max_steps=60", "train.checkpoint_every=20")
+
+
+def stop_of(losses: dict[int, float], patience: int) -> int:
+    """The step at which a run with these validation losses stops early."""
+    best, waited = np.inf, 0
+    for step, loss in losses.items():
+        best, waited = (loss, 0) if loss < best else (best, waited + 1)
+        if waited == patience:
+            return step
+    raise AssertionError("the run does not stop early")
+
+
+def test_patience_stops_a_run_early(make, tmp_path, monkeypatch):
+    """The stop is where the validation losses of a run without patience say. The run is finished and not trained
+    further, unless patience is raised. An interrupted run counts on."""
+    whole, cfg = tmp_path / "whole", make(tmp_path / "run", *UNSTABLE, "train.patience=3")
+    gptjax.train(make(whole, *UNSTABLE), log=quiet)
+    losses = {row["step"]: row["val/loss"] for row in read_metrics(whole) if "val/loss" in row and row["step"]}
+    stop, lines, calls = stop_of(losses, 3), list[str](), []
+    assert 15 < stop < 50 and stop % 20  # no checkpoint is due there
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        send(patch, stop - 5, signal.SIGTERM, "val/loss")
+        gptjax.train(cfg, log=quiet)
+    result = gptjax.train(cfg, log=lines.append, hooks=[(1000, lambda run: calls.append(run.step))])
+    assert result.step == stop and result.exit_code == 0 and calls == [stop]
+    early = f"stopped early at step {stop} of 60: no lower validation loss in 3 evaluations (train.patience)"
+    assert lines.count(early) == 1
+    assert Checkpoints(tmp_path / "run" / "checkpoints").steps()[-1] == stop
+    assert curve(tmp_path / "run") == [row for row in curve(whole) if row["step"] <= stop]
+
+    before = (tmp_path / "run" / "final" / "result.json").stat().st_mtime_ns
+    for again in (cfg, make(tmp_path / "run", *UNSTABLE, "train.patience=2"), dataclasses.replace(
+        cfg, train=dataclasses.replace(cfg.train, max_steps=80)
+    )):  # fmt: skip
+        assert gptjax.train(again, log=lines.append).step == stop
+        assert f"is finished: {stop} steps (stopped early by train.patience)" in lines[-3]
+    assert (tmp_path / "run" / "final" / "result.json").stat().st_mtime_ns == before
+
+    (tmp_path / "run" / "test.json").write_text("{}")
+    assert gptjax.train(make(tmp_path / "run", *UNSTABLE), log=quiet).step == 60
+    assert curve(tmp_path / "run") == curve(whole) and final_state(tmp_path / "run") == final_state(whole)
+    assert not (tmp_path / "run" / "test.json").exists()
+
+
+def test_patience_that_is_not_exhausted_changes_nothing(make, tmp_path, whole):
+    result = gptjax.train(make(tmp_path / "run", "train.patience=3", "train.eval_every=5"), log=quiet)
+    assert result.step == 40
+    assert final_state(tmp_path / "run") == final_state(whole[0].run_dir)

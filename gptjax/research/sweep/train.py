@@ -18,6 +18,7 @@ from gptjax import config, tree
 from gptjax.config import Config
 from gptjax.errors import UserError
 from gptjax.evaluation.intervals import t_interval
+from gptjax.optim import average_of
 from gptjax.research.sweep.runs import Hyperparameters, axes_of, check, programs, traceable, with_hyperparameters
 from gptjax.tasks import find
 from gptjax.tasks.pretrain import EVAL_TOKENS
@@ -79,7 +80,7 @@ def make_sweep_step(
     holds the frozen parameters, of which all runs share one copy.
 
     Args:
-        build: function that takes a config and returns `StepFunctions`, such as `Task.build`.
+        build: function that takes a config and returns `StepFunctions`, such as `Task.functions`.
         batches: whether every leaf of `batch` has a leading axis N, with one batch per run. False: all runs share one
             batch.
     """
@@ -109,7 +110,7 @@ def create(task: Task, cfg: Config, seeds: jax.Array, values: Hyperparameters, s
 
     def fresh(seeds: jax.Array, values: Hyperparameters, start: Any) -> TrainState:
         return vmapped.create(
-            init, lambda values: task.build(with_hyperparameters(cfg, values)).optimizer, seeds, values, start
+            init, lambda values: task.functions(with_hyperparameters(cfg, values)).optimizer, seeds, values, start
         )
 
     return jax.jit(fresh)(seeds, values, start)
@@ -321,7 +322,7 @@ class _Program:
         self.validate, self.steps_s = validate, 0.0
         self.task, self.cfg, self.mesh, self.k, self.by_seed = task, cfg, mesh, k, by_seed
         self.eval_by_seed = by_seed and cfg.task != "pretrain"  # in pretraining all seeds share the validation text
-        step = make_sweep_step(task.build, cfg, batches=by_seed)
+        step = make_sweep_step(task.functions, cfg, batches=by_seed)
 
         def steps(states: TrainState, values: Hyperparameters, frozen: Any, batches: Any) -> Any:
             """Trains N runs for K steps on `batches` [K, N, ..] or [K, ..]; the metrics are [K, N]."""
@@ -398,7 +399,7 @@ class _Program:
         scores: list[dict[str, float]] = [{} for _ in group]
         if self.validate:
             with progress.phase("validating"):
-                scores = self._validate(states.params, values, frozen, tasks)
+                scores = self._validate(average_of(states.params, states.opt_state), values, frozen, tasks)
         return states, np.concatenate(losses), np.concatenate(in_a_row), scores
 
     def _compile(self, progress: Progress, args: tuple) -> None:
