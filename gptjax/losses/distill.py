@@ -119,15 +119,15 @@ def distill(
 
     def with_teacher(student: jax.Array, teacher: jax.Array, targets: jax.Array) -> dict[str, jax.Array]:
         student, teacher = student[:, :n], teacher[:, :n]
-        log_probs = (jax.nn.log_softmax(logits / temperature) for logits in (student, teacher))
-        return _values(student, targets, divergence(*log_probs, kind, beta), teacher.argmax(-1))
+        soft, soft_teacher = (jax.nn.log_softmax(logits / temperature) for logits in (student, teacher))
+        return _values(student, targets, divergence(soft, soft_teacher, kind, beta), teacher.argmax(-1))
 
     def with_log_probs(
         student: jax.Array, targets: jax.Array, ids: jax.Array, teacher: jax.Array
     ) -> dict[str, jax.Array]:
         student = student[:, :n]
-        log_probs = coarse_log_probs(student / temperature, ids)
-        return _values(student, targets, divergence(log_probs, teacher, kind, beta), ids[:, 0])
+        soft = coarse_log_probs(student / temperature, ids)
+        return _values(student, targets, divergence(soft, teacher, kind, beta), ids[:, 0])
 
     @matmul_precision(cfg)
     def loss(params: Params, batch: Batch | TeacherBatch, key: jax.Array | None) -> tuple[Mean, Metrics]:
@@ -187,17 +187,19 @@ def distill_classes(
         inputs = batch.tokens, batch.segment_ids
         student = class_logits(params, *inputs, cfg, pooling, n=n, dropout_key=key)
         teacher = class_logits(jax.lax.stop_gradient(params["teacher"]), *inputs, teacher_cfg, teacher_pooling, n=n)
-        log_probs = (jax.nn.log_softmax(logits / temperature) for logits in (student, teacher))
-        values = _values(student, batch.labels, divergence(*log_probs, kind, beta), teacher.argmax(-1))
-        values["accuracy"] = (student.argmax(-1) == batch.labels).astype(jnp.float32)
-        return _weighted(values, batch.weights, temperature, alpha)
+        soft, soft_teacher = (jax.nn.log_softmax(logits / temperature) for logits in (student, teacher))
+        labels, weights = jnp.asarray(batch.labels), jnp.asarray(batch.weights)
+        values = _values(student, labels, divergence(soft, soft_teacher, kind, beta), teacher.argmax(-1))
+        values["accuracy"] = (student.argmax(-1) == labels).astype(jnp.float32)
+        return _weighted(values, weights, temperature, alpha)
 
     return loss
 
 
 def _head(params: Params, batch: Batch | TeacherBatch, cfg: ModelConfig, key: jax.Array | None = None) -> Head:
     hidden = backbone(params, batch.tokens, cfg, segment_ids=batch.segment_ids, dropout_key=key)
-    return Head(*head_factors(params, hidden, cfg), cfg.logit_softcap, cfg.dtype)
+    hidden, kernel = head_factors(params, hidden, cfg)
+    return Head(hidden, kernel, cfg.logit_softcap, cfg.dtype)
 
 
 def _values(student: jax.Array, targets: jax.Array, divergences: jax.Array, best: jax.Array) -> dict[str, jax.Array]:

@@ -122,10 +122,9 @@ def advantages(rewards: jax.Array, kind: Kind = "grpo") -> jax.Array:
         dr_grpo     [[.5, -.5, -.5, .5], [0, 0, 0, 0]]
         rloo        [[.67, -.67, -.67, .67], [0, 0, 0, 0]]
 
-    Standard deviations are those of a sample (divided by n - 1), plus 1e-4, as in TRL. Equal rewards give advantages of
-    exactly 0. For kind=reinforce_pp, pass all prompts of a batch at once.
-
-    Source: the module's docstring says which mean and standard deviation each kind uses; `policy` names the papers.
+    The module's docstring says which mean and standard deviation each kind uses, and `policy` names the papers.
+    Standard deviations are those of a sample (divided by n - 1), plus 1e-4, as in TRL. Equal rewards give advantages
+    of exactly 0. For kind=reinforce_pp, pass all prompts of a batch at once.
 
     Raises:
         UserError: the kind is unknown, rewards is not two-dimensional, or a mean would be that of a single answer.
@@ -160,8 +159,8 @@ def policy_terms(
 
     The term of a token or answer is -min(r A, clip(r, 1 - clip, 1 + clip_high) A), with its ratio r and the answer's
     advantage A. Every token adds kl r (exp(d) - d - 1) with d = log p_reference - log p_policy, the estimate k3 of the
-    KL divergence from the reference model. The factor r makes the gradient an unbiased one of KL(policy || reference),
-    as in DeepSeek-V3.2 (arXiv:2512.02556) and TRL. GRPO's paper has no such factor: kl_ratio=False.
+    KL divergence from the reference model. The factor r, as in DeepSeek-V3.2 (arXiv:2512.02556) and TRL, makes the
+    expected gradient that of KL(policy || reference). GRPO's paper has no such factor: kl_ratio=False.
 
     Args:
         new: log-probabilities of the targets under the policy, [B, T] float32; the gradient flows to these.
@@ -215,6 +214,7 @@ def policy_terms(
 
 def _k3(d: jax.Array) -> jax.Array:
     """Returns exp(d) - d - 1. With d = log q - log p of a sample of p, it is an unbiased estimate of KL(p || q)."""
+    d = jnp.minimum(d, _MAX_LOG_RATIO)
     return jnp.exp(d) - d - 1.0
 
 

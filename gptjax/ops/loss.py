@@ -148,8 +148,8 @@ def linear_log_probs_and_entropies(
 
     def both(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
         fixed = jax.lax.stop_gradient(logits)
-        entropies = jax.nn.logsumexp(fixed, 1) - (jax.nn.softmax(fixed, 1) * fixed).sum(1)
-        return _log_probs(logits, targets), entropies
+        norm = jax.nn.logsumexp(fixed, 1)
+        return _log_probs(logits, targets), norm - (jnp.exp(fixed - norm[:, None]) * fixed).sum(1)
 
     return _per_token(both, hidden, head, targets, cap, dtype, chunk, temperature)
 

@@ -21,7 +21,7 @@ from gptjax import assets, losses, tree, weights
 from gptjax.config import Config, DataConfig, ModelConfig
 from gptjax.data import conversations, loader, packing, sources
 from gptjax.data.packing import Encoded, Rows
-from gptjax.data.split import Splits, split_records
+from gptjax.data.split import split_records
 from gptjax.errors import UserError, complaints
 from gptjax.files import json_sha256, replacing, use_json, write_json
 from gptjax.losses.distill import TeacherBatch, teacher_log_probs
@@ -44,7 +44,7 @@ PROBE = 4000  # number of tokens whose text is encoded by both tokenizers to com
 
 
 class Data(NamedTuple):
-    """The models, whose tensors are not read yet, and the rows to train, validate and test on."""
+    """The models, whose tensors are not read yet, and the data."""
 
     base: weights.Model
     teacher: weights.Model
@@ -52,7 +52,7 @@ class Data(NamedTuple):
     teacher_cfg: ModelConfig
     vocab_size: int  # number of logits that both models have
     tokenizer: Tokenizer  # that of the teacher, with the chat template of distill.style
-    rows: Splits[Rows]
+    rows: list[Rows]  # the rows to train, validate and test on
     lines: list[str]  # lines of text that describe the data
 
 
@@ -123,9 +123,9 @@ def _data(cfg: Config) -> Data:
     tokenizer, style_lines = tuning.styled(teacher, settings.style)
     width = min(settings.context_length, model.context_length, teacher_cfg.context_length)
     examples = _texts(cfg, tokenizer, width) if _is_text(settings.source) else _talks(cfg, tokenizer, width, notes)
-    rows = Splits(*(getattr(packing, settings.packing)(subset, width) for subset in examples))
+    rows = [getattr(packing, settings.packing)(subset, width) for subset in examples]
     counts = " + ".join(f"{len(subset.rows):,}" for subset in examples)
-    train = rows.train
+    train = rows[0]
     dropped = sum(subset.dropped for subset in examples)
     lines = [
         f"data    {settings.source or 'synthetic skills'}: {counts} examples to train, validate and test on",
@@ -143,7 +143,7 @@ def _is_text(source: str | None) -> bool:
     return bool(source) and (path.suffix.lower() in (".txt", ".md") or path.is_dir())
 
 
-def _texts(cfg: Config, tokenizer: Tokenizer, width: int) -> Splits[Encoded]:
+def _texts(cfg: Config, tokenizer: Tokenizer, width: int) -> list[Encoded]:
     """Returns the documents of a text source, cut into examples of width + 1 ids whose every token is in the loss.
 
     The first id of an example is the last id of the example before it, so that every token of a document is a target.
@@ -161,21 +161,20 @@ def _texts(cfg: Config, tokenizer: Tokenizer, width: int) -> Splits[Encoded]:
     def encoded(pieces: list[np.ndarray]) -> Encoded:
         return Encoded(pieces, [np.ones(len(ids), np.float32) for ids in pieces], 0)
 
-    return Splits(*map(encoded, split_records(cfg.distill, cfg.seed, read, lambda *_, **__: [])))
+    return [encoded(subset) for subset in split_records(cfg.distill, cfg.seed, read, lambda *_, **__: [])]
 
 
-def _talks(cfg: Config, tokenizer: Tokenizer, width: int, notes: list[str]) -> Splits[Encoded]:
+def _talks(cfg: Config, tokenizer: Tokenizer, width: int, notes: list[str]) -> list[Encoded]:
     """Returns the conversations of the source, or synthetic ones. They have no token trees: a conversation whose
     template renders earlier turns differently later gives one example per answer."""
     because = " (distill.context_length, or less if the context of student or teacher is shorter)"
     talks = split_records(cfg.distill, cfg.seed, conversations.read, skills, notes)
-    encoded = (
+    return [
         conversations.encode(
             subset, tokenizer, context_length=width, loss_on=cfg.distill.loss_on, trees=False, because=because
         )
         for subset in talks
-    )
-    return Splits(*encoded)
+    ]
 
 
 # ---------------------------------------------------------------- the task
@@ -273,7 +272,7 @@ def batch_shapes(cfg: Config, rows: int, width: int) -> Batch | TeacherBatch:
 def plan(cfg: Config) -> list[str]:
     """Returns lines of text that summarise the run, for --dry-run."""
     data, size = _data(cfg), cfg.train.batch_size
-    n = len(data.rows.train.tokens)
+    n = len(data.rows[0].tokens)
     return [
         *(f"{line[:8]:19}{line[8:]}" for line in data.lines),
         tuning.plan(cfg, data.base, data.model),
@@ -351,7 +350,7 @@ def evaluate(result: TrainResult, test: Rows | None, say: Callable[[str], None])
     """
     file = Path(result.run_dir) / RESULTS
     if not file.exists():
-        write_json(file, _scores(result, test or _data(result.cfg).rows.test))
+        write_json(file, _scores(result, test or _data(result.cfg).rows[2]))
     say(use_json(file, summary))
 
 
