@@ -47,7 +47,10 @@ class Batch(NamedTuple):
 
 
 class RolloutBatch(NamedTuple):
-    """A batch of B rollouts, one per row: a prompt and a sampled answer, padded at the end.
+    """A batch of rollouts, each a prompt and a sampled answer, in B rows that are padded at the end.
+
+    A row holds one rollout or, if `index` is given, a token tree of N rollouts with the same prompt. The last axis of
+    weights, old and reference is that of the tokens, or with `index` that of the up to A targets of each answer.
 
     tokens        [B, T] int32    input ids
     targets       [B, T] int32    the token after each input token
@@ -57,6 +60,10 @@ class RolloutBatch(NamedTuple):
     old           [B, T] float32  log-probability of each target under the sampler, at the temperature of sampling
     reference     [B, T] float32  the same under the reference model, or None if the loss has no KL penalty
     advantages    [B] float32     the advantage of each answer
+
+    subtree_end   [B, T] int32    as in `Batch`, or None
+    index         [B, N, A] int32 place in the row of each target of each answer, or None. With `index`, weights, old
+                                  and reference are [B, N, A], and advantages [B, N].
 
     `old` and `reference` are used where weights is 1 only. The weights of a row without an answer are all 0.
     """
@@ -69,3 +76,5 @@ class RolloutBatch(NamedTuple):
     old: Any
     reference: Any
     advantages: Any
+    subtree_end: Any = None
+    index: Any = None

@@ -863,6 +863,11 @@ class RewardConfig:
     )
     temperature: float = setting(1.0, "Sampling temperature of the answers that are trained on.", POSITIVE)
     max_new_tokens: int = setting(64, "Maximum number of tokens per answer.", COUNT)
+    branches: Optional[Literal["tree", "rows"]] = setting(
+        None,
+        "Layout of the answers to a question. tree: one row per question, a token tree with the prompt once; rows: one"
+        " row per answer. null: tree on a single CPU device, where fewer tokens save time; rows elsewhere.",
+    )
     resample: Optional[int] = setting(
         None,
         "Dynamic sampling: how many times further questions are drawn in place of those whose answers all have the same"

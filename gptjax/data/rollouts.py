@@ -3,7 +3,8 @@
     kept, dropped = questions(conversations, tokenizer, longest=400)
     batch = rollout_batch([Rollout(prompt, tokens, logprobs), ..], advantages, length=464)
 
-A row holds one prompt with its answer. The end token E of the answer is only a target:
+A row of `rollout_batch` holds one prompt with its answer, a row of `tree_batch` one prompt with several answers. The
+end token E of an answer is only a target:
 
     tokens        a b c d e . .     prompt "abc", answer "deE"
     targets       b c d e E . .
@@ -18,8 +19,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from gptjax.data import token_tree
 from gptjax.data.conversations import Conversation, render_all
 from gptjax.data.loader import epoch_rows
+from gptjax.data.token_tree import TokenTree
 from gptjax.tokenizers import Tokenizer
 from gptjax.types import RolloutBatch
 
@@ -59,6 +62,39 @@ def draw(n: int, step: int, size: int, seed: int) -> np.ndarray:
     Every epoch contains each question once, in a new order.
     """
     return epoch_rows(step, size, n, seed)
+
+
+def tree_batch(groups: Sequence[Sequence[Rollout]], advantages: np.ndarray, length: int, longest: int) -> RolloutBatch:
+    """Returns a batch with a row for each group of N rollouts, as a token tree with their prompt once.
+
+    Args:
+        groups: B groups; the rollouts of a group have the same prompt.
+        advantages: [B, N].
+        length: the number T of tokens per row; each tree must fit.
+        longest: the number A, at least the length of the longest answer.
+    """
+    shape = len(groups), len(groups[0]), longest
+    index, weights, old = np.zeros(shape, np.int32), np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+    rows = np.zeros((5, len(groups), length), np.int32)  # tokens, targets, segment_ids, positions, subtree_end
+    rows[4] = length
+    for g, (tree, paths) in enumerate(map(group_tree, groups)):
+        n = len(tree.tokens)
+        rows[:, g, :n] = tree.tokens, tree.targets, np.ones(n), tree.positions, tree.subtree_end
+        for a, (rollout, path) in enumerate(zip(groups[g], paths, strict=True)):
+            size = len(rollout.tokens)
+            index[g, a, :size] = path[len(rollout.prompt) - 1 :]
+            weights[g, a, :size], old[g, a, :size] = 1, rollout.logprobs
+    tokens, targets, segments, positions, ends = rows
+    return RolloutBatch(
+        tokens, targets, weights, segments, positions, old, None, np.asarray(advantages, np.float32), ends, index
+    )
+
+
+def group_tree(group: Sequence[Rollout]) -> tuple[TokenTree, list[np.ndarray]]:
+    """Returns the token tree of rollouts with the same prompt, and the indices of the tokens of each in the tree."""
+    return token_tree.merge_paths(
+        [(np.array([*prompt, *tokens]), np.array([0] * len(prompt) + [1] * len(tokens))) for prompt, tokens, _ in group]
+    )
 
 
 def rollout_batch(rollouts: Sequence[Rollout], advantages: np.ndarray, length: int) -> RolloutBatch:

@@ -67,9 +67,15 @@ def merge(sequences: Sequence[tuple[np.ndarray, np.ndarray]]) -> TokenTree:
         sequences: for each sequence its token ids [n] and the loss weight of each id as a target [n], with n >= 2. The
             first weight is not used, as the first id is no target; the last id is only a target.
     """
-    root = _Node(-1, -1)
+    return merge_paths(sequences)[0]
+
+
+def merge_paths(sequences: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[TokenTree, list[np.ndarray]]:
+    """Returns the tree of `merge`, and for each sequence the indices [n - 1] of its tokens in the tree."""
+    root, paths = _Node(-1, -1), list[list[_Node]]()
     for ids, weights in sequences:
         node = root
+        paths.append([])
         targets = zip(ids[:-1].tolist(), ids[1:].tolist(), weights[1:].tolist(), strict=True)
         for token, target, weight in targets:
             same = (child for child in node.children if child.token == token and child.admits(target, weight))
@@ -79,10 +85,13 @@ def merge(sequences: Sequence[tuple[np.ndarray, np.ndarray]]) -> TokenTree:
                 node.children.append(child)
             child.add(target, weight)
             node = child
-    return _depth_first(root)
+            paths[-1].append(node)
+    tree, order = _depth_first(root)
+    places = {id(node): i for i, node in enumerate(order)}
+    return tree, [np.array([places[id(node)] for node in path], np.int32) for path in paths]
 
 
-def _depth_first(root: _Node) -> TokenTree:
+def _depth_first(root: _Node) -> tuple[TokenTree, list[_Node]]:
     order: list[_Node] = []
     ends: list[int] = []
     stack: list[tuple[_Node, int]] = [(child, -1) for child in reversed(root.children)]
@@ -99,10 +108,11 @@ def _depth_first(root: _Node) -> TokenTree:
     def column(name: str, dtype: type) -> np.ndarray:
         return np.array([getattr(node, name) for node in order], dtype)
 
-    return TokenTree(
+    tree = TokenTree(
         column("token", np.int32), column("target", np.int32), column("weight", np.float32), column("depth", np.int32),
         np.array(ends, np.int32),
     )  # fmt: skip
+    return tree, order
 
 
 def children(tree: TokenTree) -> dict[int, list[int]]:

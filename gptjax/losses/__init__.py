@@ -14,13 +14,13 @@ micro-batches exactly.
 from gptjax.losses.classify import class_logits, classify
 from gptjax.losses.distill import distill, distill_classes
 from gptjax.losses.next_token import next_token, token_log_probs, token_log_probs_and_entropies
-from gptjax.losses.policy import advantages, policy, policy_switches, policy_terms
+from gptjax.losses.policy import advantages, of_answers, policy, policy_switches, policy_terms
 from gptjax.losses.preference import answer_log_probs, preference
 from gptjax.losses.reward_model import answer_rewards, reward_model
 from gptjax.types import RolloutBatch
 
 __all__ = [
     "RolloutBatch", "advantages", "answer_log_probs", "answer_rewards", "class_logits", "classify", "distill",
-    "distill_classes", "next_token", "policy", "policy_switches", "policy_terms", "preference", "reward_model",
-    "token_log_probs", "token_log_probs_and_entropies",
+    "distill_classes", "next_token", "of_answers", "policy", "policy_switches", "policy_terms", "preference",
+    "reward_model", "token_log_probs", "token_log_probs_and_entropies",
 ]  # fmt: skip

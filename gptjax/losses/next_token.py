@@ -57,7 +57,7 @@ def token_log_probs(
 ) -> jax.Array:
     """Returns the log-probability of every target token, [B, T] float32.
 
-    Only the tokens, targets, segment_ids and, if the batch has them, positions are used.
+    Only the tokens, targets, segment_ids and, if the batch has them, positions and subtree_end are used.
 
     Args:
         key: random key for dropout, or None for no dropout.
@@ -93,6 +93,6 @@ def _head_factors(
 ) -> tuple[jax.Array, jax.Array]:
     hidden = backbone(
         params, batch.tokens, cfg, positions=getattr(batch, "positions", None), segment_ids=batch.segment_ids,
-        dropout_key=key,
+        subtree_end=getattr(batch, "subtree_end", None), dropout_key=key,
     )  # fmt: skip
     return head_factors(params, hidden, cfg)

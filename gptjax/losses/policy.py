@@ -263,8 +263,19 @@ def policy(
     def loss(params: Params, batch: RolloutBatch, key: jax.Array | None) -> tuple[Mean, Metrics]:
         key = None if off(cfg.dropout) else key
         new, entropies = token_log_probs_and_entropies(params, batch, cfg, key, temperature=temperature)
-        mean, metrics = policy_terms(new, batch.old, batch.reference, batch.weights, batch.advantages, s)
-        entropy = jnp.where(batch.weights > 0, entropies, 0.0).sum()
-        return mean, {**metrics, "entropy": Mean(entropy, batch.weights.sum())}
+        new, entropies = of_answers(new, batch), of_answers(entropies, batch)
+        old, mask = (leaf.reshape(new.shape) for leaf in (batch.old, batch.weights))
+        reference = None if batch.reference is None else batch.reference.reshape(new.shape)
+        mean, metrics = policy_terms(new, old, reference, mask, batch.advantages.reshape(-1), s)
+        entropy = jnp.where(mask > 0, entropies, 0.0).sum()
+        return mean, {**metrics, "entropy": Mean(entropy, mask.sum())}
 
     return loss
+
+
+def of_answers(values: jax.Array, batch: RolloutBatch) -> jax.Array:
+    """Returns values of tokens [B, T] by answer: [B N, A] if rows hold several answers (`index`), else unchanged."""
+    if batch.index is None:
+        return values
+    B, N, A = batch.index.shape
+    return jnp.take_along_axis(values, batch.index.reshape(B, N * A), 1).reshape(B * N, A)

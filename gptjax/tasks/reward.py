@@ -28,10 +28,11 @@ from gptjax.evaluation.generation_metrics import scores
 from gptjax.evaluation.intervals import t_interval
 from gptjax.evaluation.workers import Scorer, Scores
 from gptjax.files import use_json, write_json, write_text
-from gptjax.generation.decode import Completion, complete, generate
+from gptjax.generation.decode import Completion, bucket, complete, generate
 from gptjax.generation.sampling import chain, temperature
 from gptjax.losses.policy import Kind
 from gptjax.model.gpt import for_decoding
+from gptjax.ops import device
 from gptjax.tasks import instruct, tuning
 from gptjax.tokenizers import Tokenizer
 from gptjax.training.progress import Progress
@@ -41,7 +42,6 @@ from gptjax.types import Mean, Metrics, Params, RolloutBatch
 
 RESPONSES, BEFORE, RESULTS = instruct.RESPONSES, instruct.BEFORE, instruct.RESULTS
 __all__ = ["batch_shapes", "evaluate", "loss", "plan", "prepare", "refuse_missing"]
-ROUND = 16  # rows are padded to a multiple of this number of tokens
 SMOOTHED = 5  # number of successive rollouts whose mean rewards are averaged to detect a collapse
 
 
@@ -77,10 +77,31 @@ def _questions(
     return kept, dropped
 
 
-def row_length(cfg: Config, model: ModelConfig, kept: Sequence[Question]) -> int:
-    """Returns the number of tokens per row: that of the longest prompt with the longest possible answer, rounded up."""
-    longest = max(len(question.ids) for question in kept) + cfg.reward.max_new_tokens
-    return min(-(-longest // ROUND) * ROUND, tuning.longest_row(cfg, model))
+def row_length(cfg: Config, kept: Sequence[Question], trees: bool) -> int:
+    """Returns the largest number of tokens per row, with the longest prompt and the longest possible answers."""
+    answers = cfg.reward.group if trees else 1
+    return max(len(question.ids) for question in kept) + answers * cfg.reward.max_new_tokens
+
+
+def token_trees(cfg: Config, model: ModelConfig, kept: Sequence[Question]) -> bool:
+    """Returns whether the answers to a question are trained as one token tree, by reward.branches.
+
+    Raises:
+        UserError: reward.branches=tree, but the rows would be too long, or do not fit the settings.
+    """
+    rows, length = cfg.train.batch_size // cfg.reward.group, row_length(cfg, kept, trees=True)
+    problems = []
+    if model.smear:
+        problems.append("a model with smear=true has no token trees")
+    if length > model.context_length:
+        problems.append(f"a row would have up to {length:,} tokens, and the model reads {model.context_length:,}")
+    if rows % cfg.train.accumulation:
+        problems.append(f"train.accumulation ({cfg.train.accumulation}) must divide the {rows} questions of a step")
+    if cfg.reward.branches == "tree" and problems:
+        raise UserError(f"reward.branches=tree: {'; '.join(problems)}; set reward.branches=rows")
+    if cfg.reward.branches is None:
+        return not problems and device.platform() == "cpu" and jax.device_count() == 1
+    return cfg.reward.branches == "tree"
 
 
 # --- rewards
@@ -141,19 +162,21 @@ def prepare(cfg: Config, progress: Progress) -> Ready:
     resolved = resolve(cfg, model, len(train) * reward.updates, per_step)
     trainable, fingerprint = tuning.load_base(resolved, base, {}, jax.random.key(cfg.seed), progress)
     start = jax.tree.map(jnp.copy, trainable.params) if reward.kl else None
-    width, scoring = row_length(cfg, model, train), scorer(cfg)
+    trees, scoring = token_trees(cfg, model, train), scorer(cfg)
+    width = row_length(cfg, train, trees)
 
     counts = " + ".join(f"{len(talks):,}" for talks in splits)
     lines = [
         f"data    {reward.source or 'synthetic skills'}: {counts} questions to train, validate and test on",
-        f"        rows of {width} tokens, prompt and answer; {dropped + dropped_val} questions that do not fit were "
-        "dropped",
+        f"        rows of up to {width} tokens, prompt and {'all answers' if trees else 'answer'}; "
+        f"{dropped + dropped_val} questions that do not fit were dropped",
         *(f"        {note}" for note in notes),
         *style_lines,
         f"reward  {' + '.join(_weighted(cfg))}, {reward.loss}: {per_step} questions per step, {reward.group} answers "
         f"to each, {reward.updates} {'step' if reward.updates == 1 else 'steps'} on the same answers",
     ]
-    empty = _empty(size, width)
+    shapes = _shapes(size, width, False)
+    empty = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
     task = tuning.make_task(
         resolved,
         trainable,
@@ -166,7 +189,7 @@ def prepare(cfg: Config, progress: Progress) -> Ready:
         lines=lines,
         describe_batch=lambda step: f"see the rows of step {step + 1} in rollouts.jsonl",
         score=_validation(resolved, tokenizer, val, scoring),
-        rollouts=_roller(resolved, tokenizer, train, width, scoring, trainable.combine, start, progress.say),
+        rollouts=_roller(resolved, tokenizer, train, trees, scoring, trainable.combine, start, progress.say),
         during=scoring,
     )
     return Ready(resolved, task, splits.test)
@@ -177,10 +200,6 @@ def _weighted(cfg: Config) -> list[str]:
     return [
         name if share == 1 else f"{share:g} * {name}" for name, share in zip(cfg.reward.functions, shares, strict=True)
     ]
-
-
-def _empty(rows: int, width: int) -> RolloutBatch:
-    return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), _shapes(rows, width, False))
 
 
 def loss(cfg: Config) -> Loss:
@@ -205,7 +224,7 @@ def _roller(
     cfg: Config,
     tokenizer: Tokenizer,
     train: list[Question],
-    width: int,
+    trees: bool,
     scoring: Scorer,
     combine: Callable[[Params, Params], Params],
     start: Params | None,
@@ -215,6 +234,7 @@ def _roller(
 
     Args:
         train: the questions to train on.
+        trees: whether the answers to a question are one token tree.
         start: the trained params before the first step, which make the reference model of the KL penalty, or None.
         say: function that is called with a warning if training collapses.
     """
@@ -223,10 +243,23 @@ def _roller(
     if extra is None:
         extra = 2 if reward.loss == "dapo" else 0
     sampler, stop = chain(temperature(reward.temperature)), weights.stop_ids(tokenizer)
-    reference_log_probs = jax.jit(
-        lambda params, batch: losses.token_log_probs(params, batch, model, temperature=reward.temperature)
-    )
     watch = Watch(say)
+    longest = row_length(cfg, train, trees)
+
+    @jax.jit
+    def reference_log_probs(params: Params, batch: RolloutBatch) -> jax.Array:
+        log_probs = losses.token_log_probs(params, batch, model, temperature=reward.temperature)
+        return losses.of_answers(log_probs, batch).reshape(batch.old.shape)
+
+    def to_batch(groups: Sequence[Group], advantages: np.ndarray) -> RolloutBatch:
+        """Returns the batch, whose length is rounded up so that XLA compiles for few lengths."""
+        made = [[_rollout(group.question, answer) for answer in group.completions] for group in groups]
+        if trees:
+            needed = max(len(rollouts.group_tree(group)[0].tokens) for group in made)
+            return rollouts.tree_batch(made, advantages, min(bucket(needed), longest), reward.max_new_tokens)
+        flat = [rollout for group in made for rollout in group]
+        needed = max(len(rollout.prompt) + len(rollout.tokens) for rollout in flat)
+        return rollouts.rollout_batch(flat, advantages.reshape(-1), min(bucket(needed), longest))
 
     def answered(params: Params, number: int, key: jax.Array) -> list[Group]:
         """Lets the model answer the questions of draw `number`, and scores the answers."""
@@ -261,11 +294,7 @@ def _roller(
         flat = [group for group in drawn if not group.varies]
         kept += flat[: n - len(kept)]
         advantages = group_advantages(kept, reward.loss)
-        batch = rollouts.rollout_batch(
-            [_rollout(group.question, answer) for group in kept for answer in group.completions],
-            advantages.reshape(-1),
-            width,
-        )
+        batch = to_batch(kept, advantages)
         if start is not None:
             batch = batch._replace(reference=np.asarray(reference_log_probs(combine(start, frozen), batch)))
         metrics = measures(drawn) | {"seconds": generated_s}
@@ -487,6 +516,5 @@ def plan(cfg: Config) -> list[str]:
         tuning.plan(cfg, base, model),
         f"reward             {' + '.join(_weighted(cfg))}",
         f"steps              {cfg.train.steps(len(train) * cfg.reward.updates, per_step):,} of {per_step} questions, "
-        f"{cfg.reward.group} answers to each, in rows of {row_length(cfg, model, train)} tokens; "
-        f"loss {cfg.reward.loss}",
+        f"{cfg.reward.group} answers to each; loss {cfg.reward.loss}",
     ]

@@ -14,7 +14,7 @@ import gptjax
 from gptjax import losses
 from gptjax.__main__ import main
 from gptjax.data.conversations import Conversation
-from gptjax.data.rollouts import Question, Rollout, draw, rollout_batch
+from gptjax.data.rollouts import Question, Rollout, draw, rollout_batch, tree_batch
 from gptjax.generation.decode import Completion, complete
 from gptjax.generation.sampling import chain, temperature
 from gptjax.tasks import reward
@@ -119,7 +119,10 @@ def test_a_run_says_what_it_does_and_keeps_its_rollouts(folder, capsys):
     assert "is finished" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("more", [[], ["finetune.trainable=all", "reward.kl=0.05", "reward.updates=2"]])
+FULL = ["finetune.trainable=all", "reward.kl=0.05", "reward.updates=2"]
+
+
+@pytest.mark.parametrize("more", [["reward.branches=rows"], FULL])
 def test_an_interrupted_run_makes_the_same_rollouts(folder, monkeypatch, more):
     name = f"whole-{len(more)}"
     assert run(folder, name, *more) == 0
@@ -198,6 +201,8 @@ def test_mistakes(folder, capsys):
     refused("reward.updates (3) must divide", "reward.updates=3", "train.max_steps=4")
     refused("train.steps_per_call", "train.steps_per_call=2")
     refused("one after the other", "finetune.seeds=2", "finetune.together=true")
+    refused("the model reads 128", "reward.branches=tree", "reward.max_new_tokens=16")
+    refused("must divide the 2 questions", "reward.branches=tree", "train.accumulation=4")
     assert run(folder, "none", "--dry-run") == 0
     assert "34 + 2 + 4 questions" in capsys.readouterr().out and not (folder / "none").exists()
 
@@ -232,6 +237,38 @@ def test_rollout_batch():
     assert batch.weights.tolist() == [[0, 0, 1, 1, 1, 0], [1, 0, 0, 0, 0, 0]]
     assert batch.segment_ids.tolist() == [[1, 1, 1, 1, 1, 0], [1, 0, 0, 0, 0, 0]]
     np.testing.assert_allclose(batch.old[0], [0, 0, -0.1, -0.2, -0.3, 0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["grpo", "dapo", "gspo"])
+def test_a_tree_has_the_loss_and_the_gradients_of_a_row_per_answer(kind):
+    """Answers of different lengths, two of them equal, one the beginning of another, one without an end token."""
+    params = gptjax.init_params(jax.random.key(0), BASE)
+    answers = [[5, 6, 9], [5, 6, 9], [5, 9], [7, 8, 6, 5], [9]]
+    rng = np.random.default_rng(0)
+    groups = [
+        [Rollout(prompt, answer, rng.normal(-5, 0.1, len(answer)).tolist()) for answer in answers]
+        for prompt in ([1, 2, 3], [4, 3, 2, 1, 1, 2])
+    ]
+    advantages = rng.normal(size=(2, 5))
+    rows = rollout_batch([rollout for group in groups for rollout in group], advantages.reshape(-1), 12)
+    trees = tree_batch(groups, advantages, 24, 4)
+    assert (trees.segment_ids > 0).sum() < 0.7 * (rows.segment_ids > 0).sum()
+    np.testing.assert_array_equal(
+        np.take_along_axis(trees.targets, trees.index.reshape(2, -1), 1).reshape(10, 4) * trees.weights.reshape(10, 4),
+        [[*answer, *[0] * (4 - len(answer))] for group in groups for _, answer, _ in group],
+    )
+    loss = losses.policy(BASE, kind, kl=0.1)
+
+    def total(params, batch):
+        reference = batch.old - 0.1
+        mean, metrics = loss(params, batch._replace(reference=reference), None)
+        return mean.total / mean.weight, metrics
+
+    (a, metrics_a), gradient_a = jax.value_and_grad(total, has_aux=True)(params, rows)
+    (b, metrics_b), gradient_b = jax.value_and_grad(total, has_aux=True)(params, trees)
+    assert float(a) == pytest.approx(float(b), abs=1e-6)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), gradient_a, gradient_b)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), metrics_a, metrics_b)
 
 
 def test_every_question_is_drawn_once_per_epoch():
