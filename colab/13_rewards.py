@@ -23,6 +23,7 @@ import optax
 import gptjax
 from gptjax import losses, show
 from gptjax.data import conversations, rollouts
+from gptjax.generation.choose import majority
 from gptjax.generation.decode import complete
 from gptjax.generation.sampling import chain, temperature
 from gptjax.tokenizers import chat
@@ -174,7 +175,7 @@ def grpo(params, rate, steps, *, updates=1, clip=0.2, questions_per_step=8):
         made, rewards = roll(state.params, picked, jax.random.fold_in(key, i))
         batch = rollouts.rollout_batch(made, np.asarray(losses.advantages(rewards, "grpo")).reshape(-1), T)
         for _ in range(updates):
-            state, metrics = step(state, batch)
+            state, _ = step(state, batch)
         curve.append(float(rewards.mean()))
     return state.params, curve
 
@@ -190,8 +191,8 @@ assert SMOKE or after.mean() > all_rewards.mean() + 0.2
 #
 # ## Collapse
 #
-# A high learning rate, many steps on the same rollouts and no clipping: the model runs away from the answers that it was
-# rewarded for. Its answers become all alike or random, and since then all rewards are equal, it never comes back.
+# A high learning rate, many steps on the same rollouts and no clipping: the model runs away from the answers that it
+# was rewarded for. Its answers become all alike or random; then all rewards are equal, and it never comes back.
 
 # %%
 _, collapsed = grpo(params, 1e-2, RL_STEPS, updates=8, clip=1.0)
@@ -224,7 +225,7 @@ for n in (1, 4, 16):
     for i, talk in enumerate(talks):
         made, _ = roll(params, [i], jax.random.fold_in(key, i))
         texts = [tokenizer.decode([t for t in rollout.tokens if t not in stop]) for rollout in made[:n]]
-        right.append(texts[majority(texts)] == talk.messages[-1]["content"])
+        right.append(texts[majority(texts).choice] == talk.messages[-1]["content"])
         if SMOKE and i > 3:
             break
     votes[n] = np.mean(right)

@@ -65,6 +65,8 @@ def train(cfg: Config, *, log: Callable[[str], None] | None = None, hooks: Seque
 
     task = find(cfg.task)
     result, held_out = run_task(cfg, task.prepare, log, task.refuse_missing, hooks)
+    if cfg.task == "distill":
+        result = result._replace(params=task.student(result.params))
     if is_writer():
         task.evaluate(result, held_out, log or print)
     return result

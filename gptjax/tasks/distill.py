@@ -37,7 +37,7 @@ from gptjax.training.step import evaluate as mean_over
 from gptjax.training.task import Loss, Ready, resolve
 from gptjax.types import Batch, Params
 
-__all__ = ["evaluate", "loss", "plan", "prepare", "refuse_missing"]
+__all__ = ["evaluate", "loss", "plan", "prepare", "refuse_missing", "student"]
 RESULTS = "test.json"
 VERSION = 1  # of the files in the cache
 PROBE = 4000  # number of tokens whose text is encoded by both tokenizers to compare them
@@ -247,6 +247,11 @@ def with_teacher(trainable: Trainable, teacher: Params) -> Trainable:
         lambda trained, frozen: merge(trained, frozen["student"]),
         lambda folder, trained, frozen: export(folder, trained, frozen["student"]),
     )
+
+
+def student(params: Params) -> Params:
+    """Returns the parameters that the loss reads, without those of the teacher."""
+    return {name: node for name, node in params.items() if name != "teacher"}
 
 
 def loss(cfg: Config) -> Loss:

@@ -153,9 +153,10 @@ def _train(run: Run, hooks: Sequence[Hook]) -> TrainResult:
     finally:
         meter.close()
     if run.step < settings.max_steps:
+        n = run.counters.since_best
         say(
             f"stopped early at step {run.step:,} of {settings.max_steps:,}: no lower validation loss in "
-            f"{run.counters.since_best} evaluations (train.patience)"
+            f"{n} evaluation{'' if n == 1 else 's'} (train.patience)"
         )
     evaluate.plot(run)
     evaluate.write_model(run, run.dir.final)

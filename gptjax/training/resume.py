@@ -77,7 +77,7 @@ def finished(run: RunDir, written: Config, say: Callable[[str], None]) -> TrainR
     (step, loss), cfg = use_json(run.final / "result.json", result_of), run.stored()
     params, _ = weights.load(run.final)
     early = _stopped_early(run, written)
-    steps = f"{step:,} steps{' (stopped early by train.patience)' if early else ''}"
+    steps = f"{step:,} steps{' (train.patience is exhausted)' if early else ''}"
     say(f"{run.path} is finished: {steps}, validation loss {loss:.4f}. Nothing to do.")
     say(f"  for another run choose another run_dir=FOLDER; to generate text: gptjax sample {run.path}")
     if early:

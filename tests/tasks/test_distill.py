@@ -130,6 +130,17 @@ def test_several_seeds_in_one_program_share_the_teacher(folder, capsys):
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4), a, b)
 
 
+def test_the_result_in_python_is_the_student(folder):
+    cfg = gptjax.load_config(
+        "distill", f"distill.teacher={folder / 'teacher'}", f"finetune.base={folder / 'student'}", "distill.style=phi3",
+        f"distill.source={folder / 'talks.jsonl'}", f"run_dir={folder / 'python'}", "train.epochs=null",
+        "train.max_steps=1", "optim.warmup_steps=0",
+    )  # fmt: skip
+    result = gptjax.train(cfg, log=lambda line: None)
+    gptjax.save(folder / "saved", result.params, result.cfg.model, result.tokenizer)
+    jax.tree.map(np.testing.assert_array_equal, gptjax.load(folder / "saved")[0], gptjax.load(folder / "python")[0])
+
+
 def test_dry_run_and_mistakes(folder, capsys):
     assert run(folder, "none", "--dry-run") == 0
     out = capsys.readouterr().out

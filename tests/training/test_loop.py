@@ -741,7 +741,7 @@ def test_patience_stops_a_run_early(make, tmp_path, monkeypatch):
         cfg, train=dataclasses.replace(cfg.train, max_steps=80)
     )):  # fmt: skip
         assert gptjax.train(again, log=lines.append).step == stop
-        assert f"is finished: {stop} steps (stopped early by train.patience)" in lines[-3]
+        assert f"is finished: {stop} steps (train.patience is exhausted)" in lines[-3]
     assert (tmp_path / "run" / "final" / "result.json").stat().st_mtime_ns == before
 
     (tmp_path / "run" / "test.json").write_text("{}")
