@@ -56,9 +56,7 @@ chance.shuffle(careless)
 (work / "careless.jsonl").write_text("".join(record(*row) for row in careless))
 (work / "right.jsonl").write_text("".join(record(a, b, a + b) for a, b in sums))
 
-model = gptjax.ModelConfig(
-    arch="llama", n_layer=2, n_head=4, d_model=64, d_ff=192, context_length=64, vocab_size=257
-)
+model = gptjax.ModelConfig(arch="llama", n_layer=2, n_head=4, d_model=64, d_ff=192, context_length=64, vocab_size=257)
 gptjax.save(work / "random", gptjax.init_params(key, model), model, gptjax.tokenizers.load("bytes"))
 STEPS = 8 if SMOKE else 400
 result = gptjax.finetune(
@@ -122,8 +120,8 @@ assert difference < 1e-4
 # %% [markdown]
 # ## Advantages
 #
-# How good is an answer *compared with the others to the same question*? GRPO subtracts the mean of the group and divides
-# by its standard deviation. If all answers are right, or all wrong, every advantage is 0: nothing to learn.
+# How good is an answer *compared with the others to the same question*? GRPO subtracts the mean of the group and
+# divides by its standard deviation. If all answers are right, or all wrong, every advantage is 0: nothing to learn.
 
 # %%
 example = jnp.array([[1.0, 0, 0, 1], [1, 0, 0, 0], [1, 1, 1, 1]])
@@ -159,7 +157,8 @@ show.curves(
 # %% [markdown]
 # ## GRPO
 #
-# Draw, reward, compare, step. Nothing else is needed; the optimizer and the training step are those of every other task.
+# Draw, reward, compare, step. Nothing else is needed; the optimizer and the training step are those of every other
+# task.
 
 
 # %%
@@ -217,7 +216,6 @@ print(f"last ten rollouts: {np.mean(curve[-10:]):.2f} and {np.mean(collapsed[-10
 # one answer is (self-consistency). It costs time at every question, but no training.
 
 # %%
-from gptjax.generation.choose import majority
 
 votes = {}
 for n in (1, 4, 16):

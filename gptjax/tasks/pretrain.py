@@ -151,7 +151,12 @@ def _task(cfg: Config, ready: data.Prepared, base: weights.Model | None) -> Task
         tokenizer=ready.tokenizer,
         batches=lambda step, k, rows: loader.batches(step, k, rows or slice(None)),
         describe_batch=describe_batch,
-        validation=Validation(eval_batches, first_batches / n_batches, derived_metrics),
+        validation=Validation(
+            eval_batches,
+            first_batches / n_batches,
+            derived_metrics,
+            sample=sampling(cfg, ready.tokenizer, [prompt] * cfg.sample.n),
+        ),
         build=lambda cfg: StepFunctions(loss(cfg), identity, make_optimizer(cfg.optim, cfg.train.max_steps)),
         start=(lambda key: init_params(key, model)) if start is None else start,
         frozen=None,
@@ -165,7 +170,6 @@ def _task(cfg: Config, ready: data.Prepared, base: weights.Model | None) -> Task
         },
         describe=describe,
         write=write,
-        sample=sampling(cfg, ready.tokenizer, [prompt] * cfg.sample.n),
     )
 
 

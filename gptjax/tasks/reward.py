@@ -37,7 +37,7 @@ from gptjax.tasks import instruct, tuning
 from gptjax.tokenizers import Tokenizer
 from gptjax.training.progress import Progress
 from gptjax.training.run import TrainResult
-from gptjax.training.task import Loss, Ready, Rollouts, resolve
+from gptjax.training.task import Loss, Ready, Rollouts, RolloutSource, resolve
 from gptjax.types import Mean, Metrics, Params, RolloutBatch
 
 RESPONSES, BEFORE, RESULTS = instruct.RESPONSES, instruct.BEFORE, instruct.RESULTS
@@ -189,8 +189,9 @@ def prepare(cfg: Config, progress: Progress) -> Ready:
         lines=lines,
         describe_batch=lambda step: f"see the rows of step {step + 1} in rollouts.jsonl",
         score=_validation(resolved, tokenizer, val, scoring),
-        rollouts=_roller(resolved, tokenizer, train, trees, scoring, trainable.combine, start, progress.say),
-        during=scoring,
+        rollouts=RolloutSource(
+            _roller(resolved, tokenizer, train, trees, scoring, trainable.combine, start, progress.say), scoring
+        ),
     )
     return Ready(resolved, task, splits.test)
 
@@ -230,7 +231,7 @@ def _roller(
     start: Params | None,
     say: Callable[[str], None],
 ) -> Callable[[Params, Params, int, int], Rollouts]:
-    """Returns the function `Task.rollouts`.
+    """Returns the function `RolloutSource.make`.
 
     Args:
         train: the questions to train on.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from gptjax.tasks.trainable import (
 from gptjax.tokenizers import Tokenizer, chat
 from gptjax.training.flops import flops_per_token
 from gptjax.training.progress import Progress
-from gptjax.training.task import Loss, Rollouts, Task, Validation
+from gptjax.training.task import Loss, RolloutSource, Task, Validation
 from gptjax.types import Mean, Metrics, Params
 
 
@@ -110,8 +109,7 @@ def make_task(
     describe_batch: Callable[[int], str] | None = None,
     files: dict[str, str] | None = None,
     score: Callable[[Params], tuple[Mean, Metrics]] | None = None,
-    rollouts: Callable[[Params, Params, int, int], Rollouts] | None = None,
-    during: AbstractContextManager[Any] | None = None,
+    rollouts: RolloutSource | None = None,
 ) -> Task:
     """Build the `Task` of a fine-tuning run.
 
@@ -129,8 +127,7 @@ def make_task(
             the line shows the batch's first tokens.
         files: further text files to write into the model's folder, as a dict from file name to text.
         score: the function `Validation.score`, or None for an evaluation by the loss on `eval_batches`.
-        rollouts: the function `Task.rollouts`, or None.
-        during: the context manager `Task.during`, or None.
+        rollouts: the source of batches that the model generates, or None.
     """
     model, shapes = cfg.model, abstract_params(cfg.model)
     n_params, base_shapes = tree.size(shapes), split_heads(shapes)[0]
@@ -168,7 +165,6 @@ def make_task(
         describe=lambda n_trained: [*lines, *_describe(cfg, n_params, n_trained)],
         write=write,
         rollouts=rollouts,
-        during=during or nullcontext(),
     )  # fmt: skip
 
 

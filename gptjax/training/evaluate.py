@@ -87,7 +87,7 @@ def evaluator(meter: Meter) -> Callable[[Run], None]:
             counters.since_best += 1
         sampled_from = time.monotonic()
         meter.eval_s += sampled_from - ended
-        if run.task.sample:
+        if validation.sample:
             compiles = run.last_sample is None
             with run.progress.phase("sampling"):
                 sample(run)
@@ -110,8 +110,8 @@ def sample(run: Run) -> None:
     if not run.writes:
         run.last_sample = ""
         return
-    assert run.task.sample is not None
-    texts = on_mesh(run.task.sample, mesh)(run.rules.combine(*both))
+    assert run.task.validation.sample is not None
+    texts = on_mesh(run.task.validation.sample, mesh)(run.rules.combine(*both))
     run.last_sample = texts[0]
     run.dir.append("samples.txt", "".join(f"==== step {run.step} ====\n{text}\n\n" for text in texts))
     run.counters.samples_bytes = (run.dir.path / "samples.txt").stat().st_size

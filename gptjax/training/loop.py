@@ -100,7 +100,8 @@ def _run(
         with distributed.synchronise_errors(), Progress(log=log, alive=dir.touch if writes else _nothing) as progress:
             ready = prepare(written, progress)
             resolved, held_out = ready.cfg, ready.held_out
-            stack.enter_context(ready.task.during)
+            if ready.task.rollouts:
+                stack.enter_context(ready.task.rollouts.during)
             steps_per_call(resolved, 0, hooks=[every for every, _ in hooks])
         distributed.agree_on(resume.hashes(ready.task), "the data")
         signals.raise_if_any()
@@ -167,7 +168,7 @@ def _train(run: Run, hooks: Sequence[Hook]) -> TrainResult:
     )
     if run.last_sample:
         say(f"---- sample ----\n{run.last_sample}\n----------------")
-    texts = " samples.txt" * bool(run.task.sample) + " rollouts.jsonl" * bool(run.task.rollouts)
+    texts = " samples.txt" * bool(run.task.validation.sample) + " rollouts.jsonl" * bool(run.task.rollouts)
     say(f"in {run.dir.path}: final/ best/ loss.png metrics.jsonl{texts}")
     return TrainResult(run.dir.path, run.params(), run.cfg, run.task.tokenizer, run.step, counters.val_loss)
 

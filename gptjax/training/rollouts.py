@@ -20,8 +20,8 @@ def roll(run: Run, meter: Meter) -> Any:
     """
     assert run.task.rollouts is not None
     with run.progress.phase("generating answers"):
-        roll_on = on_mesh(run.task.rollouts, run.mesh)
-        batches, metrics, rows = roll_on(run.state.params, run.state.frozen, run.step, run.k)
+        make = on_mesh(run.task.rollouts.make, run.mesh)
+        batches, metrics, rows = make(run.state.params, run.state.frozen, run.step, run.k)
     step = run.step + 1
     run.rolled = metrics
     meter.log({"step": step, **{f"rollout/{name}": finite(value) for name, value in metrics.items()}})

@@ -49,12 +49,14 @@ class Validation(NamedTuple):
     derived_metrics  function (loss) that computes further metrics from the loss, such as perplexity
     score            function (params) that lets the model answer the validation questions, and returns the negative
                      mean reward as a `Mean` over the answers, and a dict with further metrics; None: the loss is used
+    sample           function (params) that returns generated texts, called after each evaluation; None for no samples
     """
 
     batches: Callable[[bool], Iterable[Any]]
     first_share: float = 1.0
     derived_metrics: Callable[[float], dict[str, float]] = lambda loss: {}
     score: Callable[[Params], tuple[Mean, Metrics]] | None = None
+    sample: Callable[[Params], list[str]] | None = None
 
     def text(self, loss: float) -> str:
         """Returns the validation loss, or with `score` the mean reward, for a line of output."""
@@ -72,6 +74,18 @@ class Rollouts(NamedTuple):
     batches: Any
     metrics: dict[str, float]
     rows: list[dict[str, Any]]
+
+
+class RolloutSource(NamedTuple):
+    """Lets the model generate the batches that it is trained on.
+
+    make      function (trained, frozen, step, k) that returns the batches of the k steps from `step`; it depends on
+              nothing else, so that a resumed run makes the same rollouts
+    during    context manager that is open while the task is trained, such as processes that `make` needs
+    """
+
+    make: Callable[[Any, Any, int, int], Rollouts]
+    during: AbstractContextManager[Any] = nullcontext()
 
 
 class Task(NamedTuple):
@@ -94,11 +108,7 @@ class Task(NamedTuple):
     describe          function (number of trained parameters) that returns lines of text about data and model, which are
                       printed before the first step
     write             function (folder, trained, frozen, text files) that writes a self-contained model folder
-    sample            function (params) that returns generated texts, called after each evaluation; None for no samples
-    rollouts          function (trained, frozen, step, k) that lets the model generate the batches of the k steps from
-                      `step`; it depends on nothing else, so that a resumed run makes the same rollouts. None: the
-                      batches are those of `batches`
-    during            context manager that is open while the task is trained, such as processes that it needs
+    rollouts          the source of batches that the model generates; None: the batches are those of `batches`
     """
 
     tokenizer: Tokenizer
@@ -112,9 +122,7 @@ class Task(NamedTuple):
     fingerprints: dict[str, tuple[str, str]]
     describe: Callable[[int], list[str]]
     write: Callable[[Path, Any, Any, dict[str, str]], None]
-    sample: Callable[[Params], list[str]] | None = None
-    rollouts: Callable[[Any, Any, int, int], Rollouts] | None = None
-    during: AbstractContextManager[Any] = nullcontext()
+    rollouts: RolloutSource | None = None
 
     def functions(self, cfg: Config) -> StepFunctions:
         """Returns `build(cfg)`, with an optimizer that also averages the params if train.ema or train.average_last is

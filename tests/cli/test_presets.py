@@ -2,6 +2,7 @@ import pytest
 
 from gptjax import config
 from gptjax.__main__ import main
+from gptjax.config.uses import TUNINGS
 
 
 def test_ls_names_all(capsys):
@@ -9,7 +10,7 @@ def test_ls_names_all(capsys):
     out = capsys.readouterr().out
     assert [line.split()[0] for line in out.splitlines() if line.startswith(" ")] == list(config.presets())
     headings = [line for line in out.splitlines() if not line.startswith(" ")]
-    assert len(headings) == 5 and "gptjax finetune classify PRESET" in headings
+    assert len(headings) == 1 + len(TUNINGS) and "gptjax finetune classify PRESET" in headings
 
 
 def test_a_copy_says_how_to_run_it(tmp_path, capsys):

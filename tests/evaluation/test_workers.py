@@ -277,7 +277,8 @@ def test_programs_that_a_function_started_end_with_it(mine, tmp_path):
 
 
 PROGRAM = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin with SIGINT ignored
 from gptjax.evaluation.workers import Scorer
 name, file, prompt, limit = sys.argv[1:]
 with Scorer([name], [1], time_limit_s=float(limit), processes=2) as scorer:

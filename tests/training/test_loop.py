@@ -136,8 +136,8 @@ def test_the_remaining_time_includes_evaluations_and_samples(make, tmp_path, mon
             now[0] += 1100 if len(samples) == 1 else 100
             return ["text"]
 
-        validation = task.validation._replace(batches=eval_batches)
-        return Ready(cfg, task._replace(batches=batches, validation=validation, sample=sample))
+        validation = task.validation._replace(batches=eval_batches, sample=sample)
+        return Ready(cfg, task._replace(batches=batches, validation=validation))
 
     lines = []
     loop.run_task(make(tmp_path / "run", "train.eval_every=10", "data.val_fraction=0.35"), prepare, lines.append)
