@@ -5,7 +5,7 @@
 # wrong ones, the model can learn from its own answers. You let a small model answer sums, compute advantages and the
 # policy gradient by hand, train with GRPO, provoke a collapse, vote instead of training, and run the task.
 #
-# What it costs: CPU 4 minutes (2 cores under other load); TPU not measured. It downloads nothing.
+# What it costs: CPU 4 minutes (2 cores under other load); v5e-1: not measured. It downloads nothing.
 
 # %%
 import itertools
