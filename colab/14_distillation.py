@@ -8,6 +8,7 @@
 # What it costs: CPU 3 minutes (2 cores under other load); v5e-1: not measured. It downloads nothing.
 
 # %%
+import itertools
 import os
 
 import jax
@@ -59,16 +60,14 @@ def fit(kind):
 
 
 fitted = {kind: jnp.exp(parabola(fit(kind))) for kind in ("forward", "reverse", "js")}
-show.curves(
-    {"teacher": (x, jnp.exp(teacher_log)), **{k: (x, p) for k, p in fitted.items()}}, x="token", y="probability"
-)
+curves = {"teacher": (x, jnp.exp(teacher_log))} | {kind: (x, probs) for kind, probs in fitted.items()}
+show.curves(curves, x="token", y="probability")
 p, q = jnp.exp(teacher_log), fitted["forward"]
 by_hand = float((p * (jnp.log(p) - jnp.log(q))).sum())
 assert abs(by_hand - float(divergence(jnp.log(q), teacher_log, "forward"))) < 1e-5
 for kind, probs in fitted.items():
-    print(
-        f"{kind:8} most probable token {int(probs.argmax())}, probability of the valley 15 to 22: {probs[15:23].sum():.2f}"
-    )
+    valley = float(probs[15:23].sum())
+    print(f"{kind:8} most probable token {int(probs.argmax())}, probability of the valley 15 to 22: {valley:.2f}")
 
 # %% [markdown]
 # ## A language whose entropy is known
@@ -187,7 +186,7 @@ coarse = [
 ]
 show.curves({"top k": (np.arange(1, V + 1), coarse), "full": ([1, V], [full, full])}, x="k", y="divergence, nats")
 assert max(coarse) <= full + 1e-5 and abs(coarse[-1] - full) < 1e-5
-assert all(a <= b + 1e-6 for a, b in zip(coarse, coarse[1:], strict=False))
+assert all(a <= b + 1e-6 for a, b in itertools.pairwise(coarse))
 
 stored = jax.jit(lambda batch: teacher_log_probs(teacher, batch, big, top_k=3, vocab_size=V))
 
