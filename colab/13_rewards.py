@@ -195,6 +195,7 @@ assert SMOKE or after.mean() > all_rewards.mean() + 0.2
 
 # %%
 _, collapsed = grpo(params, 1e-2, RL_STEPS, updates=8, clip=1.0)
+print(f"last ten rollouts: {np.mean(curve[-10:]):.2f} and {np.mean(collapsed[-10:]):.2f}")
 smooth = np.ones(5) / 5
 x = np.arange(RL_STEPS - 4) if not SMOKE else np.arange(RL_STEPS)
 show.curves(
@@ -204,7 +205,6 @@ show.curves(
     },
     x="rollouts", y="mean reward",
 )  # fmt: skip
-print(f"last ten rollouts: {np.mean(curve[-10:]):.2f} and {np.mean(collapsed[-10:]):.2f}")
 
 # %% [markdown]
 # `gptjax finetune reward` warns of this in a line of its log, keeps the best model in `best/`, and has `reward.kl` to

@@ -60,14 +60,14 @@ def fit(kind):
 
 
 fitted = {kind: jnp.exp(parabola(fit(kind))) for kind in ("forward", "reverse", "js")}
-curves = {"teacher": (x, jnp.exp(teacher_log))} | {kind: (x, probs) for kind, probs in fitted.items()}
-show.curves(curves, x="token", y="probability")
 p, q = jnp.exp(teacher_log), fitted["forward"]
 by_hand = float((p * (jnp.log(p) - jnp.log(q))).sum())
 assert abs(by_hand - float(divergence(jnp.log(q), teacher_log, "forward"))) < 1e-5
 for kind, probs in fitted.items():
     valley = float(probs[15:23].sum())
     print(f"{kind:8} most probable token {int(probs.argmax())}, probability of the valley 15 to 22: {valley:.2f}")
+curves = {"teacher": (x, jnp.exp(teacher_log))} | {kind: (x, probs) for kind, probs in fitted.items()}
+show.curves(curves, x="token", y="probability")
 
 # %% [markdown]
 # ## A language whose entropy is known
@@ -146,14 +146,14 @@ for n in sizes:
     data = texts(n, 3)
     curves["text alone"].append(test_loss(train(small, alone, data, STEPS, 1), small))
     curves["teacher"].append(test_loss(train(small, with_teacher, data, STEPS, 1, teacher), small))
+for n, a, b in zip(sizes, *curves.values(), strict=True):
+    print(f"{n:5,} texts: {a:.3f} alone, {b:.3f} with a teacher")
+assert SMOKE or curves["teacher"][0] < curves["text alone"][0] - 0.1
 show.curves(
     {name: (np.log2(sizes), values) for name, values in curves.items()}
     | {"entropy": (np.log2(sizes), [entropy] * len(sizes))},
     x="log2 of the number of texts", y="test loss of the student, nats", marker="o",
 )  # fmt: skip
-for n, a, b in zip(sizes, *curves.values(), strict=True):
-    print(f"{n:5,} texts: {a:.3f} alone, {b:.3f} with a teacher")
-assert SMOKE or curves["teacher"][0] < curves["text alone"][0] - 0.1
 
 # %% [markdown]
 # ## Temperature
@@ -184,10 +184,11 @@ coarse = [
     float(divergence(coarse_log_probs(log_student, order[:k]), coarse_log_probs(log_teacher, order[:k])))
     for k in range(1, V + 1)
 ]
-show.curves({"top k": (np.arange(1, V + 1), coarse), "full": ([1, V], [full, full])}, x="k", y="divergence, nats")
 assert max(coarse) <= full + 1e-5 and abs(coarse[-1] - full) < 1e-5
 assert all(a <= b + 1e-6 for a, b in itertools.pairwise(coarse))
+show.curves({"top k": (np.arange(1, V + 1), coarse), "full": ([1, V], [full, full])}, x="k", y="divergence, nats")
 
+# %%
 stored = jax.jit(lambda batch: teacher_log_probs(teacher, batch, big, top_k=3, vocab_size=V))
 
 

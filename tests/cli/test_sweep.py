@@ -75,3 +75,8 @@ def test_without_an_axis_it_has_some(capsys):
 def test_what_it_refuses(args, says, capsys):
     assert main(["sweep", "tiny-gpt2", *args]) == 2
     assert says in capsys.readouterr().err
+
+
+def test_it_refuses_a_task_without_fixed_data(capsys):
+    assert main(["sweep", "reward", "seed=range(2)"]) == 2
+    assert "a sweep trains on fixed data" in capsys.readouterr().err
