@@ -1,6 +1,6 @@
 """A reward model on held-out pairs, and how much best-of-n, majority and mean log-probability gain over greedy answers.
 
-    python tests/bench/best_of_n.py [--pairs 200] [--examples 400] [--questions 40] [--n 8] [--temperature 1.0]
+    python tests/bench/best_of_n.py [--pairs 600] [--examples 400] [--questions 40] [--n 8] [--temperature 1.0]
                                     [--base MODEL] [--runs FOLDER] [a.b=c ...]
 
 Trains a reward model with the preset reward_model on synthetic pairs, and a policy with the preset instruct on few
@@ -46,7 +46,7 @@ def line(name: str, right: list[bool]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    for name, default in (("pairs", 200), ("examples", 400), ("questions", 40), ("n", 8)):
+    for name, default in (("pairs", 600), ("examples", 400), ("questions", 40), ("n", 8)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--base", default="smollm2-135m-instruct")
