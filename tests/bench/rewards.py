@@ -163,7 +163,7 @@ def main() -> None:
     parser.add_argument("--rollouts", type=int, default=32)
     parser.add_argument("--folder", type=Path, default=Path("runs/bench-rewards"))
     parser.add_argument("settings", nargs="*", help="further settings of `gptjax finetune reward`")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     args.steps = args.steps or {"skills": 60, "speed": 4}[args.what]
     {"skills": skills, "speed": speed}[args.what](args)
 
