@@ -195,6 +195,7 @@ def test_a_function_of_weight_0_is_only_measured(mine):
     assert scores.total.tolist() == [0, 1] and np.isnan(scores.parts[f"{mine}:bad"][0])
 
 
+@pytest.mark.slow
 def test_a_function_that_always_fails_is_left_out(mine):
     names = [f"{mine}:never", f"{mine}:hang", f"{mine}:eight", "exact"]
     with Scorer(names, [1, 1, 1, 1], time_limit_s=1.5, processes=4) as scorer:
@@ -293,7 +294,7 @@ def run(mine, file, prompt="", limit=1000.0):
     return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
 
 
-@pytest.mark.parametrize("prompt", ["", "regex"])
+@pytest.mark.parametrize("prompt", ["", pytest.param("regex", marks=pytest.mark.slow)])
 def test_no_process_outlives_a_parent_that_is_killed(mine, tmp_path, monkeypatch, prompt):
     with run(mine, tmp_path / "pids", prompt, 2.0) as parent:
         children = pids(tmp_path / "pids", 2)

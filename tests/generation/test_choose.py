@@ -57,6 +57,7 @@ def judge(tiny):
     return tiny("llama", n_classes=1, cls_bias=False, vocab_size=257, context_length=64)
 
 
+@pytest.mark.slow
 def test_the_reward_is_the_logit_at_the_last_token(judge):
     """Rows of one batch, of different lengths and in any order, get the rewards that they get alone."""
     cfg, params = judge

@@ -77,6 +77,7 @@ def test_the_student_learns_from_its_teacher(folder, capsys):
     assert json.loads((folder / "all" / "test.json").read_text()) == json.loads((folder / "before.json").read_text())
 
 
+@pytest.mark.slow
 def test_the_cached_probabilities_give_the_same_student(folder, cache, capsys):
     """With k = vocabulary size; the second run reads the file of the first."""
     assert run(folder, "every-step") == 0
@@ -97,7 +98,14 @@ def test_the_cached_probabilities_give_the_same_student(folder, cache, capsys):
     assert len(list(cache.glob("*.npy"))) == 2
 
 
-@pytest.mark.parametrize("more", [(), ("distill.top_k=5", "distill.divergence=js"), ("finetune.trainable=lora",)])
+@pytest.mark.parametrize(
+    "more",
+    [
+        (),
+        pytest.param(("distill.top_k=5", "distill.divergence=js"), marks=pytest.mark.slow),
+        pytest.param(("finetune.trainable=lora",), marks=pytest.mark.slow),
+    ],
+)
 def test_a_resumed_run_is_bitwise_equal(folder, more, capsys):
     name = "-".join(["whole", *(text.partition("=")[2] for text in more)])
     assert run(folder, name, *more) == 0
@@ -120,6 +128,7 @@ def test_plain_text_and_selected_parameters(folder, capsys):
     assert changed["ln_f"]["scale"] and changed["blocks"]["mlp"]["up"]["kernel"] and not changed["wte"]["embedding"]
 
 
+@pytest.mark.slow
 def test_several_seeds_in_one_program_share_the_teacher(folder, capsys):
     settings = ("finetune.trainable=lora", "finetune.seeds=2", "train.max_steps=4", "optim.eps=1e-4")
     for together in ("true", "false"):

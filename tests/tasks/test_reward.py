@@ -122,7 +122,7 @@ def test_a_run_says_what_it_does_and_keeps_its_rollouts(folder, capsys):
 FULL = ["finetune.trainable=all", "reward.kl=0.05", "reward.updates=2"]
 
 
-@pytest.mark.parametrize("more", [["reward.branches=rows"], FULL])
+@pytest.mark.parametrize("more", [["reward.branches=rows"], pytest.param(FULL, marks=pytest.mark.slow)])
 def test_an_interrupted_run_makes_the_same_rollouts(folder, monkeypatch, more):
     name = f"whole-{len(more)}"
     assert run(folder, name, *more) == 0
