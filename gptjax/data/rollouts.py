@@ -45,6 +45,9 @@ class Rollout(NamedTuple):
     logprobs: Sequence[float]
 
 
+GroupTree = tuple[TokenTree, list[np.ndarray]]
+
+
 def questions(talks: Sequence[Conversation], tokenizer: Tokenizer, *, longest: int) -> tuple[list[Question], int]:
     """Returns the questions whose prompt has at most `longest` tokens, and the number of the others.
 
@@ -64,11 +67,14 @@ def draw(n: int, step: int, size: int, seed: int) -> np.ndarray:
     return epoch_rows(step, size, n, seed)
 
 
-def tree_batch(groups: Sequence[Sequence[Rollout]], advantages: np.ndarray, length: int, longest: int) -> RolloutBatch:
+def tree_batch(
+    groups: Sequence[Sequence[Rollout]], trees: Sequence[GroupTree], advantages: np.ndarray, length: int, longest: int
+) -> RolloutBatch:
     """Returns a batch with a row for each group of N rollouts, as a token tree with their prompt once.
 
     Args:
         groups: B groups; the rollouts of a group have the same prompt.
+        trees: `group_tree` of each group.
         advantages: [B, N].
         length: the number T of tokens per row; each tree must fit.
         longest: the number A, at least the length of the longest answer.
@@ -77,7 +83,7 @@ def tree_batch(groups: Sequence[Sequence[Rollout]], advantages: np.ndarray, leng
     index, weights, old = np.zeros(shape, np.int32), np.zeros(shape, np.float32), np.zeros(shape, np.float32)
     rows = np.zeros((5, len(groups), length), np.int32)  # tokens, targets, segment_ids, positions, subtree_end
     rows[4] = length
-    for g, (tree, paths) in enumerate(map(group_tree, groups)):
+    for g, (tree, paths) in enumerate(trees):
         n = len(tree.tokens)
         rows[:, g, :n] = tree.tokens, tree.targets, np.ones(n), tree.positions, tree.subtree_end
         for a, (rollout, path) in enumerate(zip(groups[g], paths, strict=True)):
@@ -90,7 +96,7 @@ def tree_batch(groups: Sequence[Sequence[Rollout]], advantages: np.ndarray, leng
     )
 
 
-def group_tree(group: Sequence[Rollout]) -> tuple[TokenTree, list[np.ndarray]]:
+def group_tree(group: Sequence[Rollout]) -> GroupTree:
     """Returns the token tree of rollouts with the same prompt, and the indices of the tokens of each in the tree."""
     return token_tree.merge_paths(
         [(np.array([*prompt, *tokens]), np.array([0] * len(prompt) + [1] * len(tokens))) for prompt, tokens, _ in group]

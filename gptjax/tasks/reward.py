@@ -109,15 +109,25 @@ def token_trees(cfg: Config, model: ModelConfig, kept: Sequence[Question]) -> bo
 
 def scorer(cfg: Config) -> Scorer:
     """Returns the reward functions of a config, in processes that end with this process."""
-    reward = cfg.reward
-    shares = reward.weights or (1.0,) * len(reward.functions)
-    return Scorer(reward.functions, shares, time_limit_s=reward.time_limit)
+    return Scorer(cfg.reward.functions, _shares(cfg), time_limit_s=cfg.reward.time_limit)
+
+
+def _shares(cfg: Config) -> tuple[float, ...]:
+    return cfg.reward.weights or (1.0,) * len(cfg.reward.functions)
 
 
 def score(scoring: Scorer, talks: Sequence[Conversation], answers: Sequence[str]) -> Scores:
-    """Returns the rewards of an answer to the last question of each conversation."""
+    """Returns the rewards of an answer to the last question of each conversation.
+
+    Raises:
+        UserError: no answer has a reward.
+    """
     examples = [instruct.row_of(talk, answer) for talk, answer in zip(talks, answers, strict=True)]
-    return scoring.score([example["prompt"] for example in examples], answers, examples)
+    results = scoring.score([example["prompt"] for example in examples], answers, examples)
+    if np.isnan(results.total).all():
+        results.check()
+        raise UserError(f"reward.functions: one of them failed for each answer; the first: {results.failures[0].text}")
+    return results
 
 
 class Group(NamedTuple):
@@ -175,7 +185,7 @@ def prepare(cfg: Config, progress: Progress) -> Ready:
         f"reward  {' + '.join(_weighted(cfg))}, {reward.loss}: {per_step} questions per step, {reward.group} answers "
         f"to each, {reward.updates} {'step' if reward.updates == 1 else 'steps'} on the same answers",
     ]
-    shapes = _shapes(size, width, False)
+    shapes = batch_shapes(cfg, per_step if trees else size, width)
     empty = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
     task = tuning.make_task(
         resolved,
@@ -197,10 +207,8 @@ def prepare(cfg: Config, progress: Progress) -> Ready:
 
 
 def _weighted(cfg: Config) -> list[str]:
-    shares = cfg.reward.weights or (1.0,) * len(cfg.reward.functions)
-    return [
-        name if share == 1 else f"{share:g} * {name}" for name, share in zip(cfg.reward.functions, shares, strict=True)
-    ]
+    pairs = zip(cfg.reward.functions, _shares(cfg), strict=True)
+    return [name if share == 1 else f"{share:g} * {name}" for name, share in pairs]
 
 
 def loss(cfg: Config) -> Loss:
@@ -212,13 +220,9 @@ def loss(cfg: Config) -> Loss:
 
 
 def batch_shapes(cfg: Config, rows: int, width: int) -> RolloutBatch:
-    return _shapes(rows, width, bool(cfg.reward.kl))
-
-
-def _shapes(rows: int, width: int, reference: bool) -> RolloutBatch:
     ids, floats = (jax.ShapeDtypeStruct((rows, width), dtype) for dtype in (np.int32, np.float32))
     advantages = jax.ShapeDtypeStruct((rows,), np.float32)
-    return RolloutBatch(ids, ids, floats, ids, ids, floats, floats if reference else None, advantages)
+    return RolloutBatch(ids, ids, floats, ids, ids, floats, floats if cfg.reward.kl else None, advantages)
 
 
 def _roller(
@@ -256,8 +260,9 @@ def _roller(
         """Returns the batch, whose length is rounded up so that XLA compiles for few lengths."""
         made = [[_rollout(group.question, answer) for answer in group.completions] for group in groups]
         if trees:
-            needed = max(len(rollouts.group_tree(group)[0].tokens) for group in made)
-            return rollouts.tree_batch(made, advantages, min(bucket(needed), longest), reward.max_new_tokens)
+            merged = [rollouts.group_tree(group) for group in made]
+            length = min(bucket(max(len(tree.tokens) for tree, _ in merged)), longest)
+            return rollouts.tree_batch(made, merged, advantages, length, reward.max_new_tokens)
         flat = [rollout for group in made for rollout in group]
         needed = max(len(rollout.prompt) + len(rollout.tokens) for rollout in flat)
         return rollouts.rollout_batch(flat, advantages.reshape(-1), min(bucket(needed), longest))
@@ -273,8 +278,6 @@ def _roller(
         texts = [tokenizer.decode(completion.tokens) for completion in completions]
         talks = [question.talk for question in questions for _ in range(reward.group)]
         results = score(scoring, talks, texts)
-        if np.isnan(results.total).all():
-            results.check()
         cuts = [slice(i * reward.group, (i + 1) * reward.group) for i in range(n)]
         return [
             Group(q, completions[cut], texts[cut], results.total[cut], {k: v[cut] for k, v in results.parts.items()})
@@ -433,8 +436,6 @@ def _validation(
             )  # fmt: skip
         results = score(scoring, [question.talk for question in val], [tokenizer.decode(ids) for ids in new])
         total = results.total[~np.isnan(results.total)]
-        if not total.size:
-            results.check()
         parts = {f"reward_{name}": _mean(values) for name, values in results.parts.items()}
         lengths = Mean(float(sum(map(len, new))), float(len(new)))
         more = {name: Mean(value, 1.0) for name, value in parts.items()} if len(parts) > 1 else {}
@@ -476,8 +477,6 @@ def _answer(
     cfg = dataclasses.replace(cfg, sample=dataclasses.replace(cfg.sample, max_new_tokens=cfg.reward.max_new_tokens))
     rows = instruct.answers(params, cfg, result.tokenizer, talks, progress, name)
     results = score(scoring, talks, [row["answer"] for row in rows])
-    if np.isnan(results.total).all():
-        results.check()
     rewarded = [
         row | {"reward": None if math.isnan(value) else float(value)}
         for row, value in zip(rows, results.total, strict=True)

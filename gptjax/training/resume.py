@@ -115,7 +115,7 @@ def begin(ready: Ready, dir: RunDir, mesh: Mesh | None, progress: Progress, sign
     run = Run(
         cfg, task._replace(start=None, frozen=None), functions, dir, mesh, progress, signals,
         Checkpoints(dir.checkpoints, cfg.train.keep_checkpoints, progress.say), environment(), distributed.is_writer(),
-        abstract, tree.size(abstract.params), task.batches(0, 1, slice(0, 1)).tokens.size * cfg.train.batch_size,
+        abstract, tree.size(abstract.params), task.batches(0, 1, None).tokens.size,
     )  # fmt: skip
     progress.say(f"run     {dir.path}, seed {cfg.seed}, {run.environment['device']}")
     if mesh is not None:

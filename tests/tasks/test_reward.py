@@ -14,7 +14,7 @@ import gptjax
 from gptjax import losses
 from gptjax.__main__ import main
 from gptjax.data.conversations import Conversation
-from gptjax.data.rollouts import Question, Rollout, draw, rollout_batch, tree_batch
+from gptjax.data.rollouts import Question, Rollout, draw, group_tree, rollout_batch, tree_batch
 from gptjax.generation.decode import Completion, complete
 from gptjax.generation.sampling import chain, temperature
 from gptjax.tasks import reward
@@ -251,7 +251,7 @@ def test_a_tree_has_the_loss_and_the_gradients_of_a_row_per_answer(kind):
     ]
     advantages = rng.normal(size=(2, 5))
     rows = rollout_batch([rollout for group in groups for rollout in group], advantages.reshape(-1), 12)
-    trees = tree_batch(groups, advantages, 24, 4)
+    trees = tree_batch(groups, [group_tree(group) for group in groups], advantages, 24, 4)
     assert (trees.segment_ids > 0).sum() < 0.7 * (rows.segment_ids > 0).sum()
     np.testing.assert_array_equal(
         np.take_along_axis(trees.targets, trees.index.reshape(2, -1), 1).reshape(10, 4) * trees.weights.reshape(10, 4),
