@@ -73,7 +73,8 @@ def losses(folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "n", [2, pytest.param(4, marks=pytest.mark.skipif(not ALL, reason="half a minute on two cores: .ci/run sets GPTJAX_ALL_MESHES=1"))]
+    "n",
+    [2, pytest.param(4, marks=pytest.mark.skipif(not ALL, reason="half a minute: .ci/run sets GPTJAX_ALL_MESHES=1"))],
 )
 def test_several_processes_are_one(alone, tmp_path, n):
     """FSDP over two processes, so that no process holds all weights."""
