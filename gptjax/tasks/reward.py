@@ -258,7 +258,7 @@ def _roller(
 
     def to_batch(groups: Sequence[Group], advantages: np.ndarray) -> RolloutBatch:
         """Returns the batch, whose length is rounded up so that XLA compiles for few lengths."""
-        made = [[_rollout(group.question, answer) for answer in group.completions] for group in groups]
+        made = [[rollout(group.question, answer) for answer in group.completions] for group in groups]
         if trees:
             merged = [rollouts.group_tree(group) for group in made]
             length = min(bucket(max(len(tree.tokens) for tree, _ in merged)), longest)
@@ -310,7 +310,8 @@ def _roller(
     return roll
 
 
-def _rollout(question: Question, answer: Completion) -> Rollout:
+def rollout(question: Question, answer: Completion) -> Rollout:
+    """Returns a question and an answer of the sampler, whose end token is the last token if the answer has ended."""
     tokens, logprobs = (answer.tokens, answer.logprobs) if answer.end is None else (
         [*answer.tokens, answer.end[0]], [*answer.logprobs, answer.end[1]]
     )  # fmt: skip

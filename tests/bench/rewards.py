@@ -1,7 +1,8 @@
 """Reward tuning (GRPO) of SmolLM2-135M-Instruct on the synthetic skills: what it gains, and how fast it is.
 
-    python tests/bench/rewards.py skills [--seeds 3] [--steps 60] [--base RUN]
+    python tests/bench/rewards.py skills [--seeds 3] [--steps 120] [--base RUN]
     python tests/bench/rewards.py speed [--steps 4] [--rollouts 32]
+    python tests/bench/rewards.py logprobs [--tokens 10000]
 
 `skills` tunes the model shortly by `gptjax finetune instruct`, so that it gives some right answers, then trains it for
 each seed by `gptjax finetune reward` with the reward `exact`, and prints a Markdown table: exact answers to held-out
@@ -10,6 +11,10 @@ questions, whose words and numbers do not occur in training, before and after, w
 `speed` trains an adapter for some steps, here and with TRL (extra [parity]) on the same model, prompts and sizes, and
 prints seconds per step without the first one, the share of generation, and generated tokens per second relative to
 `generate` alone on the same prompts.
+
+`logprobs` draws answers at temperature 0.7 from the model with an adapter of random weights, to prompts of different
+lengths, and prints how much the log-probabilities of the sampler differ from those that the trainer computes for the
+same tokens, in float32, for both layouts of reward.branches.
 """
 
 from __future__ import annotations
@@ -23,14 +28,17 @@ import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 import gptjax
-from gptjax import weights
+from gptjax import losses, weights
 from gptjax.data import rollouts, synthetic
 from gptjax.evaluation.intervals import interval, t_interval
 from gptjax.generation.decode import complete
 from gptjax.generation.sampling import chain, temperature
 from gptjax.model.gpt import for_decoding
+from gptjax.tasks.reward import rollout
 from gptjax.training.run_dir import read_metrics
 
 SMOLLM = "smollm2-135m-instruct"
@@ -153,19 +161,56 @@ def trl_step(args: argparse.Namespace) -> float:
     return statistics.median(b - a for a, b in itertools.pairwise(times))
 
 
+def logprobs(args: argparse.Namespace) -> None:
+    params, cfg = gptjax.load(SMOLLM)
+    tokenizer, settings = weights.open_model(SMOLLM).tokenizer(), gptjax.LoraConfig(rank=16)
+    adapter = gptjax.lora.init(jax.random.key(1), params, settings)
+    leaves, structure = jax.tree.flatten(adapter)
+    keys = jax.random.split(jax.random.key(2), len(leaves))
+    noise = [0.01 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
+    adapted = gptjax.lora.attach(params, jax.tree.map(jnp.add, adapter, structure.unflatten(noise)), settings)
+    questions, _ = rollouts.questions(synthetic.skills(2000, 0), tokenizer, longest=200)
+    decoding, sampler, stop = for_decoding(adapted, cfg), chain(temperature(0.7)), weights.stop_ids(tokenizer)
+    trained = jax.jit(lambda params, batch: losses.token_log_probs(params, batch, cfg, temperature=0.7))
+    differences: dict[str, list[np.ndarray]] = {"rows": [], "tree": []}
+    ended = answers = 0
+    while sum(map(len, differences["rows"])) < args.tokens:
+        picked = [questions[i] for i in range(answers // 8, answers // 8 + 8)]
+        made = complete(
+            decoding, [question.ids for question in picked], cfg, max_new_tokens=64, key=jax.random.key(answers), n=8,
+            sampler=sampler, stop=stop, vocab_size=tokenizer.vocab_size, logprobs=0, logprobs_temperature=0.7,
+        )  # fmt: skip
+        flat = [rollout(picked[i // 8], answer) for i, answer in enumerate(made)]
+        groups = [flat[i : i + 8] for i in range(0, len(flat), 8)]
+        rows = rollouts.rollout_batch(flat, np.zeros(len(flat)), 264)
+        trees = rollouts.tree_batch(
+            groups, [rollouts.group_tree(g) for g in groups], np.zeros((8, 8)), 200 + 8 * 64, 64
+        )
+        for name, batch in (("rows", rows), ("tree", trees)):
+            mine = losses.of_answers(trained(adapted, batch), batch).reshape(batch.old.shape)
+            differences[name].append(np.abs(mine - batch.old)[batch.weights > 0])
+        answers, ended = answers + len(made), ended + sum(answer.finish == "stop" for answer in made)
+    print(f"{answers} answers to prompts of different lengths, {ended} of them ended before 64 tokens")
+    print("| reward.branches | tokens | mean difference | 99.9 % below | largest |\n|---|---|---|---|---|")
+    for name, values in differences.items():
+        x = np.concatenate(values)
+        print(f"| {name} | {len(x):,} | {x.mean():.1e} | {np.quantile(x, 0.999):.1e} | {x.max():.1e} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("skills", "speed"))
+    parser.add_argument("what", choices=("skills", "speed", "logprobs"))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--base", type=Path)
     parser.add_argument("--examples", type=int, default=200)
     parser.add_argument("--rollouts", type=int, default=32)
+    parser.add_argument("--tokens", type=int, default=10_000)
     parser.add_argument("--folder", type=Path, default=Path("runs/bench-rewards"))
     parser.add_argument("settings", nargs="*", help="further settings of `gptjax finetune reward`")
     args = parser.parse_intermixed_args()
-    args.steps = args.steps or {"skills": 60, "speed": 4}[args.what]
-    {"skills": skills, "speed": speed}[args.what](args)
+    args.steps = args.steps or {"skills": 120}.get(args.what, 4)
+    {"skills": skills, "speed": speed, "logprobs": logprobs}[args.what](args)
 
 
 if __name__ == "__main__":

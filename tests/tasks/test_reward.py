@@ -221,9 +221,7 @@ def test_the_log_probabilities_of_the_sampler_are_those_of_the_trainer():
         stop=[5, 6, 7, 8], logprobs=0, logprobs_temperature=0.7,
     )  # fmt: skip
     assert {answer.finish for answer in answers} == {"stop", "length"}
-    made = [
-        reward._rollout(Question(prompts[i // 8], Conversation("", ())), answer) for i, answer in enumerate(answers)
-    ]
+    made = [reward.rollout(Question(prompts[i // 8], Conversation("", ())), answer) for i, answer in enumerate(answers)]
     batch = rollout_batch(made, np.zeros(len(made)), 48)
     log_probs = losses.token_log_probs(adapted, batch, cfg, temperature=0.7)
     assert batch.weights.sum() == sum(len(answer.tokens) + (answer.end is not None) for answer in answers)
