@@ -73,6 +73,15 @@ RATE = Range(0, 1, high_open=True)  # [0, 1)
 SHARE = Range(0, 1, low_open=True)  # (0, 1]
 FRACTION = Range(0, 1, low_open=True, high_open=True)  # (0, 1)
 
+# help of settings that several fine-tuning tasks have; {} is an item of their data, such as "example"
+STYLE = (
+    "Prompt style. chat: the model's own chat template; chatml, alpaca and phi3: a fixed template instead of it."
+    " null: chat if the model has a template, else alpaca."
+)
+PACKING = "Layout of the rows. packed: several {0}s per row; padded: one {0} per row."
+VAL_FRACTION = "Fraction of the {}s to hold out for validation, from the end of the source."
+TEST_FRACTION = "Fraction of the {0}s to hold out for testing, from just before the validation {0}s."
+
 
 def setting(default: Any, text: str, range: Range = NOT_NEGATIVE, choices: tuple[str, ...] = ()) -> Any:
     """Returns a dataclass field with its default, `--help` text, valid range and, for a list, allowed items.
@@ -689,31 +698,6 @@ class FinetuneConfig:
     )
 
 
-# --- settings that several fine-tuning tasks have
-
-
-def _style() -> Any:
-    return setting(
-        None,
-        "Prompt style. chat: the model's own chat template; chatml, alpaca and phi3: a fixed template instead of it."
-        " null: chat if the model has a template, else alpaca.",
-    )
-
-
-def _packing(what: str) -> Any:
-    return setting("packed", f"Layout of the rows. packed: several {what} per row; padded: one {what[:-1]} per row.")
-
-
-def _val_fraction(what: str) -> Any:
-    return setting(0.05, f"Fraction of the {what} to hold out for validation, from the end of the source.", FRACTION)
-
-
-def _test_fraction(what: str) -> Any:
-    return setting(
-        0.1, f"Fraction of the {what} to hold out for testing, from just before the validation {what}.", FRACTION
-    )
-
-
 @dataclass(frozen=True)
 class ClassifyConfig:
     """Text classification: the labelled texts, and how hidden states are pooled."""
@@ -744,7 +728,7 @@ class ClassifyConfig:
         " context length.",
         COUNT,
     )
-    packing: Literal["packed", "padded"] = _packing("texts")
+    packing: Literal["packed", "padded"] = setting("packed", PACKING.format("text"))
     pooling: Literal["last", "first", "mean"] = setting(
         "last",
         "Pooling of hidden states for the classification head: last token before the padding, first token, or mean"
@@ -770,11 +754,11 @@ class InstructConfig:
         "Conversations: .json, .jsonl, .csv, .parquet or hf:org/name. null: generated questions of small synthetic"
         " tasks.",
     )
-    style: Optional[ChatStyle] = _style()
+    style: Optional[ChatStyle] = setting(None, STYLE)
     loss_on: Literal["response", "all"] = setting(
         "response", "Tokens that count in the loss. response: those of the responses; all: also those of the prompts."
     )
-    packing: Literal["packed", "padded"] = _packing("examples")
+    packing: Literal["packed", "padded"] = setting("packed", PACKING.format("example"))
     branches: Optional[Literal["tree", "rows"]] = setting(
         None,
         "Layout of a conversation whose chat template renders earlier turns differently later, as Qwen3's drops earlier"
@@ -784,8 +768,8 @@ class InstructConfig:
     context_length: int = setting(
         512, "Tokens per row; examples with more tokens are dropped, and their number is reported.", COUNT
     )
-    val_fraction: float = _val_fraction("examples")
-    test_fraction: float = _test_fraction("examples")
+    val_fraction: float = setting(0.05, VAL_FRACTION.format("example"), FRACTION)
+    test_fraction: float = setting(0.1, TEST_FRACTION.format("example"), FRACTION)
     examples: int = setting(2000, "Number of synthetic questions, if source is null.", COUNT)
     compare: bool = setting(True, "Also evaluate the base model on the test questions.")
 
@@ -806,16 +790,16 @@ class PreferConfig:
         None, "Coefficient beta of the preference loss. null: 0.1, or 2 with loss=simpo.", POSITIVE
     )
     margin: float = setting(1.0, "SimPO: target reward margin between the chosen and the rejected answer.")
-    style: Optional[ChatStyle] = _style()
-    packing: Literal["packed", "padded"] = _packing("pairs")
+    style: Optional[ChatStyle] = setting(None, STYLE)
+    packing: Literal["packed", "padded"] = setting("packed", PACKING.format("pair"))
     context_length: int = setting(
         512,
         "Tokens per row. Both answers of a pair, each with its own copy of the prompt, must fit in one row; longer"
         " pairs are dropped, and their number is reported.",
         COUNT,
     )
-    val_fraction: float = _val_fraction("pairs")
-    test_fraction: float = _test_fraction("pairs")
+    val_fraction: float = setting(0.05, VAL_FRACTION.format("pair"), FRACTION)
+    test_fraction: float = setting(0.1, TEST_FRACTION.format("pair"), FRACTION)
     examples: int = setting(1000, "Number of synthetic pairs, if source is null.", COUNT)
 
 
@@ -876,14 +860,14 @@ class RewardConfig:
         "Dynamic sampling: how many times further questions are drawn in place of those whose answers all have the same"
         " reward. null: 0, or 2 with loss=dapo.",
     )
-    style: Optional[ChatStyle] = _style()
+    style: Optional[ChatStyle] = setting(None, STYLE)
     context_length: int = setting(
         512,
         "Tokens per row, of prompt and answer together; longer questions are dropped, and their number is reported.",
         COUNT,
     )
-    val_fraction: float = _val_fraction("questions")
-    test_fraction: float = _test_fraction("questions")
+    val_fraction: float = setting(0.05, VAL_FRACTION.format("question"), FRACTION)
+    test_fraction: float = setting(0.1, TEST_FRACTION.format("question"), FRACTION)
     examples: int = setting(2000, "Number of synthetic questions, if source is null.", COUNT)
     compare: bool = setting(True, "Also evaluate the base model on the test questions.")
 
@@ -902,16 +886,16 @@ class RewardModelConfig:
         "Coefficient of the mean squared sum of the two rewards of a pair, which keeps rewards near 0"
         " (arXiv:2312.09244 uses 0.01). 0: off.",
     )
-    style: Optional[ChatStyle] = _style()
-    packing: Literal["packed", "padded"] = _packing("pairs")
+    style: Optional[ChatStyle] = setting(None, STYLE)
+    packing: Literal["packed", "padded"] = setting("packed", PACKING.format("pair"))
     context_length: int = setting(
         512,
         "Tokens per row. Both answers of a pair, each with its own copy of the prompt, must fit in one row; longer"
         " pairs are dropped, and their number is reported.",
         COUNT,
     )
-    val_fraction: float = _val_fraction("pairs")
-    test_fraction: float = _test_fraction("pairs")
+    val_fraction: float = setting(0.05, VAL_FRACTION.format("pair"), FRACTION)
+    test_fraction: float = setting(0.1, TEST_FRACTION.format("pair"), FRACTION)
     examples: int = setting(1000, "Number of synthetic pairs, if source is null.", COUNT)
 
 
@@ -961,15 +945,15 @@ class DistillConfig:
         "response",
         "Tokens of conversations that count in the loss. response: those of the responses; all: also the prompts.",
     )
-    packing: Literal["packed", "padded"] = _packing("examples")
+    packing: Literal["packed", "padded"] = setting("packed", PACKING.format("example"))
     context_length: int = setting(
         512,
         "Tokens per row. Conversations with more tokens are dropped, and their number is reported; plain text is cut"
         " into examples of this length.",
         COUNT,
     )
-    val_fraction: float = _val_fraction("examples")
-    test_fraction: float = _test_fraction("examples")
+    val_fraction: float = setting(0.05, VAL_FRACTION.format("example"), FRACTION)
+    test_fraction: float = setting(0.1, TEST_FRACTION.format("example"), FRACTION)
     examples: int = setting(2000, "Number of synthetic questions, if source is null.", COUNT)
 
 
