@@ -17,7 +17,7 @@ from gptjax.data.conversations import Conversation
 from gptjax.data.rollouts import Question, Rollout, draw, group_tree, rollout_batch, tree_batch
 from gptjax.generation.decode import Completion, complete
 from gptjax.generation.sampling import chain, temperature
-from gptjax.tasks import reward
+from gptjax.tasks import on_policy, reward
 from gptjax.training.run_dir import read_metrics
 
 BASE = gptjax.ModelConfig(arch="llama", n_layer=2, n_head=4, d_model=64, d_ff=96, context_length=128, vocab_size=257)
@@ -222,7 +222,7 @@ def test_the_log_probabilities_of_the_sampler_are_those_of_the_trainer():
     )  # fmt: skip
     assert {answer.finish for answer in answers} == {"stop", "length"}
     made = [
-        reward._rollout(Question(prompts[i // 8], Conversation("", ())), answer) for i, answer in enumerate(answers)
+        on_policy.rollout(Question(prompts[i // 8], Conversation("", ())), answer) for i, answer in enumerate(answers)
     ]
     batch = rollout_batch(made, np.zeros(len(made)), 48)
     log_probs = losses.token_log_probs(adapted, batch, cfg, temperature=0.7)
