@@ -8,8 +8,9 @@ are Llama models with random weights and the teacher's tokenizer; seed i sets th
 of the texts. All are trained by `gptjax finetune distill` for the same number of steps; alpha=1 is training on the
 texts alone. --on-policy lists values of distill.on_policy, the fraction of the batches that are the student's own
 answers; each is combined with each alpha, and if one is not 0, all students have one conversation per row, so that they
-are trained on as many conversations. Prints a Markdown table with the mean over the seeds and, in brackets, the range: exact answers to held-out
-questions, loss per response token, and how often the teacher and the student have the same most probable token.
+see as many conversations. Prints a Markdown table with the mean over the seeds and, in brackets, the range: exact
+answers to held-out questions, loss per response token, and how often the teacher and the student have the same most
+probable token.
 """
 
 from __future__ import annotations
