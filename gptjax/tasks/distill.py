@@ -9,7 +9,8 @@ KEY is a hash of everything that the log-probabilities depend on: the teacher's 
 
 With distill.on_policy, some batches are answers that the student has just given to the prompts of the conversations
 (GKD, arXiv:2306.13649). Each step draws anew, from the seed and its number, whether its batch is given or the student's
-own. A batch has one conversation per row in both cases; in an epoch, each prompt and each given row comes once.
+own. A batch has one conversation per row in both cases. If all prompts leave room for an answer, the student answers
+the prompts of the conversations that would be given.
 """
 
 from __future__ import annotations

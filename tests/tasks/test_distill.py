@@ -152,10 +152,10 @@ def test_some_batches_are_answers_that_the_student_has_just_given(folder):
     assert np.abs((log_probs - batch.old) * batch.weights).max() < 1e-4 and (batch.old * batch.weights).sum() < -10
     for i, row in enumerate(made.rows):
         ids = batch.targets[i][batch.weights[i] == 1].tolist()
-        assert row["tokens"] == len(ids) <= 10 and (row["finish"] == "length") == (len(ids) == 10)
+        assert row["tokens"] == len(ids) <= 10
         assert task.tokenizer.decode(ids[:-1] if row["finish"] == "stop" else ids) == row["answer"]
         prompt = task.tokenizer.decode(batch.tokens[i][: int(np.argmax(batch.weights[i])) + 1].tolist())
-        assert row["prompt"][-1]["content"] in prompt and prompt.endswith("<|assistant|>\n")
+        assert row["prompt"] in prompt and prompt.endswith("<|assistant|>\n")
     again, later = make(task.start, task.frozen, step, 1), make(task.start, task.frozen, step + 1, 1)
     jax.tree.map(np.testing.assert_array_equal, again.batches, made.batches)
     assert again.rows == made.rows
@@ -241,7 +241,7 @@ def test_dry_run_and_mistakes(folder, capsys):
         "distill.divergence=kl": "forward, reverse or js",
         "distill.alpha=2": "distill.alpha (2",
         "distill.context_length=4": "no conversation fits a context of 4 tokens (distill.context_length",
-        "distill.on_policy=1.5": "distill.on_policy (1.5) must be",
+        "distill.on_policy=1.5 distill.max_new_tokens=8": "distill.on_policy (1.5) must be",
         "distill.on_policy=0.5 distill.top_k=8": "needs the teacher in every step",
         f"distill.on_policy=0.5 distill.max_new_tokens=8 distill.source={folder / 'text.txt'}": "is plain text",
         "distill.on_policy=0.5 distill.max_new_tokens=96": "must be below distill.context_length (96)",
