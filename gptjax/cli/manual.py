@@ -272,8 +272,9 @@ PAGES: dict[str, Page] = {
                 "Train on the conversations of a file, with probabilities of the teacher that are computed once.",
             ),
             (
-                f"{DISTILLED} distill.divergence=reverse distill.temperature=2 run_dir=runs/reverse --dry-run",
-                "Show what training with another divergence and temperature would do, and train nothing.",
+                f"{DISTILLED} distill.on_policy=0.5 distill.max_new_tokens=16 distill.divergence=reverse"
+                " run_dir=runs/on-policy --dry-run",
+                "Show what training on answers of the student, with another divergence, would do, and train nothing.",
             ),
         ),
         options=SWITCHES,
@@ -286,6 +287,8 @@ PAGES: dict[str, Page] = {
             "Both must have the same tokenizer. `gptjax pretrain tokenizer.name=TEACHER model.n_layer=4` makes a"
             " student of any size with the tokenizer of the teacher; with train.max_steps=1 optim.warmup_steps=0 its"
             " weights stay practically random.",
+            "With distill.on_policy the student also learns from answers that it gives itself (on-policy distillation,"
+            " GKD); they are in rollouts.jsonl.",
             "Without distill.source the student is trained on synthetic tasks, to try the command.",
             LAYERS,
         ),

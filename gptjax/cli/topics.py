@@ -118,7 +118,8 @@ Questions to reward answers to: reward.source (.jsonl .json .csv .parquet)
   built in: exact, normalised, number, boxed, format, format:REGEX, length:N,
   constraints and judge:MODEL@URL. A function runs in a process of its own; an
   answer for which it fails is counted and left out.
-Distillation: distill.source has instructions, or plain text (.txt, .md, a folder)
+Distillation: distill.source has instructions, or plain text (.txt, .md, a folder).
+  distill.on_policy needs instructions, whose prompts the student answers.
 
 Look at the result before you train: gptjax data inspect data.source=my.txt shows
 the first tokens; gptjax data check my.jsonl finds duplicates and secrets (near
@@ -142,8 +143,8 @@ and the name of the preset or file: runs/tiny-gpt2.
   test.json           fine-tuning: scores on the test set
   responses.jsonl     finetune instruct: answers to the test questions;
                       responses-before.jsonl has those of the base model
-  rollouts.jsonl      finetune reward: the answers that it was trained on, with
-                      their rewards
+  rollouts.jsonl      finetune reward, distill.on_policy: the answers that it was
+                      trained on, with their rewards
   confusion.png       finetune classify: predicted and true classes
   seed-0/, seeds.json     with finetune.seeds: a run per seed, and their mean
 

@@ -144,6 +144,11 @@ def _earliest_stop(cfg: Config) -> int:
     return (cfg.train.patience + 1) * cfg.train.eval_every
 
 
+def _on_answers(cfg: Config) -> str:
+    """Returns what trains the model on answers that it generates, for an error message."""
+    return "reward tuning" if cfg.task == "reward" else "on-policy distillation (distill.on_policy)"
+
+
 def _local(cfg: Config) -> list[str]:
     return [source for source in (*cfg.data.source, *cfg.data.val_source) if not source.startswith("hf:")]
 
@@ -308,18 +313,27 @@ RULES: tuple[Rule, ...] = (
      lambda c: c.task == "reward" and c.reward.max_new_tokens >= c.reward.context_length,
      lambda c: f"reward.max_new_tokens ({c.reward.max_new_tokens}) must be below reward.context_length "
      f"({c.reward.context_length}), which is the length of prompt and answer together"),
-    (("finetune.together", "task"),
-     lambda c: c.task == "reward" and c.finetune.seeds > 1 and c.finetune.together,
-     "finetune.together=true: reward tuning trains several seeds one after the other"),
-    (("distributed.coordinator", "task"),
-     lambda c: c.task == "reward" and c.distributed.coordinator is not None,
-     "distributed.coordinator: reward tuning runs in one process, on all of its devices"),
+    (("distill.max_new_tokens", "distill.context_length", "distill.on_policy"),
+     lambda c: c.task == "distill" and c.distill.on_policy and c.distill.max_new_tokens >= c.distill.context_length,
+     lambda c: f"distill.max_new_tokens ({c.distill.max_new_tokens}) must be below distill.context_length "
+     f"({c.distill.context_length}), which is the length of prompt and answer together"),
+    (("distill.on_policy", "distill.top_k"),
+     lambda c: c.distill.on_policy and c.distill.top_k,
+     lambda c: f"distill.on_policy={c.distill.on_policy:g} needs the teacher in every step, because the student's "
+     f"answers are not known before training: set distill.top_k=null, got {c.distill.top_k}"),
+    (("finetune.together", "task", "distill.on_policy"),
+     lambda c: c.steps_per_rollout and c.finetune.seeds > 1 and c.finetune.together,
+     lambda c: f"finetune.together=true: {_on_answers(c)} trains several seeds one after the other"),
+    (("distributed.coordinator", "task", "distill.on_policy"),
+     lambda c: c.steps_per_rollout and c.distributed.coordinator is not None,
+     lambda c: f"distributed.coordinator: {_on_answers(c)} runs in one process, on all of its devices"),
     (("train.eval_train_batches", "task"),
      lambda c: c.task == "reward" and c.train.eval_train_batches,
      "train.eval_train_batches: reward tuning has no loss to compute on training batches without generating answers"),
-    (("train.steps_per_call", "task"),
-     lambda c: c.task == "reward" and c.train.steps_per_call is not None,
-     "train.steps_per_call: reward tuning runs reward.updates steps per call"),
+    (("train.steps_per_call", "task", "distill.on_policy"),
+     lambda c: c.steps_per_rollout and c.train.steps_per_call is not None,
+     lambda c: f"train.steps_per_call: {_on_answers(c)} runs "
+     f"{'reward.updates steps' if c.task == 'reward' else 'one step'} per call"),
     (("data.mask_tokens", "model.context_length"),
      lambda c: c.data.mask_tokens and c.data.mask_tokens >= c.model.context_length >= 1,
      lambda c: f"data.mask_tokens ({c.data.mask_tokens}) must be below model.context_length "
@@ -346,6 +360,8 @@ WITHOUT_EFFECT: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] =
     (("lora.alpha", "lora.scaling"), "lora.miss", bool),
     (("prefer.margin",), "prefer.loss", lambda value: value != "simpo"),
     (("distill.beta",), "distill.divergence", lambda value: value != "js"),
+    (("distill.packing",), "distill.on_policy", bool),
+    (("distill.sampling_temperature", "distill.max_new_tokens"), "distill.on_policy", lambda value: value == 0),
     (("sample.top_k", "sample.top_p", "sample.min_p"), "sample.temperature", lambda value: value == 0),
     (("model.rope_",), "model.position", lambda value: value != "rope"),
     (("model.window_pattern",), "model.sliding_window", lambda value: value == 0),

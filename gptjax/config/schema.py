@@ -931,6 +931,16 @@ class DistillConfig:
         " cache; all other tokens count as one. null: run the teacher in every step.",
         COUNT,
     )
+    on_policy: float = setting(
+        0.0,
+        "Fraction of the batches, drawn at random, that are the student's own answers to the prompts of the"
+        " conversations (lambda in GKD, arXiv:2306.13649). Their loss is the divergence alone. 0: given texts only.",
+        RATIO,
+    )
+    sampling_temperature: float = setting(
+        1.0, "With on_policy, the sampling temperature of the student's answers.", POSITIVE
+    )
+    max_new_tokens: int = setting(128, "With on_policy, the maximum number of tokens per answer of the student.", COUNT)
     source: Optional[str] = setting(
         None,
         "Conversations: .json, .jsonl, .csv, .parquet or hf:org/name; or plain text: .txt, .md or a folder. null:"
@@ -945,7 +955,10 @@ class DistillConfig:
         "response",
         "Tokens of conversations that count in the loss. response: those of the responses; all: also the prompts.",
     )
-    packing: Literal["packed", "padded"] = setting("packed", PACKING.format("example"))
+    packing: Literal["packed", "padded"] = setting(
+        "packed",
+        "Layout of the rows. packed: several examples per row; padded: one example per row, as always with on_policy.",
+    )
     context_length: int = setting(
         512,
         "Tokens per row. Conversations with more tokens are dropped, and their number is reported; plain text is cut"
@@ -993,6 +1006,14 @@ class Config:
     def window(self) -> int:
         """Number of tokens per row in pretraining."""
         return self.pretrain.context_length or self.model.context_length
+
+    @property
+    def steps_per_rollout(self) -> int | None:
+        """Number of training steps between two times that the model generates answers to be trained on. None: the model
+        is trained on given data only."""
+        if self.task == "reward":
+            return self.reward.updates
+        return 1 if self.task == "distill" and self.distill.on_policy else None
 
 
 # ---------------------------------------------------------------- every setting by its key

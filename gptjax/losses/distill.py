@@ -15,7 +15,7 @@ from gptjax.model.gpt import backbone, head_factors
 from gptjax.ops.dropout import off
 from gptjax.ops.loss import Head, map_logits
 from gptjax.ops.precision import matmul_precision, with_matmul_precision
-from gptjax.types import Batch, Mean, Metrics, Params
+from gptjax.types import Batch, Mean, Metrics, Params, RolloutBatch
 
 if TYPE_CHECKING:
     from gptjax.data.classification import LabelledBatch
@@ -104,6 +104,10 @@ def distill(
     the student and params["teacher"], for which there is no gradient. For a `TeacherBatch` it needs no teacher; its
     log-probabilities must have been computed with the same temperature.
 
+    For a `gptjax.types.RolloutBatch`, answers that the student generated, the loss is temperature^2 D, whatever alpha
+    is, as in GKD (arXiv:2306.13649, algorithm 1): the expected gradient of the cross-entropy of samples from the
+    student itself is zero. Such a batch has no token trees either; `old` and `advantages` are not used.
+
     The embedding of a model may have more rows than the tokenizer has ids. Only the logits that both models have are
     used.
 
@@ -130,7 +134,7 @@ def distill(
         return _values(student, targets, divergence(soft, teacher, kind, beta), ids[:, 0])
 
     @matmul_precision(cfg)
-    def loss(params: Params, batch: Batch | TeacherBatch, key: jax.Array | None) -> tuple[Mean, Metrics]:
+    def loss(params: Params, batch: Batch | TeacherBatch | RolloutBatch, key: jax.Array | None) -> tuple[Mean, Metrics]:
         heads = [_head(params, batch, cfg, None if off(cfg.dropout) else key)]
         if isinstance(batch, TeacherBatch):
             values = map_logits(with_log_probs, heads, (batch.targets, batch.ids, batch.log_probs))
@@ -138,7 +142,7 @@ def distill(
             heads.append(_head(jax.lax.stop_gradient(params["teacher"]), batch, teacher_cfg))
             values = map_logits(with_teacher, heads, (batch.targets,))
         weights = jnp.ones(batch.targets.shape, jnp.float32) if batch.weights is None else batch.weights
-        return _weighted(values, weights, temperature, alpha)
+        return _weighted(values, weights, temperature, 0.0 if isinstance(batch, RolloutBatch) else alpha)
 
     return loss
 
@@ -196,7 +200,9 @@ def distill_classes(
     return loss
 
 
-def _head(params: Params, batch: Batch | TeacherBatch, cfg: ModelConfig, key: jax.Array | None = None) -> Head:
+def _head(
+    params: Params, batch: Batch | TeacherBatch | RolloutBatch, cfg: ModelConfig, key: jax.Array | None = None
+) -> Head:
     hidden = backbone(params, batch.tokens, cfg, segment_ids=batch.segment_ids, dropout_key=key)
     hidden, kernel = head_factors(params, hidden, cfg)
     return Head(hidden, kernel, cfg.logit_softcap, cfg.dtype)

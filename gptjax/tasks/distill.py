@@ -6,11 +6,17 @@ probable tokens are then read from a file in the cache:
     teachers/KEY.npy     one record per token in the loss: ids [K] int32, log_probs [K + 1] float32
 
 KEY is a hash of everything that the log-probabilities depend on: the teacher's weights, the data and the settings.
+
+With distill.on_policy, some batches are answers that the student has just given to the prompts of the conversations
+(GKD, arXiv:2306.13649). Each step draws anew, from the seed and its number, whether its batch is given or the student's
+own. A batch has one conversation per row in both cases. If all prompts leave room for an answer, the student answers
+the prompts of the conversations that would be given.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,14 +25,17 @@ import numpy as np
 
 from gptjax import assets, losses, tree, weights
 from gptjax.config import Config, DataConfig, ModelConfig
-from gptjax.data import conversations, loader, packing, sources
+from gptjax.data import conversations, loader, packing, rollouts, sources
+from gptjax.data.conversations import Conversation
 from gptjax.data.packing import Encoded, Rows
-from gptjax.data.split import split_records
+from gptjax.data.rollouts import Question
+from gptjax.data.split import Splits, split_records
 from gptjax.errors import UserError, complaints
 from gptjax.files import json_sha256, replacing, use_json, write_json
+from gptjax.generation.decode import bucket
 from gptjax.losses.distill import TeacherBatch, teacher_log_probs
-from gptjax.model.gpt import abstract_params, refuse_classifier
-from gptjax.tasks import tuning
+from gptjax.model.gpt import abstract_params, for_decoding, refuse_classifier
+from gptjax.tasks import on_policy, tuning
 from gptjax.tasks.instruct import skills
 from gptjax.tasks.trainable import Trainable
 from gptjax.tokenizers import Tokenizer, begin_id
@@ -34,13 +43,14 @@ from gptjax.training.flops import flops_per_token
 from gptjax.training.progress import Progress
 from gptjax.training.run import TrainResult
 from gptjax.training.step import evaluate as mean_over
-from gptjax.training.task import Loss, Ready, resolve
+from gptjax.training.task import Loss, Ready, Rollouts, RolloutSource, resolve
 from gptjax.types import Batch, Params
 
 __all__ = ["evaluate", "loss", "plan", "prepare", "refuse_missing", "student"]
 RESULTS = "test.json"
 VERSION = 1  # of the files in the cache
 PROBE = 4000  # number of tokens whose text is encoded by both tokenizers to compare them
+BECAUSE = " (distill.context_length, or less if the context of student or teacher is shorter)"
 
 
 class Data(NamedTuple):
@@ -53,6 +63,7 @@ class Data(NamedTuple):
     vocab_size: int  # number of logits that both models have
     tokenizer: Tokenizer  # that of the teacher, with the chat template of distill.style
     rows: list[Rows]  # the rows to train, validate and test on
+    questions: list[Question]  # the prompts that the student answers, with distill.on_policy
     lines: list[str]  # lines of text that describe the data
 
 
@@ -60,9 +71,15 @@ def refuse_missing(cfg: Config) -> None:
     """Check cheaply, before any data is read, that both models and the data exist. Downloads nothing.
 
     Raises:
-        UserError: a model or the data file is missing, or a model is a classifier; the message lists all problems.
+        UserError: a model or the data file is missing, a model is a classifier, or the data are plain text although
+            distill.on_policy is set; the message lists all problems.
     """
     problems, name = complaints(tuning.refuse_missing, cfg), cfg.distill.teacher or ""
+    if cfg.distill.on_policy and _is_text(cfg.distill.source):
+        problems.append(
+            f"distill.on_policy={cfg.distill.on_policy:g} needs conversations, whose prompts the student answers, but "
+            f"distill.source={cfg.distill.source} is plain text: give conversations, or set distill.on_policy=0"
+        )
     if not name.startswith("hf:") and name not in assets.ASSETS:
         problems += [problem if not name else f"distill.teacher: {problem}" for problem in complaints(_teacher, cfg)]
     if problems:
@@ -122,19 +139,33 @@ def _data(cfg: Config) -> Data:
         raise UserError(f"distill.top_k ({settings.top_k}) must be at most {vocab_size}, the size of the vocabulary")
     tokenizer, style_lines = tuning.styled(teacher, settings.style)
     width = min(settings.context_length, model.context_length, teacher_cfg.context_length)
-    examples = _texts(cfg, tokenizer, width) if _is_text(settings.source) else _talks(cfg, tokenizer, width, notes)
-    rows = [getattr(packing, settings.packing)(subset, width) for subset in examples]
+    questions, unanswered = list[Question](), 0
+    if _is_text(settings.source):
+        examples = _texts(cfg, tokenizer, width)
+    else:
+        talks = split_records(settings, cfg.seed, conversations.read, skills, notes)
+        examples = _encoded(cfg, talks, tokenizer, width)
+        if settings.on_policy:
+            questions, unanswered = on_policy.questions(cfg, talks.train, tokenizer, width, BECAUSE)
+    layout, length = ("padded", None) if settings.on_policy else (settings.packing, width)
+    rows = [getattr(packing, layout)(subset, length) for subset in examples]
     counts = " + ".join(f"{len(subset.rows):,}" for subset in examples)
     train = rows[0]
+    n, width = train.tokens.shape
     dropped = sum(subset.dropped for subset in examples)
     lines = [
         f"data    {settings.source or 'synthetic skills'}: {counts} examples to train, validate and test on",
-        f"        {len(train.tokens):,} rows of {width} tokens, {(train.segment_ids > 0).mean():.0%} full"
+        f"        {n:,} rows of {width} tokens, {(train.segment_ids > 0).mean():.0%} full"
         + (f"; {dropped} conversations that do not fit a row were dropped" if dropped else ""),
         *(f"        {note}" for note in notes),
         *style_lines,
     ]
-    return Data(base, teacher, model, teacher_cfg, vocab_size, tokenizer, rows, lines)
+    if settings.on_policy:
+        lines.append(
+            f"answers {settings.on_policy:.0%} of the batches: the student's to {len(questions):,} prompts, up to "
+            f"{settings.max_new_tokens} tokens" + (f"; {unanswered} prompts leave no room" if unanswered else "")
+        )
+    return Data(base, teacher, model, teacher_cfg, vocab_size, tokenizer, rows, questions, lines)
 
 
 def _is_text(source: str | None) -> bool:
@@ -164,14 +195,12 @@ def _texts(cfg: Config, tokenizer: Tokenizer, width: int) -> list[Encoded]:
     return [encoded(subset) for subset in split_records(cfg.distill, cfg.seed, read, lambda *_, **__: [])]
 
 
-def _talks(cfg: Config, tokenizer: Tokenizer, width: int, notes: list[str]) -> list[Encoded]:
-    """Returns the conversations of the source, or synthetic ones. They have no token trees: a conversation whose
-    template renders earlier turns differently later gives one example per answer."""
-    because = " (distill.context_length, or less if the context of student or teacher is shorter)"
-    talks = split_records(cfg.distill, cfg.seed, conversations.read, skills, notes)
+def _encoded(cfg: Config, talks: Splits[Conversation], tokenizer: Tokenizer, width: int) -> list[Encoded]:
+    """Returns the conversations as examples. They have no token trees: a conversation whose template renders earlier
+    turns differently later gives one example per answer."""
     return [
         conversations.encode(
-            subset, tokenizer, context_length=width, loss_on=cfg.distill.loss_on, trees=False, because=because
+            subset, tokenizer, context_length=width, loss_on=cfg.distill.loss_on, trees=False, because=BECAUSE
         )
         for subset in talks
     ]
@@ -216,6 +245,9 @@ def prepare(cfg: Config, progress: Progress) -> Ready:
                 index = np.minimum(np.arange(i * size, (i + 1) * size), len(val.tokens) - 1)  # padding has weight 0
                 yield _with_records(plain, records[places[1][index]])
 
+    source = None
+    if settings.on_policy:
+        source = RolloutSource(_roller(resolved, data.tokenizer, train, data.questions, trainable.combine))
     task = tuning.make_task(
         resolved,
         trainable,
@@ -227,9 +259,52 @@ def prepare(cfg: Config, progress: Progress) -> Ready:
         width=train.tokens.shape[1],
         data=data_hash,
         lines=[*data.lines, *lines],
+        describe_batch=lambda step: f"see the rows of step {step + 1} in rollouts.jsonl" if is_own(cfg, step) else None,
+        rollouts=source,
     )
     fingerprints = task.fingerprints | {"teacher": (teacher_hash, f"distill.teacher={settings.teacher}")}
     return Ready(resolved, task._replace(fingerprints=fingerprints, flops_per_token=task.flops_per_token + flops), test)
+
+
+def is_own(cfg: Config, step: int) -> bool:
+    """Returns whether the batch of a step is answers of the student, with probability distill.on_policy."""
+    return np.random.default_rng((cfg.seed, step)).random() < cfg.distill.on_policy
+
+
+def _roller(
+    cfg: Config, tokenizer: Tokenizer, train: Rows, questions: Sequence[Question], combine: Callable[..., Params]
+) -> Callable[[Params, Params, int, int], Rollouts]:
+    """Returns the function `RolloutSource.make`, for one step per call."""
+    settings, model, size = cfg.distill, cfg.model, cfg.train.batch_size
+    longest = max(len(question.ids) for question in questions) + settings.max_new_tokens
+
+    def given(step: int) -> Rollouts:
+        """Returns the given batch, without the columns that are padding in all its rows."""
+        batch = packing.batch(train, step, batch_size=size, seed=cfg.seed)
+        length = bucket(int((batch.segment_ids > 0).sum(1).max()))
+        return Rollouts(jax.tree.map(lambda leaf: leaf[None, :, :length], batch), {}, [])
+
+    def roll(trained: Params, frozen: Params, step: int, k: int) -> Rollouts:
+        assert k == 1  # `Config.steps_per_rollout`
+        if not is_own(cfg, step):
+            return given(step)
+        began = time.monotonic()
+        asked = [questions[i] for i in rollouts.draw(len(questions), step, size, cfg.seed)]
+        answers = on_policy.sample_answers(
+            for_decoding(student(combine(trained, frozen)), model), asked, model, tokenizer,
+            max_new_tokens=settings.max_new_tokens, at=settings.sampling_temperature,
+            key=jax.random.fold_in(jax.random.key(cfg.seed), step),
+        )  # fmt: skip
+        made = [on_policy.rollout(question, answer) for question, answer in zip(asked, answers, strict=True)]
+        batch = on_policy.to_batch(made, np.zeros(size), longest)
+        rows = [
+            on_policy.row(question, tokenizer.decode(answer.tokens), answer)
+            for question, answer in zip(asked, answers, strict=True)
+        ]
+        metrics = on_policy.measures(answers) | {"seconds": time.monotonic() - began}
+        return Rollouts(jax.tree.map(lambda leaf: leaf[None], batch), metrics, rows)
+
+    return roll
 
 
 def with_teacher(trainable: Trainable, teacher: Params) -> Trainable:

@@ -19,7 +19,7 @@ from gptjax import losses, weights
 from gptjax.config import Config, ModelConfig
 from gptjax.data import loader, rollouts
 from gptjax.data.conversations import Conversation, read
-from gptjax.data.rollouts import Question, Rollout
+from gptjax.data.rollouts import Question
 from gptjax.data.split import Splits, split_records
 from gptjax.data.synthetic import skills
 from gptjax.errors import UserError
@@ -28,12 +28,11 @@ from gptjax.evaluation.generation_metrics import scores
 from gptjax.evaluation.intervals import t_interval
 from gptjax.evaluation.workers import Scorer, Scores
 from gptjax.files import use_json, write_json, write_text
-from gptjax.generation.decode import Completion, bucket, complete, generate
-from gptjax.generation.sampling import chain, temperature
+from gptjax.generation.decode import Completion, bucket, generate
 from gptjax.losses.policy import Kind
 from gptjax.model.gpt import for_decoding
 from gptjax.ops import device
-from gptjax.tasks import instruct, tuning
+from gptjax.tasks import instruct, on_policy, tuning
 from gptjax.tokenizers import Tokenizer
 from gptjax.training.progress import Progress
 from gptjax.training.run import TrainResult
@@ -66,15 +65,8 @@ def _questions(
     cfg: Config, model: ModelConfig, talks: Sequence[Conversation], tokenizer: Tokenizer
 ) -> tuple[list[Question], int]:
     """Returns the questions that leave room for an answer, and the number of the others."""
-    longest = tuning.longest_row(cfg, model) - cfg.reward.max_new_tokens
-    kept, dropped = rollouts.questions(talks, tokenizer, longest=longest)
-    if not kept:
-        raise UserError(
-            f"no question fits: each has more than {longest} tokens, which is what reward.max_new_tokens="
-            f"{cfg.reward.max_new_tokens} leaves of {longest + cfg.reward.max_new_tokens} tokens per row"
-            f"{tuning.why_so_long(cfg, model)}"
-        )
-    return kept, dropped
+    width, because = tuning.longest_row(cfg, model), tuning.why_so_long(cfg, model)
+    return on_policy.questions(cfg, talks, tokenizer, width, because)
 
 
 def row_length(cfg: Config, kept: Sequence[Question], trees: bool) -> int:
@@ -247,7 +239,6 @@ def _roller(
     n, extra = cfg.train.batch_size // reward.group, reward.resample
     if extra is None:
         extra = 2 if reward.loss == "dapo" else 0
-    sampler, stop = chain(temperature(reward.temperature)), weights.stop_ids(tokenizer)
     watch = Watch(say)
     longest = row_length(cfg, train, trees)
 
@@ -258,22 +249,19 @@ def _roller(
 
     def to_batch(groups: Sequence[Group], advantages: np.ndarray) -> RolloutBatch:
         """Returns the batch, whose length is rounded up so that XLA compiles for few lengths."""
-        made = [[rollout(group.question, answer) for answer in group.completions] for group in groups]
+        made = [[on_policy.rollout(group.question, answer) for answer in group.completions] for group in groups]
         if trees:
             merged = [rollouts.group_tree(group) for group in made]
             length = min(bucket(max(len(tree.tokens) for tree, _ in merged)), longest)
             return rollouts.tree_batch(made, merged, advantages, length, reward.max_new_tokens)
-        flat = [rollout for group in made for rollout in group]
-        needed = max(len(rollout.prompt) + len(rollout.tokens) for rollout in flat)
-        return rollouts.rollout_batch(flat, advantages.reshape(-1), min(bucket(needed), longest))
+        return on_policy.to_batch([rollout for group in made for rollout in group], advantages.reshape(-1), longest)
 
     def answered(params: Params, number: int, key: jax.Array) -> list[Group]:
         """Lets the model answer the questions of draw `number`, and scores the answers."""
         questions = [train[i] for i in rollouts.draw(len(train), number, n, cfg.seed)]
-        completions = complete(
-            params, [question.ids for question in questions], model, max_new_tokens=reward.max_new_tokens, key=key,
-            sampler=sampler, stop=stop, vocab_size=tokenizer.vocab_size, n=reward.group, logprobs=0,
-            logprobs_temperature=reward.temperature,
+        completions = on_policy.sample_answers(
+            params, questions, model, tokenizer, max_new_tokens=reward.max_new_tokens, at=reward.temperature, key=key,
+            n=reward.group,
         )  # fmt: skip
         texts = [tokenizer.decode(completion.tokens) for completion in completions]
         talks = [question.talk for question in questions for _ in range(reward.group)]
@@ -310,14 +298,6 @@ def _roller(
     return roll
 
 
-def rollout(question: Question, answer: Completion) -> Rollout:
-    """Returns a question and an answer of the sampler, whose end token is the last token if the answer has ended."""
-    tokens, logprobs = (answer.tokens, answer.logprobs) if answer.end is None else (
-        [*answer.tokens, answer.end[0]], [*answer.logprobs, answer.end[1]]
-    )  # fmt: skip
-    return Rollout(question.ids, tokens, logprobs)
-
-
 def measures(groups: Sequence[Group]) -> dict[str, float]:
     """Returns metrics of the answers in `groups`: means over answers, unless the name says otherwise.
 
@@ -325,26 +305,19 @@ def measures(groups: Sequence[Group]) -> dict[str, float]:
     reward_std         standard deviation of the rewards within a group, averaged over groups
     flat               fraction of groups whose answers all have the same reward, and which teach nothing
     failed             number of answers for which a reward function failed
-    length             number of tokens, with the end token
-    finished           fraction of answers that end with an end token
-    entropy            -log p of a token, averaged over tokens: an estimate of the entropy of the sampling distribution
+    and those of `on_policy.measures`.
     """
     answers = [completion for group in groups for completion in group.completions]
     total = np.concatenate([group.rewards for group in groups])
     parts = {name: np.concatenate([group.parts[name] for group in groups]) for name in groups[0].parts}
-    log_probs = [p for answer in answers for p in (*answer.logprobs, *(answer.end or (0, 0.0))[1:])]
     spread = [np.nanstd(group.rewards) for group in groups if not np.isnan(group.rewards).all()]
-    lengths = [len(answer.tokens) + (answer.end is not None) for answer in answers]
     return {
         "reward": _mean(total),
         **({f"reward_{name}": _mean(values) for name, values in parts.items()} if len(parts) > 1 else {}),
         "reward_std": _mean(np.array(spread)),
         "flat": sum(not group.varies for group in groups) / len(groups),
         "failed": int(np.isnan(total).sum()),
-        "length": sum(lengths) / len(lengths),
-        "finished": sum(answer.end is not None for answer in answers) / len(answers),
-        "entropy": -sum(log_probs) / max(sum(lengths), 1),
-    }
+    } | on_policy.measures(answers)
 
 
 def _mean(values: np.ndarray) -> float:
@@ -358,19 +331,13 @@ def _rows(group: Group, advantages: np.ndarray | None) -> list[dict[str, Any]]:
     def number(value: float) -> float | None:
         return None if math.isnan(value) else float(value)
 
-    question = instruct.row_of(group.question.talk, "")
+    def scores_of(i: int) -> dict[str, float | None]:
+        parts = {name: number(values[i]) for name, values in group.parts.items()} if len(group.parts) > 1 else {}
+        advantage = None if advantages is None else float(advantages[i])
+        return {"reward": number(group.rewards[i]), **parts, "advantage": advantage}
+
     return [
-        {
-            "where": question["where"],
-            "prompt": question["prompt"],
-            "expected": question["expected"],
-            "answer": text,
-            "reward": number(group.rewards[i]),
-            **({name: number(values[i]) for name, values in group.parts.items()} if len(group.parts) > 1 else {}),
-            "advantage": None if advantages is None else float(advantages[i]),
-            "tokens": len(completion.tokens) + (completion.end is not None),
-            "finish": completion.finish,
-        }
+        on_policy.row(group.question, text, completion, scores_of(i))
         for i, (text, completion) in enumerate(zip(group.texts, group.completions, strict=True))
     ]
 

@@ -87,7 +87,7 @@ def is_vmapped(cfg: Config) -> bool:
     """
     if cfg.finetune.together is not None:
         return cfg.finetune.together
-    one_program = cfg.task != "reward" and not cfg.train.patience and cfg.finetune.trainable == "lora"
+    one_program = not cfg.steps_per_rollout and not cfg.train.patience and cfg.finetune.trainable == "lora"
     return one_program and jax.default_backend() != "cpu"
 
 

@@ -106,7 +106,7 @@ def make_task(
     width: int,
     data: str,
     lines: Sequence[str],
-    describe_batch: Callable[[int], str] | None = None,
+    describe_batch: Callable[[int], str | None] = lambda step: None,
     files: dict[str, str] | None = None,
     score: Callable[[Params], tuple[Mean, Metrics]] | None = None,
     rollouts: RolloutSource | None = None,
@@ -123,8 +123,8 @@ def make_task(
         width: number of tokens per row.
         data: hash of the training and validation data.
         lines: lines of text that describe the data, printed before the first step.
-        describe_batch: function that maps a step to a line of text about the batch of this step, as in `Task`. None:
-            the line shows the batch's first tokens.
+        describe_batch: function that maps a step to a line of text about the batch of this step, as in `Task`, or to
+            None for a line that shows the batch's first tokens.
         files: further text files to write into the model's folder, as a dict from file name to text.
         score: the function `Validation.score`, or None for an evaluation by the loss on `eval_batches`.
         rollouts: the source of batches that the model generates, or None.
@@ -153,7 +153,7 @@ def make_task(
     return Task(
         tokenizer=tokenizer,
         batches=batches,
-        describe_batch=describe_batch or first_tokens,
+        describe_batch=lambda step: describe_batch(step) or first_tokens(step),
         validation=Validation(lambda first: eval_batches(), score=score),
         build=lambda cfg: step_functions(cfg, loss(cfg), combine),
         start=trainable.params,

@@ -32,7 +32,8 @@ def steps_per_call(cfg: Config, n_params: int, start: int = 0, hooks: Sequence[i
     checkpoint_every, log_every and those of the hooks. Evaluations, checkpoints and hooks can only run between two
     calls. If train.steps_per_call is None, the number of steps per call is 1 for models with more than 20 million
     parameters; for smaller models it is the largest number up to 10 that divides `start`, max_steps and every interval
-    shorter than max_steps. In reward tuning it is reward.updates, the number of steps on the same rollouts.
+    shorter than max_steps. In reward tuning it is reward.updates, the number of steps on the same rollouts, and with
+    distill.on_policy 1.
 
     Args:
         start: the step from which the run is resumed.
@@ -42,7 +43,7 @@ def steps_per_call(cfg: Config, n_params: int, start: int = 0, hooks: Sequence[i
         UserError: train.steps_per_call does not divide max_steps, or one of the intervals (of evaluation, checkpoints,
             logging, hooks) that are shorter than the run.
     """
-    settings, updates = cfg.train, cfg.reward.updates if cfg.task == "reward" else None
+    settings, updates = cfg.train, cfg.steps_per_rollout
     names = ("eval_every", "checkpoint_every") if updates else ("eval_every", "checkpoint_every", "log_every")
     every = {f"train.{name}": getattr(settings, name) for name in names}
     every |= {f"hooks[{i}]": n for i, n in enumerate(hooks)}

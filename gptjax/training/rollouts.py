@@ -15,8 +15,8 @@ from gptjax.training.run import Run
 def roll(run: Run, meter: Meter) -> Any:
     """Returns the batches of the next compiled call, with leaves [k, B, ..], or [B, ..] if k is 1.
 
-    The answers are appended to rollouts.jsonl and their metrics to metrics.jsonl, as rows of the first step that is
-    trained on them.
+    The answers are appended to rollouts.jsonl and their metrics, if there are any, to metrics.jsonl, as rows of the
+    first step that is trained on them.
     """
     assert run.task.rollouts is not None
     with run.progress.phase("generating answers"):
@@ -24,7 +24,8 @@ def roll(run: Run, meter: Meter) -> Any:
         batches, metrics, rows = make(run.state.params, run.state.frozen, run.step, run.k)
     step = run.step + 1
     run.rolled = metrics
-    meter.log({"step": step, **{f"rollout/{name}": finite(value) for name, value in metrics.items()}})
+    if metrics:
+        meter.log({"step": step, **{f"rollout/{name}": finite(value) for name, value in metrics.items()}})
     run.dir.append(
         run.dir.rollouts.name, "".join(json.dumps({"step": step, **row}, ensure_ascii=False) + "\n" for row in rows)
     )

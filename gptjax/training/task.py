@@ -67,7 +67,7 @@ class Rollouts(NamedTuple):
     """Answers that the model generated and that it is trained on.
 
     batches   the batches of the next steps, with leaves [k, B, ..]
-    metrics   metrics of the answers, such as their mean reward
+    metrics   metrics of the answers, such as their mean reward; empty if the batches are not answers of the model
     rows      one JSON-serialisable dict per answer, for rollouts.jsonl
     """
 

@@ -38,7 +38,7 @@ from gptjax.evaluation.intervals import interval, t_interval
 from gptjax.generation.decode import complete
 from gptjax.generation.sampling import chain, temperature
 from gptjax.model.gpt import for_decoding
-from gptjax.tasks.reward import rollout
+from gptjax.tasks.on_policy import rollout
 from gptjax.training.run_dir import read_metrics
 
 SMOLLM = "smollm2-135m-instruct"

@@ -1,5 +1,7 @@
 """Distillation losses against TRL's formula in float64, and log-probabilities of the teacher's most probable tokens."""
 
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,9 +9,14 @@ import pytest
 
 import gptjax
 from gptjax.data.classification import LabelledBatch
+from gptjax.data.conversations import Conversation
+from gptjax.data.rollouts import Question
+from gptjax.generation import complete
+from gptjax.generation.sampling import chain, temperature
 from gptjax.losses import class_logits, distill, distill_classes, next_token
 from gptjax.losses.distill import TeacherBatch, coarse_log_probs, divergence, teacher_log_probs
 from gptjax.ops.loss import Head, map_logits
+from gptjax.tasks import on_policy
 from gptjax.types import Batch
 
 RNG = np.random.default_rng(0)
@@ -141,6 +148,57 @@ def test_a_student_that_equals_its_teacher_has_no_divergence(models, batch):
     cfg, params = models[0]
     _, metrics = distill(cfg, cfg)(params | {"teacher": params}, batch, None)
     assert abs(float(metrics["divergence"].value())) < 1e-6 and metrics["agreement"].value() == 1
+
+
+@pytest.fixture(scope="module")
+def own(models):
+    """Answers that the student gives, some of them with an end token, and the logits of both models."""
+    (cfg, student), _ = models
+    prompts = [[1, 2, 3], [4, 5], [6], [6, 7, 8, 9]]
+    answers = complete(
+        student, prompts, cfg, max_new_tokens=6, key=jax.random.key(0), sampler=chain(temperature(1.0)),
+        stop=[0, 1, 2], logprobs=0,
+    )  # fmt: skip
+    assert {answer.finish for answer in answers} == {"stop", "length"}
+    made = [
+        on_policy.rollout(Question(ids, Conversation("", ())), answer)
+        for ids, answer in zip(prompts, answers, strict=True)
+    ]
+    batch = on_policy.to_batch(made, np.zeros(4), 16)
+    logits, others = (
+        np.asarray(gptjax.forward(params, batch.tokens, cfg, segment_ids=batch.segment_ids))[..., :17]
+        for cfg, params in models
+    )
+    return batch, logits, others
+
+
+def own_loss(models, batch, kind):
+    (cfg, student), (teacher_cfg, teacher) = models
+    options = OPTIONS | {"kind": kind, "beta": KINDS[kind]}
+    return distill(cfg, teacher_cfg, **options)(student | {"teacher": teacher}, batch, None)[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_loss_of_own_answers_is_the_divergence_alone(models, own, kind):
+    batch, logits, others = own
+    mean = own_loss(models, batch, kind)
+    soft = (trl(logits, others, KINDS[kind], 2.0) * batch.weights).sum()
+    np.testing.assert_allclose(mean, (4 * soft, batch.weights.sum()), rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_the_loss_of_own_answers_is_that_of_gkd_trainer(models, own):
+    """TRL masks prompts and padding with the label -100, and does not multiply by temperature^2."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        gkd = pytest.importorskip("trl.experimental.gkd", reason="extra 'parity' is not installed")
+    import torch
+
+    batch, *logits = own
+    labels = torch.tensor(np.where(batch.weights == 1, batch.targets, -100))
+    for kind, beta in KINDS.items():
+        theirs = gkd.GKDTrainer.generalized_jsd_loss(*map(torch.tensor, logits), labels, beta, temperature=2.0)
+        np.testing.assert_allclose(own_loss(models, batch, kind).value(), 4 * float(theirs), rtol=1e-5)
 
 
 def test_chunks_give_the_same_values():

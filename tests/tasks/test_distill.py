@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 
 import gptjax
-from gptjax import tokenizers
+from gptjax import losses, tokenizers
 from gptjax.__main__ import main
 from gptjax.errors import UserError
-from gptjax.tasks import find
+from gptjax.model.gpt import for_decoding
+from gptjax.tasks import distill, find, on_policy
+from gptjax.training.progress import Progress
 from gptjax.training.run_dir import read_metrics
+from gptjax.types import Batch, RolloutBatch
 
 SIZES = dict(arch="llama", n_head=4, context_length=96, vocab_size=257)
 TEACHER = gptjax.ModelConfig(**SIZES, n_layer=2, d_model=64, d_ff=96)
@@ -45,16 +48,21 @@ def cache(folder, monkeypatch):
     return folder / "cache" / "teachers"
 
 
+OWN = ("distill.on_policy=0.5", "distill.max_new_tokens=10")
+
+
+def settings(folder, name, *more):
+    return [
+        f"distill.source={folder / 'talks.jsonl'}", "distill.style=phi3",
+        f"distill.teacher={folder / 'teacher'}", f"finetune.base={folder / 'student'}", "optim.warmup_steps=0",
+        f"run_dir={folder / name}", "train.epochs=null", "train.max_steps=20", "train.eval_every=10",
+        "train.checkpoint_every=10", "train.batch_size=2", "optim.lr=1e-2", "distill.context_length=96",
+        *more,
+    ]  # fmt: skip
+
+
 def run(folder, name, *more):
-    return main(
-        [
-            "finetune", "distill", f"distill.source={folder / 'talks.jsonl'}", "distill.style=phi3",
-            f"distill.teacher={folder / 'teacher'}", f"finetune.base={folder / 'student'}", "optim.warmup_steps=0",
-            f"run_dir={folder / name}", "train.epochs=null", "train.max_steps=20", "train.eval_every=10",
-            "train.checkpoint_every=10", "train.batch_size=2", "optim.lr=1e-2", "distill.context_length=96",
-            *more,
-        ]
-    )  # fmt: skip
+    return main(["finetune", "distill", *settings(folder, name, *more)])
 
 
 def weights_of(run):
@@ -102,6 +110,7 @@ def test_the_cached_probabilities_give_the_same_student(folder, cache, capsys):
     "more",
     [
         (),
+        OWN,
         pytest.param(("distill.top_k=5", "distill.divergence=js"), marks=pytest.mark.slow),
         pytest.param(("finetune.trainable=lora",), marks=pytest.mark.slow),
     ],
@@ -117,6 +126,74 @@ def test_a_resumed_run_is_bitwise_equal(folder, more, capsys):
     assert run(folder, again, *more) == 0
     assert "resuming from step 10" in capsys.readouterr().out
     assert weights_of(folder / again) == weights_of(folder / name)
+    answers = [folder / run_dir / "rollouts.jsonl" for run_dir in (name, again)]
+    assert [file.exists() for file in answers] == [more == OWN] * 2
+    if more == OWN:
+        assert answers[0].read_text() == answers[1].read_text()
+        cfg = gptjax.load_config(folder / name / "config.yaml")
+        own = [step + 1 for step in range(20) if distill.is_own(cfg, step)]
+        assert [json.loads(line)["step"] for line in answers[0].read_text().splitlines()] == np.repeat(own, 2).tolist()
+        rolled = [row for row in read_metrics(folder / name) if "rollout/length" in row]
+        assert [row["step"] for row in rolled] == own and {"rollout/finished", "rollout/entropy"} <= rolled[0].keys()
+
+
+def test_some_batches_are_answers_that_the_student_has_just_given(folder):
+    cfg = gptjax.load_config("distill", *settings(folder, "none", *OWN))
+    with Progress(log=lambda line: None) as progress:
+        resolved, task, _ = distill.prepare(cfg, progress)
+    make, own = task.rollouts.make, [distill.is_own(cfg, step) for step in range(20)]
+    assert 5 < sum(own) < 15
+    step = own.index(True)
+    made = make(task.start, task.frozen, step, 1)
+    batch = jax.tree.map(lambda leaf: leaf[0], made.batches)
+    assert isinstance(batch, RolloutBatch) and len(made.rows) == len(batch.tokens) == 2
+    params = distill.student(task.build(resolved).combine(task.start, task.frozen))
+    log_probs = losses.token_log_probs(params, batch, resolved.model)
+    assert np.abs((log_probs - batch.old) * batch.weights).max() < 1e-4 and (batch.old * batch.weights).sum() < -10
+    for i, row in enumerate(made.rows):
+        ids = batch.targets[i][batch.weights[i] == 1].tolist()
+        assert row["tokens"] == len(ids) <= 10
+        assert task.tokenizer.decode(ids[:-1] if row["finish"] == "stop" else ids) == row["answer"]
+        prompt = task.tokenizer.decode(batch.tokens[i][: int(np.argmax(batch.weights[i])) + 1].tolist())
+        assert row["prompt"] in prompt and prompt.endswith("<|assistant|>\n")
+    again, later = make(task.start, task.frozen, step, 1), make(task.start, task.frozen, step + 1, 1)
+    jax.tree.map(np.testing.assert_array_equal, again.batches, made.batches)
+    assert again.rows == made.rows
+    changed = make(jax.tree.map(lambda leaf: 2 * leaf, task.start), task.frozen, step, 1)
+    assert [row["prompt"] for row in changed.rows] == [row["prompt"] for row in made.rows]
+    assert changed.rows != made.rows != later.rows
+
+    step = own.index(False)
+    given, whole = make(task.start, task.frozen, step, 1), task.batches(step, 1, None)
+    assert isinstance(given.batches, Batch) and given.rows == [] and given.metrics == {}
+    length = given.batches.tokens.shape[2]
+    np.testing.assert_array_equal(given.batches.targets, whole.targets[..., :length])
+    assert given.batches.weights.any() and not whole.segment_ids[..., length:].any()
+
+
+def own_divergence(folder, name, cfg):
+    """The divergence from the teacher on answers that a student gives to the training prompts."""
+    (params, model), (teacher, teacher_cfg) = gptjax.load(folder / name), gptjax.load(folder / "teacher")
+    data = distill._data(cfg)
+    answers = on_policy.sample_answers(
+        for_decoding(params, model), data.questions, model, data.tokenizer, max_new_tokens=10, at=1.0,
+        key=jax.random.key(5),
+    )  # fmt: skip
+    made = [on_policy.rollout(question, answer) for question, answer in zip(data.questions, answers, strict=True)]
+    batch = on_policy.to_batch(made, np.zeros(len(made)), 96)
+    _, metrics = losses.distill(model, teacher_cfg)(params | {"teacher": teacher}, batch, None)
+    return float(metrics["divergence"].value())
+
+
+def test_own_answers_bring_the_student_nearer_to_the_teacher_on_its_own_answers(folder):
+    """The given answers are unlike those of the teacher, whose weights are random."""
+    own = ("distill.on_policy=1", "distill.max_new_tokens=10")
+    more = ("distill.alpha=0", "train.max_steps=40", "train.eval_every=40", "train.checkpoint_every=40",
+            "train.batch_size=8")  # fmt: skip
+    assert run(folder, "on-policy", *own, *more) == run(folder, "given", "distill.packing=padded", *more) == 0
+    cfg = gptjax.load_config(folder / "on-policy" / "config.yaml")
+    before, given, after = (own_divergence(folder, name, cfg) for name in ("student", "given", "on-policy"))
+    assert after < 0.9 * before and after < 0.9 * given
 
 
 def test_plain_text_and_selected_parameters(folder, capsys):
@@ -164,9 +241,19 @@ def test_dry_run_and_mistakes(folder, capsys):
         "distill.divergence=kl": "forward, reverse or js",
         "distill.alpha=2": "distill.alpha (2",
         "distill.context_length=4": "no conversation fits a context of 4 tokens (distill.context_length",
+        "distill.on_policy=1.5 distill.max_new_tokens=8": "distill.on_policy (1.5) must be",
+        "distill.on_policy=0.5 distill.top_k=8": "needs the teacher in every step",
+        f"distill.on_policy=0.5 distill.max_new_tokens=8 distill.source={folder / 'text.txt'}": "is plain text",
+        "distill.on_policy=0.5 distill.max_new_tokens=96": "must be below distill.context_length (96)",
+        "distill.on_policy=0.5 distill.max_new_tokens=90": "no question fits: each has more than 6 tokens",
+        "distill.on_policy=0.5 distill.max_new_tokens=8 distill.packing=packed": "distill.packing would have no effect",
+        "distill.on_policy=0.5 distill.max_new_tokens=8 train.steps_per_call=2": "runs one step per call",
+        "distill.on_policy=0.5 distill.max_new_tokens=8 distributed.coordinator=auto": "runs in one process",
+        "distill.on_policy=0.5 distill.max_new_tokens=8 finetune.trainable=lora finetune.seeds=2 "
+        "finetune.together=true": "trains several seeds one after the other",
     }
     for setting, message in mistakes.items():
-        assert run(folder, "none", setting) == 2
+        assert run(folder, "none", *setting.split(" ")) == 2
         error = capsys.readouterr().err
         assert message in error and error.count("error:") == 1, error
 

@@ -17,7 +17,7 @@ from gptjax.data.conversations import Conversation
 from gptjax.data.rollouts import Question, Rollout, draw, group_tree, rollout_batch, tree_batch
 from gptjax.generation.decode import Completion, complete
 from gptjax.generation.sampling import chain, temperature
-from gptjax.tasks import reward
+from gptjax.tasks import on_policy, reward
 from gptjax.training.run_dir import read_metrics
 
 BASE = gptjax.ModelConfig(arch="llama", n_layer=2, n_head=4, d_model=64, d_ff=96, context_length=128, vocab_size=257)
@@ -221,7 +221,9 @@ def test_the_log_probabilities_of_the_sampler_are_those_of_the_trainer():
         stop=[5, 6, 7, 8], logprobs=0, logprobs_temperature=0.7,
     )  # fmt: skip
     assert {answer.finish for answer in answers} == {"stop", "length"}
-    made = [reward.rollout(Question(prompts[i // 8], Conversation("", ())), answer) for i, answer in enumerate(answers)]
+    made = [
+        on_policy.rollout(Question(prompts[i // 8], Conversation("", ())), answer) for i, answer in enumerate(answers)
+    ]
     batch = rollout_batch(made, np.zeros(len(made)), 48)
     log_probs = losses.token_log_probs(adapted, batch, cfg, temperature=0.7)
     assert batch.weights.sum() == sum(len(answer.tokens) + (answer.end is not None) for answer in answers)

@@ -160,8 +160,9 @@ def check(configs: Sequence[Config]) -> None:
             problems.append(
                 "mesh.* and distributed.*: leave out; a sweep distributes whole runs over the local devices"
             )
-        if cfg.task == "reward":
-            problems.append("task=reward: a sweep trains on fixed data; run gptjax finetune reward for each setting")
+        if cfg.steps_per_rollout:
+            what = "task=reward" if cfg.task == "reward" else "distill.on_policy"
+            problems.append(f"{what}: a sweep trains on fixed data; run gptjax finetune {cfg.task} for each setting")
         if cfg.train.patience:
             problems.append("train.patience: leave out; a sweep evaluates its runs only after their last step")
         if cfg.task != "pretrain" and cfg.finetune.seeds != 1:

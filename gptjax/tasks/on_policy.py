@@ -1,0 +1,110 @@
+"""Code that the tasks share whose model generates, during training, the answers that it is trained on next."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from gptjax import weights
+from gptjax.config import Config, ModelConfig
+from gptjax.data import rollouts
+from gptjax.data.conversations import Conversation
+from gptjax.data.rollouts import Question, Rollout
+from gptjax.errors import UserError
+from gptjax.generation.decode import Completion, bucket, complete
+from gptjax.generation.sampling import chain, temperature
+from gptjax.tasks import instruct
+from gptjax.tokenizers import Tokenizer
+from gptjax.types import Params, RolloutBatch
+
+
+def questions(
+    cfg: Config, talks: Sequence[Conversation], tokenizer: Tokenizer, width: int, because: str
+) -> tuple[list[Question], int]:
+    """Returns the questions that leave room for an answer in a row of `width` tokens, and the number of the others.
+
+    Args:
+        because: text for the error message that names the setting which `width` comes from.
+
+    Raises:
+        UserError: no question leaves room.
+    """
+    most = getattr(cfg, cfg.task).max_new_tokens
+    kept, dropped = rollouts.questions(talks, tokenizer, longest=width - most)
+    if not kept:
+        raise UserError(
+            f"no question fits: each has more than {width - most} tokens, which is what {cfg.task}.max_new_tokens="
+            f"{most} leaves of {width} tokens per row{because}"
+        )
+    return kept, dropped
+
+
+def sample_answers(
+    params: Params,
+    questions: Sequence[Question],
+    model: ModelConfig,
+    tokenizer: Tokenizer,
+    *,
+    max_new_tokens: int,
+    at: float,
+    key: jax.Array,
+    n: int = 1,
+) -> list[Completion]:
+    """Returns n answers to each question, drawn at temperature `at`, with the log-probabilities of that distribution.
+
+    Args:
+        params: the parameters as `model.gpt.for_decoding` returns them.
+    """
+    return complete(
+        params, [question.ids for question in questions], model, max_new_tokens=max_new_tokens, key=key,
+        sampler=chain(temperature(at)), stop=weights.stop_ids(tokenizer), vocab_size=tokenizer.vocab_size, n=n,
+        logprobs=0, logprobs_temperature=at,
+    )  # fmt: skip
+
+
+def rollout(question: Question, answer: Completion) -> Rollout:
+    """Returns a question and an answer of the sampler, whose end token is the last token if the answer has ended."""
+    tokens, logprobs = (answer.tokens, answer.logprobs) if answer.end is None else (
+        [*answer.tokens, answer.end[0]], [*answer.logprobs, answer.end[1]]
+    )  # fmt: skip
+    return Rollout(question.ids, tokens, logprobs)
+
+
+def to_batch(made: Sequence[Rollout], advantages: np.ndarray, longest: int) -> RolloutBatch:
+    """Returns the batch of rollouts, whose length is rounded up so that XLA compiles for few lengths, but at most
+    `longest`."""
+    needed = max(len(rollout.prompt) + len(rollout.tokens) for rollout in made)
+    return rollouts.rollout_batch(made, advantages, min(bucket(needed), longest))
+
+
+def measures(answers: Sequence[Completion]) -> dict[str, float]:
+    """Returns metrics of answers: means over answers, unless the text says otherwise.
+
+    length             number of tokens, with the end token
+    finished           fraction of answers that end with an end token
+    entropy            -log p of a token, averaged over tokens: an estimate of the entropy of the sampling distribution
+    """
+    log_probs = [p for answer in answers for p in (*answer.logprobs, *(answer.end or (0, 0.0))[1:])]
+    lengths = [len(answer.tokens) + (answer.end is not None) for answer in answers]
+    return {
+        "length": sum(lengths) / len(lengths),
+        "finished": sum(answer.end is not None for answer in answers) / len(answers),
+        "entropy": -sum(log_probs) / max(sum(lengths), 1),
+    }
+
+
+def row(question: Question, text: str, answer: Completion, scores: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Returns the row of rollouts.jsonl for an answer, with its `scores`, such as its reward."""
+    example = instruct.row_of(question.talk, "")
+    return {
+        "where": example["where"],
+        "prompt": example["prompt"],
+        "expected": example["expected"],
+        "answer": text,
+        **(scores or {}),
+        "tokens": len(answer.tokens) + (answer.end is not None),
+        "finish": answer.finish,
+    }
