@@ -139,7 +139,7 @@ PAGES: dict[str, Page] = {
         ),
         options=SWITCHES,
         notes=(
-            FINETUNED,
+            f"{FINETUNED} The preset of distill trains all weights.",
             "`gptjax finetune TASK --help` lists the settings of a task. `gptjax help data` explains the formats of the"
             " data, `gptjax help runs` the run directory.",
         ),

@@ -106,8 +106,8 @@ Preferences: prefer.source, reward_model.source (.jsonl .json .csv .parquet)
 
   prompt, chosen and rejected may also be lists of messages.
 
-Questions to reward answers to: reward.source (.jsonl .json .csv .parquet)
-  The forms of instruct.source. The last message of a record is the expected
+Rewards: reward.source (.jsonl .json .csv .parquet)
+  The formats of instruct.source. The last message of a record is the expected
   answer. A reward function gets the prompt, the answer of the model, and a
   dict with the keys prompt, expected, constraints, ..:
 
@@ -118,8 +118,10 @@ Questions to reward answers to: reward.source (.jsonl .json .csv .parquet)
   built in: exact, normalised, number, boxed, format, format:REGEX, length:N,
   constraints and judge:MODEL@URL. A function runs in a process of its own; an
   answer for which it fails is counted and left out.
-Distillation: distill.source has instructions, or plain text (.txt, .md, a folder).
-  distill.on_policy needs instructions, whose prompts the student answers.
+
+Distillation: distill.source (.jsonl .json .csv .parquet .txt .md, or a folder)
+  The formats of instruct.source, or plain text. distill.on_policy needs
+  instructions, whose prompts the student answers.
 
 Look at the result before you train: gptjax data inspect data.source=my.txt shows
 the first tokens; gptjax data check my.jsonl finds duplicates and secrets (near
@@ -139,7 +141,8 @@ and the name of the preset or file: runs/tiny-gpt2.
   samples.txt         text that was generated at each evaluation
   checkpoints/        states to resume from
   final/              the model after the last step
-  best/               the model with the lowest validation loss
+  best/               the model with the lowest validation loss; finetune reward:
+                      with the highest validation reward
   test.json           fine-tuning: scores on the test set
   responses.jsonl     finetune instruct: answers to the test questions;
                       responses-before.jsonl has those of the base model
