@@ -13,6 +13,10 @@ Both answers of a pair are in the same row, each as a segment with its own copy 
 
 from __future__ import annotations
 
+import itertools
+import json
+import math
+import random
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -22,11 +26,13 @@ from gptjax._moved import moved_name
 from gptjax.data import conversations, loader, packing, synthetic
 from gptjax.data.conversations import Conversation, Formats, Parse, Parsed
 from gptjax.errors import UserError
-from gptjax.formats.tables import Record
+from gptjax.formats import tables
+from gptjax.formats.tables import Record, Records
 from gptjax.tokenizers.base import Tokenizer
 from gptjax.tokenizers.chat import Style
 
 RESPONSES = ("chosen", "rejected")
+SCORED = ("prompt", "answer", "reward")
 
 
 class Pair(NamedTuple):
@@ -139,7 +145,8 @@ def _content(message: dict[str, Any]) -> tuple[Any, Any]:
 
 FORMATS: Formats = {
     ("prompt", *RESPONSES): (
-        '{"prompt": .., "chosen": .., "rejected": ..}, texts or lists of messages',
+        '{"prompt": .., "chosen": .., "rejected": ..}, texts or lists of messages; or scored answers: {"prompt": .., '
+        '"answer": .., "reward": ..}, several per prompt',
         _pair("prompt"),
     ),
     ("instruction", *RESPONSES): (
@@ -156,15 +163,23 @@ FORMATS: Formats = {
 def read(source: str, notes: list[str] | None = None) -> list[Pair]:
     """Reads the pairs of a .json (array), .jsonl, .parquet or .csv file, or of hf:org/name[:config][@split].
 
+    Scored answers ({"prompt": .., "answer": .., "reward": ..}, several answers per prompt), such as those in the
+    rollouts.jsonl of a run of `gptjax finetune reward`, become pairs: for each prompt, every answer with less than the
+    highest reward is rejected once, and the answers with the highest reward are chosen in turn. If no answer has a
+    reward above 0 and the records have the expected answer (`expected`), that is the chosen one. Equal answers count as
+    one, with the mean of their rewards; empty answers and those whose reward is null are left out.
+
     Args:
         notes: list to which a line of text that names the ignored keys is appended, as in `conversations.read`. None:
             the line is printed to stderr.
 
     Raises:
-        UserError: the file cannot be read or has invalid records (see `conversations.read`); or the two conversations
-            of a pair have different prompts, or the same answer (the message lists the first 20 such pairs).
+        UserError: the file cannot be read or has invalid records (see `conversations.read`); the two conversations
+            of a pair have different prompts, or the same answer (the message lists the first 20 such pairs); or the
+            scored answers make no pair.
     """
-    pairs = [Pair(*talks) for talks in conversations.read_as(source, FORMATS, notes)]
+    records = _pairs(tables.read(source), source)
+    pairs = [Pair(*talks) for talks in conversations.read_as(source, FORMATS, notes, records)]
     problems = []
     for chosen, rejected in pairs:
         preferred, other = ([*map(_content, talk.messages)] for talk in (chosen, rejected))
@@ -175,6 +190,67 @@ def read(source: str, notes: list[str] | None = None) -> list[Pair]:
     if problems:
         raise UserError.all(problems[: conversations.MAX_PROBLEMS])
     return pairs
+
+
+def _pairs(records: Records, source: str) -> Records:
+    """Yields the records that are not scored answers, and then records of pairs of the scored answers, see `read`."""
+    others = False
+    groups: dict[str, list[tuple[str, Record]]] = {}  # the scored answers to each prompt
+    for location, record in records:
+        if isinstance(record, UserError) or not set(SCORED) <= record.keys() or set(RESPONSES) <= record.keys():
+            others = True
+            yield location, record
+        elif isinstance(problem := _check_scored(record), UserError):
+            others = True
+            yield location, problem
+        else:
+            asked = json.dumps([record.get(key) for key in ("system", "history", "prompt")])
+            groups.setdefault(asked, []).append((location, record))
+    pairs = [(answers[0][0], pair) for answers in groups.values() for pair in _of_answers([r for _, r in answers])]
+    if groups and not (pairs or others):
+        raise UserError(f"{source}: no pair can be made: all answers to a prompt have the same reward, for each prompt")
+    yield from pairs
+
+
+def _check_scored(record: Record) -> UserError | None:
+    """Returns an error if a scored answer is invalid."""
+    if not all(isinstance(record[key], str) for key in ("prompt", "answer")):
+        return UserError("prompt and answer: expected texts")
+    value = record["reward"]
+    if _reward(value) is None:
+        return UserError(f"reward: expected a finite number, or null for an answer without one, found {value!r:.40}")
+    return None
+
+
+def _reward(value: Any) -> float | None:
+    """Returns the reward in a record: NaN for null or an empty cell of a table, and None if it is invalid."""
+    try:
+        number = math.nan if value in (None, "") else float(value)
+    except (TypeError, ValueError):
+        return None
+    return None if math.isinf(number) else number
+
+
+def _of_answers(records: Sequence[Record]) -> list[Record]:
+    """Returns records of pairs of the scored answers to one prompt."""
+    values: dict[str, list[float]] = {}
+    for record in records:
+        answer, reward = record["answer"].strip(), _reward(record["reward"])
+        if answer and reward is not None and not math.isnan(reward):
+            values.setdefault(answer, []).append(reward)
+    means = {answer: sum(rewards) / len(rewards) for answer, rewards in values.items()}
+    first = records[0]
+    best, expected = max(means.values(), default=0.0), first.get("expected")
+    chosen = [answer for answer, mean in means.items() if mean == best]
+    if best <= 0 and isinstance(expected, str) and expected.strip():
+        chosen = [expected.strip()]
+    rejected = [answer for answer, mean in means.items() if answer not in chosen]
+    system = [{"role": "system", "content": first["system"]}] if first.get("system") else []
+    prompt = [*system, *(first.get("history") or []), {"role": "user", "content": first["prompt"]}]
+    return [
+        {"prompt": prompt, "chosen": right, "rejected": wrong}
+        for right, wrong in zip(itertools.cycle(chosen), rejected, strict=False)
+    ]
 
 
 def of_skills(n: int, seed: int, held_out: bool = False) -> list[Pair]:
@@ -193,6 +269,20 @@ def of_skills(n: int, seed: int, held_out: bool = False) -> list[Pair]:
             if wrong := [answer for answer in answers if answer != talk.messages[-1]]:
                 pairs.append(Pair(talk, Conversation((*talk.messages[:-1], wrong[0]), talk.where)))
     return sorted(pairs, key=lambda pair: int(pair.chosen.where.split(":")[1]))
+
+
+def of_mistakes(n: int, seed: int, held_out: bool = False) -> list[Pair]:
+    """Returns n pairs made from the same questions as those of `of_skills`.
+
+    The rejected answer is a wrong answer to the same question (`synthetic.wrong_answer`), so that a reward model has to
+    learn which answers are right; with `of_skills` it learns which answers belong to a question.
+    """
+    rng = random.Random(f"{seed} {held_out} mistakes")
+    pairs = []
+    for talk in synthetic.skills(n, seed, held_out):
+        wrong = {"role": "assistant", "content": synthetic.wrong_answer(talk, rng)}
+        pairs.append(Pair(talk, Conversation((*talk.messages[:-1], wrong), talk.where)))
+    return pairs
 
 
 # --- rows

@@ -75,7 +75,8 @@ def pairs(cfg: Config, notes: list[str] | None = None) -> Splits[Pair]:
     A line of text that names the ignored keys of the file is appended to the list `notes`. If `notes` is None, the line
     is printed to stderr.
     """
-    return split_records(getattr(cfg, cfg.task), cfg.seed, preferences.read, preferences.of_skills, notes)
+    made = preferences.of_mistakes if cfg.task == "reward_model" else preferences.of_skills
+    return split_records(getattr(cfg, cfg.task), cfg.seed, preferences.read, made, notes)
 
 
 def loss(cfg: Config) -> Loss:

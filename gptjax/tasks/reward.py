@@ -357,12 +357,11 @@ def _rows(group: Group, advantages: np.ndarray | None) -> list[dict[str, Any]]:
     def number(value: float) -> float | None:
         return None if math.isnan(value) else float(value)
 
-    question = instruct.row_of(group.question.talk, "")
+    row = instruct.row_of(group.question.talk, "")
+    question = {key: value for key, value in row.items() if key not in ("answer", "constraints")}
     return [
         {
-            "where": question["where"],
-            "prompt": question["prompt"],
-            "expected": question["expected"],
+            **question,
             "answer": text,
             "reward": number(group.rewards[i]),
             **({name: number(values[i]) for name, values in group.parts.items()} if len(group.parts) > 1 else {}),
