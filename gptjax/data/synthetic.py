@@ -202,7 +202,7 @@ def _misconverted(question: str, answer: str, rng: random.Random) -> list[str]:
     (n,) = re.findall(r"\d+", question)
     factor = int(answer) // int(n)
     near = [(int(n) + off) * factor for off in (-10, -1, 1, 10) if int(n) + off > 0]
-    return [*(n + "0" * zeros for zeros in range(5)), *(n + "0" * zeros for zeros in range(5)), *map(str, near)]
+    return [n + "0" * zeros for zeros in range(5)] + [str(value) for value in near]
 
 
 def wrong_answer(talk: Conversation, rng: random.Random) -> str:

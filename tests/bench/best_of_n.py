@@ -8,10 +8,10 @@ wrong. It answers other training questions n times each; these answers, with rew
 the pairs on which the preset reward_model trains a reward model from `base` (the policy by default). Then the policy
 answers held-out questions, whose words and numbers do not occur in training: once greedily and n times at random.
 
-Prints the accuracy of the reward model on pairs of the held-out samples and on held-out synthetic pairs, the exact match
-of each choice with its 95 % interval, and how often it is right where greedy is wrong and the reverse, with the p-value
-of McNemar's exact test. "any of n" is the fraction of questions with a right answer among the samples, which no choice
-can exceed. A repeated command reads the answers and resumes the runs in FOLDER.
+Prints the accuracy of the reward model on pairs of the held-out samples and on held-out synthetic pairs; and of each
+choice the exact match with its 95 % interval, and for how many questions it is right where greedy is wrong, and the
+reverse, with the p-value of McNemar's exact test. "any of n" is the fraction of questions with a right answer among the
+samples, which no choice can exceed. A repeated command reads the answers and resumes the runs in FOLDER.
 """
 
 from __future__ import annotations
