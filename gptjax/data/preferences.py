@@ -195,56 +195,54 @@ def read(source: str, notes: list[str] | None = None) -> list[Pair]:
 def _pairs(records: Records, source: str) -> Records:
     """Yields the records that are not scored answers, and then records of pairs of the scored answers, see `read`."""
     others = False
-    groups: dict[str, list[tuple[str, Record]]] = {}  # the scored answers to each prompt
+    prompts: dict[str, tuple[str, Record, dict[str, list[float]]]] = {}  # first location, record; rewards by answer
     for location, record in records:
-        if isinstance(record, UserError) or not set(SCORED) <= record.keys() or set(RESPONSES) <= record.keys():
-            others = True
-            yield location, record
-        elif isinstance(problem := _check_scored(record), UserError):
-            others = True
-            yield location, problem
-        else:
+        is_scored = (
+            not isinstance(record, UserError) and {*SCORED} <= record.keys() and not {*RESPONSES} & record.keys()
+        )
+        reward = _reward(record) if is_scored else record
+        if isinstance(reward, float):
             asked = json.dumps([record.get(key) for key in ("system", "history", "prompt")])
-            groups.setdefault(asked, []).append((location, record))
-    pairs = [(answers[0][0], pair) for answers in groups.values() for pair in _of_answers([r for _, r in answers])]
-    if groups and not (pairs or others):
+            *_, rewards = prompts.setdefault(asked, (location, record, {}))
+            if (answer := record["answer"].strip()) and not math.isnan(reward):
+                rewards.setdefault(answer, []).append(reward)
+        else:
+            others = True
+            yield location, reward
+    pairs = [
+        (location, pair) for location, record, rewards in prompts.values() for pair in _of_answers(record, rewards)
+    ]
+    if prompts and not (pairs or others):
         raise UserError(f"{source}: no pair can be made: all answers to a prompt have the same reward, for each prompt")
     yield from pairs
 
 
-def _check_scored(record: Record) -> UserError | None:
-    """Returns an error if a scored answer is invalid."""
+def _reward(record: Record) -> float | UserError:
+    """Returns the reward of a scored answer, NaN for null or an empty cell of a table; or an error if it is invalid."""
     if not all(isinstance(record[key], str) for key in ("prompt", "answer")):
         return UserError("prompt and answer: expected texts")
-    value = record["reward"]
-    if _reward(value) is None:
-        return UserError(f"reward: expected a finite number, or null for an answer without one, found {value!r:.40}")
-    return None
-
-
-def _reward(value: Any) -> float | None:
-    """Returns the reward in a record: NaN for null or an empty cell of a table, and None if it is invalid."""
     try:
-        number = math.nan if value in (None, "") else float(value)
+        reward = math.nan if record["reward"] in (None, "") else float(record["reward"])
     except (TypeError, ValueError):
-        return None
-    return None if math.isinf(number) else number
+        reward = math.inf
+    if math.isinf(reward):
+        found = repr(record["reward"])
+        return UserError(f"reward: expected a finite number, or null for an answer without one, found {found:.40}")
+    return reward
 
 
-def _of_answers(records: Sequence[Record]) -> list[Record]:
-    """Returns records of pairs of the scored answers to one prompt."""
-    values: dict[str, list[float]] = {}
-    for record in records:
-        answer, reward = record["answer"].strip(), _reward(record["reward"])
-        if answer and reward is not None and not math.isnan(reward):
-            values.setdefault(answer, []).append(reward)
-    means = {answer: sum(rewards) / len(rewards) for answer, rewards in values.items()}
-    first = records[0]
+def _of_answers(first: Record, rewards: dict[str, list[float]]) -> list[Record]:
+    """Returns records of pairs of the answers to one prompt, by the mean of their rewards.
+
+    Args:
+        first: a scored answer to the prompt; it gives the system message, the history and the expected answer.
+    """
+    means = {answer: sum(values) / len(values) for answer, values in rewards.items()}
     best, expected = max(means.values(), default=0.0), first.get("expected")
     chosen = [answer for answer, mean in means.items() if mean == best]
     if best <= 0 and isinstance(expected, str) and expected.strip():
         chosen = [expected.strip()]
-    rejected = [answer for answer, mean in means.items() if answer not in chosen]
+    rejected = [answer for answer in means if answer not in chosen]
     system = [{"role": "system", "content": first["system"]}] if first.get("system") else []
     prompt = [*system, *(first.get("history") or []), {"role": "user", "content": first["prompt"]}]
     return [
