@@ -17,7 +17,7 @@ import itertools
 import json
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,7 +28,7 @@ from gptjax.data.conversations import Conversation, Formats, Parse, Parsed
 from gptjax.errors import UserError
 from gptjax.formats import tables
 from gptjax.formats.tables import Record, Records
-from gptjax.tokenizers.base import Tokenizer
+from gptjax.tokenizers.base import Tokenizer, found_in
 from gptjax.tokenizers.chat import Style
 
 RESPONSES = ("chosen", "rejected")
@@ -160,25 +160,27 @@ FORMATS: Formats = {
 }
 
 
-def read(source: str, notes: list[str] | None = None) -> list[Pair]:
+def read(source: str, notes: list[str] | None = None, special: Collection[str] = ()) -> list[Pair]:
     """Reads the pairs of a .json (array), .jsonl, .parquet or .csv file, or of hf:org/name[:config][@split].
 
     Scored answers ({"prompt": .., "answer": .., "reward": ..}, several answers per prompt), such as those in the
     rollouts.jsonl of a run of `gptjax finetune reward`, become pairs: for each prompt, every answer with less than the
     highest reward is rejected once, and the answers with the highest reward are chosen in turn. If no answer has a
     reward above 0 and the records have the expected answer (`expected`), that is the chosen one. Equal answers count as
-    one, with the mean of their rewards; empty answers and those whose reward is null are left out.
+    one, with the mean of their rewards. Left out are answers that are empty, whose reward is null, or that contain a
+    special token, as samples of a model may.
 
     Args:
         notes: list to which a line of text that names the ignored keys is appended, as in `conversations.read`. None:
             the line is printed to stderr.
+        special: the texts of the special tokens, which a chat template could not write as part of an answer.
 
     Raises:
         UserError: the file cannot be read or has invalid records (see `conversations.read`); the two conversations
             of a pair have different prompts, or the same answer (the message lists the first 20 such pairs); or the
             scored answers make no pair.
     """
-    records = _pairs(tables.read(source), source)
+    records = _pairs(tables.read(source), source, special)
     pairs = [Pair(*talks) for talks in conversations.read_as(source, FORMATS, notes, records)]
     problems = []
     for chosen, rejected in pairs:
@@ -192,7 +194,7 @@ def read(source: str, notes: list[str] | None = None) -> list[Pair]:
     return pairs
 
 
-def _pairs(records: Records, source: str) -> Records:
+def _pairs(records: Records, source: str, special: Collection[str]) -> Records:
     """Yields the records that are not scored answers, and then records of pairs of the scored answers, see `read`."""
     others = False
     prompts: dict[str, tuple[str, Record, dict[str, list[float]]]] = {}  # first location, record; rewards by answer
@@ -204,7 +206,8 @@ def _pairs(records: Records, source: str) -> Records:
         if isinstance(reward, float):
             asked = json.dumps([record.get(key) for key in ("system", "history", "prompt")])
             *_, rewards = prompts.setdefault(asked, (location, record, {}))
-            if (answer := record["answer"].strip()) and not math.isnan(reward):
+            answer = record["answer"].strip()
+            if answer and not math.isnan(reward) and not found_in(answer, special):
                 rewards.setdefault(answer, []).append(reward)
         else:
             others = True

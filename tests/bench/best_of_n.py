@@ -1,12 +1,13 @@
 """A reward model trained on samples of the policy, and how much best-of-n and others gain over greedy answers.
 
-    python tests/bench/best_of_n.py [--policy RUN] [--examples 500] [--base MODEL] [--train 400] [--questions 200]
-                                    [--n 8] [--temperature 1.0] [--runs FOLDER] [a.b=c ...]
+    python tests/bench/best_of_n.py [--policy RUN] [--examples 500] [--scored FILE] [--train 400] [--base MODEL]
+                                    [--questions 200] [--n 8] [--temperature 1.0] [--runs FOLDER] [a.b=c ...]
 
 The policy is a run of `gptjax finetune instruct`, or is made by one on few synthetic questions, so that it is often
-wrong. It answers other training questions n times each; these answers, with reward 1 for an exact one and else 0, are
-the pairs on which the preset reward_model trains a reward model from `base` (the policy by default). Then the policy
-answers held-out questions, whose words and numbers do not occur in training: once greedily and n times at random.
+wrong. The preset reward_model makes a reward model from `base` (the policy by default). Its pairs are right and wrong
+answers of the policy: those in a file of scored answers, such as rollouts.jsonl of a run of `gptjax finetune reward`
+that starts from the policy, or n samples for each of some training questions. Then the policy answers held-out
+questions, whose words and numbers do not occur in training: once greedily and n times at random.
 
 Prints the accuracy of the reward model on pairs of the held-out samples and on held-out synthetic pairs; and of each
 choice the exact match with its 95 % interval, and for how many questions it is right where greedy is wrong, and the
@@ -34,6 +35,7 @@ from gptjax.evaluation.generation_metrics import is_exact
 from gptjax.evaluation.intervals import interval
 from gptjax.generation import best_of_n, chain, complete, greedy, majority, reward_scores, temperature
 from gptjax.model.gpt import for_decoding
+from gptjax.tokenizers.base import found_in
 from gptjax.weights import stop_ids
 
 BATCH_SIZE, MAX_NEW_TOKENS = 16, 24
@@ -92,6 +94,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--policy", type=Path)
+    parser.add_argument("--scored", type=Path)
     parser.add_argument("--base")
     parser.add_argument("--runs", type=Path, default=Path("runs/best-of-n"))
     parser.add_argument("settings", nargs="*", help="settings of the reward model, such as optim.lr=1e-3")
@@ -100,18 +103,15 @@ def main() -> None:
 
     few = (f"instruct.examples={args.examples}", "instruct.compare=false", "instruct.test_fraction=0.01")
     policy = args.policy or train("instruct", args.runs / "policy", *few)
-    questions = synthetic.skills(args.train, 1)
-    samples = answer(policy, questions, args.runs / "train.jsonl", args.n, args.temperature)
+    scored = args.scored or args.runs / "train.jsonl"
+    if args.scored is None:
+        answer(policy, synthetic.skills(args.train, 1), scored, args.n, args.temperature)
     talks = synthetic.skills(args.questions, 1, held_out=True)
     first = answer(policy, talks, args.runs / "greedy.jsonl", 1, 0)
     drawn = answer(policy, talks, args.runs / "held_out.jsonl", args.n, args.temperature)
-    share = np.mean([row["reward"] for rows in samples for row in rows])
-    print(f"policy: {share:.1%} of its samples for {args.train} training questions are right", flush=True)
-
     judge = train(
         "reward_model", args.runs / "reward_model", f"finetune.base={args.base or policy}",
-        f"reward_model.source={args.runs / 'train.jsonl'}", "reward_model.test_fraction=0.05",
-        "reward_model.val_fraction=0.05", *args.settings,
+        f"reward_model.source={scored}", "reward_model.test_fraction=0.05", *args.settings,
     )  # fmt: skip
     params, cfg = gptjax.load(judge)
     tokenizer = gptjax.tokenizers.load(judge)
@@ -120,7 +120,8 @@ def main() -> None:
         chosen, rejected = (reward_scores(params, cfg, tokenizer, side) for side in zip(*pairs, strict=True))
         return (chosen > rejected).tolist()
 
-    held_out = preferences.read(str(args.runs / "held_out.jsonl"), [])
+    special = tokenizer.special_tokens
+    held_out = preferences.read(str(args.runs / "held_out.jsonl"), [], special)
     print(line(f"{len(held_out)} pairs of held-out samples", accuracy(held_out)))
     made = preferences.of_mistakes(args.questions, 1, held_out=True)
     print(line(f"{len(made)} synthetic held-out pairs", accuracy(made)))
@@ -128,7 +129,7 @@ def main() -> None:
     right: dict[str, list[float]] = {}
     for talk, (greedy_row,), rows in zip(talks, first, drawn, strict=True):
         texts, is_right = [row["answer"] for row in rows], [row["reward"] for row in rows]
-        written = [i for i, text in enumerate(texts) if text.strip()]  # an empty answer cannot be rendered
+        written = [i for i, text in enumerate(texts) if text.strip() and not found_in(text, special)]
         asked = [Conversation((talk.messages[0], {"role": "assistant", "content": texts[i]}), "") for i in written]
         rewards = np.full(len(texts), -np.inf)
         rewards[written] = reward_scores(params, cfg, tokenizer, asked)

@@ -149,6 +149,8 @@ def test_scored_answers_become_pairs(tmp_path):
     assert texts(pairs) == [["yes", "no"], ["2", "1"], ["6", "3"], ["2", "5"]] and len(notes) == 0
     assert {pair.chosen.messages[0]["content"] for pair in pairs[1:]} == {"a"}
     assert pairs[1].chosen.where.endswith("pairs.jsonl:1")
+    rows = scored("a", ("1", 1), ("2<|end|>", 0), ("3", 0))
+    assert texts(preferences.read(saved(tmp_path, rows), special={"<|end|>"})) == [["1", "3"]]
     rows = scored("a", ("x", 0.9), ("y", 0.0), ("x", 0.0), ("y", 0.5))
     assert texts(preferences.read(saved(tmp_path, rows))) == [["x", "y"]]
 

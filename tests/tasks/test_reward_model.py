@@ -125,7 +125,7 @@ def test_scored_answers_as_of_a_run_with_rewards(folder, capsys):
         "a": (("aa", 1), ("ab", 0), ("ab", 0), ("b", 0)),
         "b": (("no", 0),),
         "c": (("cc", 1),),
-        "d": (("dd", 1), ("", 0), ("d", 0)),
+        "d": (("dd", 1), ("", 0), ("<|endoftext|>", 0), ("d", 0)),
     }
     rows = [
         {"step": i, "where": "x", "prompt": f"say {letter}" + "!" * i, "expected": letter * 2, "answer": answer,
