@@ -55,6 +55,4 @@ def test_dry_run_and_mistakes(folder, capsys):
 def test_the_synthetic_pairs_of_the_two_tasks():
     """DPO learns from answers to other questions, a reward model from wrong answers to the same question."""
     for task, made in (("prefer", preferences.of_skills), ("reward_model", preferences.of_mistakes)):
-        splits = prefer.pairs(load_config(task, f"{task}.examples=40", "seed=3"), [])
-        assert splits.train == made(40, 3)
-        assert splits.val + splits.test == made(len(splits.val + splits.test), 3, held_out=True)
+        assert prefer.pairs(load_config(task, f"{task}.examples=300", "seed=3"), []).train == made(300, 3)
