@@ -104,7 +104,9 @@ Preferences: prefer.source, reward_model.source (.jsonl .json .csv .parquet)
 
     {"prompt": "Name a fruit.", "chosen": "An apple.", "rejected": "A saw."}
 
-  prompt, chosen and rejected may also be lists of messages.
+  prompt, chosen and rejected may also be lists of messages. Scored answers, as in
+  rollouts.jsonl of `gptjax finetune reward`, become pairs of the best and every
+  worse answer to a prompt: {"prompt": "2 + 2 =", "answer": "5", "reward": 0}
 
 Rewards: reward.source (.jsonl .json .csv .parquet)
   The formats of instruct.source. The last message of a record is the expected

@@ -780,8 +780,8 @@ class PreferConfig:
 
     source: Optional[str] = setting(
         None,
-        "Preference pairs: .json, .jsonl, .csv, .parquet or hf:org/name. null: generated pairs of small synthetic"
-        " tasks.",
+        "Preference pairs, or scored answers such as rollouts.jsonl of a reward run: .json, .jsonl, .csv, .parquet or"
+        " hf:org/name. null: generated pairs of small synthetic tasks.",
     )
     loss: Literal["dpo", "ipo", "orpo", "kto", "simpo"] = setting(
         "dpo", "Preference loss: DPO, IPO, ORPO, KTO or SimPO."
@@ -878,8 +878,8 @@ class RewardModelConfig:
 
     source: Optional[str] = setting(
         None,
-        "Preference pairs: .json, .jsonl, .csv, .parquet or hf:org/name. null: generated pairs of small synthetic"
-        " tasks.",
+        "Preference pairs, or scored answers such as rollouts.jsonl of a reward run: .json, .jsonl, .csv, .parquet or"
+        " hf:org/name. null: generated pairs of small synthetic tasks.",
     )
     center: float = setting(
         0.0,

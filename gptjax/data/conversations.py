@@ -110,8 +110,13 @@ def read(source: str, notes: list[str] | None = None) -> list[Conversation]:
     return [talk for (talk,) in read_as(source, FORMATS, notes)]
 
 
-def read_as(source: str, formats: Formats, notes: list[str] | None = None) -> list[tuple[Conversation, ...]]:
+def read_as(
+    source: str, formats: Formats, notes: list[str] | None = None, rows: tables.Records | None = None
+) -> list[tuple[Conversation, ...]]:
     """Returns the conversations of each record: two if the records are preference pairs, otherwise one.
+
+    Args:
+        rows: the locations and records of the source. None: they are read.
 
     Raises the same errors as `read`.
     """
@@ -120,7 +125,7 @@ def read_as(source: str, formats: Formats, notes: list[str] | None = None) -> li
     unused: dict[str, Unused] = {}
     unknown = False
     try:
-        for location, record in tables.read(source):
+        for location, record in rows or tables.read(source):
             fits = [] if isinstance(record, UserError) else [f for f in formats if all(key in record for key in f)]
             fits = [keys for keys in fits if not any(set(keys) < set(others) for others in fits)]
             if isinstance(record, UserError):

@@ -13,7 +13,11 @@ Both answers of a pair are in the same row, each as a segment with its own copy 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+import json
+import math
+import random
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,11 +26,13 @@ from gptjax._moved import moved_name
 from gptjax.data import conversations, loader, packing, synthetic
 from gptjax.data.conversations import Conversation, Formats, Parse, Parsed
 from gptjax.errors import UserError
-from gptjax.formats.tables import Record
-from gptjax.tokenizers.base import Tokenizer
+from gptjax.formats import tables
+from gptjax.formats.tables import Record, Records
+from gptjax.tokenizers.base import Tokenizer, found_in
 from gptjax.tokenizers.chat import Style
 
 RESPONSES = ("chosen", "rejected")
+SCORED = ("prompt", "answer", "reward")
 
 
 class Pair(NamedTuple):
@@ -139,7 +145,8 @@ def _content(message: dict[str, Any]) -> tuple[Any, Any]:
 
 FORMATS: Formats = {
     ("prompt", *RESPONSES): (
-        '{"prompt": .., "chosen": .., "rejected": ..}, texts or lists of messages',
+        '{"prompt": .., "chosen": .., "rejected": ..}, texts or lists of messages; or scored answers: {"prompt": .., '
+        '"answer": .., "reward": ..}, several per prompt',
         _pair("prompt"),
     ),
     ("instruction", *RESPONSES): (
@@ -153,18 +160,28 @@ FORMATS: Formats = {
 }
 
 
-def read(source: str, notes: list[str] | None = None) -> list[Pair]:
+def read(source: str, notes: list[str] | None = None, special: Collection[str] = ()) -> list[Pair]:
     """Reads the pairs of a .json (array), .jsonl, .parquet or .csv file, or of hf:org/name[:config][@split].
+
+    Scored answers ({"prompt": .., "answer": .., "reward": ..}, several answers per prompt), such as those in the
+    rollouts.jsonl of a run of `gptjax finetune reward`, become pairs: for each prompt, every answer with less than the
+    highest reward is rejected once, and the answers with the highest reward are chosen in turn. If no answer has a
+    reward above 0 and the records have the expected answer (`expected`), that is the chosen one. Equal answers count as
+    one, with the mean of their rewards. Left out are answers that are empty, whose reward is null, or that contain a
+    special token, as samples of a model may.
 
     Args:
         notes: list to which a line of text that names the ignored keys is appended, as in `conversations.read`. None:
             the line is printed to stderr.
+        special: the texts of the special tokens, which a chat template could not write as part of an answer.
 
     Raises:
-        UserError: the file cannot be read or has invalid records (see `conversations.read`); or the two conversations
-            of a pair have different prompts, or the same answer (the message lists the first 20 such pairs).
+        UserError: the file cannot be read or has invalid records (see `conversations.read`); the two conversations
+            of a pair have different prompts, or the same answer (the message lists the first 20 such pairs); or the
+            scored answers make no pair.
     """
-    pairs = [Pair(*talks) for talks in conversations.read_as(source, FORMATS, notes)]
+    records = _pairs(tables.read(source), source, special)
+    pairs = [Pair(*talks) for talks in conversations.read_as(source, FORMATS, notes, records)]
     problems = []
     for chosen, rejected in pairs:
         preferred, other = ([*map(_content, talk.messages)] for talk in (chosen, rejected))
@@ -175,6 +192,66 @@ def read(source: str, notes: list[str] | None = None) -> list[Pair]:
     if problems:
         raise UserError.all(problems[: conversations.MAX_PROBLEMS])
     return pairs
+
+
+def _pairs(records: Records, source: str, special: Collection[str]) -> Records:
+    """Yields the records that are not scored answers, and then records of pairs of the scored answers, see `read`."""
+    others = False
+    prompts: dict[str, tuple[str, Record, dict[str, list[float]]]] = {}  # first location, record; rewards by answer
+    for location, record in records:
+        is_scored = (
+            not isinstance(record, UserError) and {*SCORED} <= record.keys() and not {*RESPONSES} & record.keys()
+        )
+        reward = _reward(record) if is_scored else record
+        if isinstance(reward, float):
+            asked = json.dumps([record.get(key) for key in ("system", "history", "prompt")])
+            *_, rewards = prompts.setdefault(asked, (location, record, {}))
+            answer = record["answer"].strip()
+            if answer and not math.isnan(reward) and not found_in(answer, special):
+                rewards.setdefault(answer, []).append(reward)
+        else:
+            others = True
+            yield location, reward
+    pairs = [
+        (location, pair) for location, record, rewards in prompts.values() for pair in _of_answers(record, rewards)
+    ]
+    if prompts and not (pairs or others):
+        raise UserError(f"{source}: no pair can be made: all answers to a prompt have the same reward, for each prompt")
+    yield from pairs
+
+
+def _reward(record: Record) -> float | UserError:
+    """Returns the reward of a scored answer, NaN for null or an empty cell of a table; or an error if it is invalid."""
+    if not all(isinstance(record[key], str) for key in ("prompt", "answer")):
+        return UserError("prompt and answer: expected texts")
+    try:
+        reward = math.nan if record["reward"] in (None, "") else float(record["reward"])
+    except (TypeError, ValueError):
+        reward = math.inf
+    if math.isinf(reward):
+        found = repr(record["reward"])
+        return UserError(f"reward: expected a finite number, or null for an answer without one, found {found:.40}")
+    return reward
+
+
+def _of_answers(first: Record, rewards: dict[str, list[float]]) -> list[Record]:
+    """Returns records of pairs of the answers to one prompt, by the mean of their rewards.
+
+    Args:
+        first: a scored answer to the prompt; it gives the system message, the history and the expected answer.
+    """
+    means = {answer: sum(values) / len(values) for answer, values in rewards.items()}
+    best, expected = max(means.values(), default=0.0), first.get("expected")
+    chosen = [answer for answer, mean in means.items() if mean == best]
+    if best <= 0 and isinstance(expected, str) and expected.strip():
+        chosen = [expected.strip()]
+    rejected = [answer for answer in means if answer not in chosen]
+    system = [{"role": "system", "content": first["system"]}] if first.get("system") else []
+    prompt = [*system, *(first.get("history") or []), {"role": "user", "content": first["prompt"]}]
+    return [
+        {"prompt": prompt, "chosen": right, "rejected": wrong}
+        for right, wrong in zip(itertools.cycle(chosen), rejected, strict=False)
+    ]
 
 
 def of_skills(n: int, seed: int, held_out: bool = False) -> list[Pair]:
@@ -193,6 +270,20 @@ def of_skills(n: int, seed: int, held_out: bool = False) -> list[Pair]:
             if wrong := [answer for answer in answers if answer != talk.messages[-1]]:
                 pairs.append(Pair(talk, Conversation((*talk.messages[:-1], wrong[0]), talk.where)))
     return sorted(pairs, key=lambda pair: int(pair.chosen.where.split(":")[1]))
+
+
+def of_mistakes(n: int, seed: int, held_out: bool = False) -> list[Pair]:
+    """Returns n pairs made from the same questions as those of `of_skills`.
+
+    The rejected answer is a wrong answer to the same question (`synthetic.wrong_answer`), so that a reward model has to
+    learn which answers are right; with `of_skills` it learns which answers belong to a question.
+    """
+    rng = random.Random(f"{seed} {held_out} mistakes")
+    pairs = []
+    for talk in synthetic.skills(n, seed, held_out):
+        wrong = {"role": "assistant", "content": synthetic.wrong_answer(talk, rng)}
+        pairs.append(Pair(talk, Conversation((*talk.messages[:-1], wrong), talk.where)))
+    return pairs
 
 
 # --- rows

@@ -2,6 +2,7 @@
 
     skills(4, seed=0)[2]                user: "What is g i r l backwards?"   assistant: "l r i g"
     skills(4, seed=0, held_out=True)    similar questions, about other words and sums than the training data
+    wrong_answer(talk, rng)             a wrong answer to such a question: "l i r g", "r i g", "g i r l", ..
 
 A skill is a type of question, such as forming a plural. A question is about words, a sum, a difference, three numbers
 to sort, or a measure such as 7 meters. A hash of each of these subjects decides, independently of the seed, whether the
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import re
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -70,10 +72,13 @@ class Task(NamedTuple):
 
 
 class Skill(NamedTuple):
-    """A type of question: a function that draws a random `Task`, and different wordings of the question."""
+    """A type of question: a function that draws a random `Task`, different wordings of the question, and a function
+    (question, answer, rng) that returns wrong answers, such as a small model gives. The right one may be among them.
+    """
 
     make: Callable[[random.Random, list[str]], Task]
     phrasings: tuple[str, ...]
+    mistakes: Callable[[str, str, random.Random], list[str]]
 
 
 def plural(noun: str) -> str:
@@ -127,10 +132,95 @@ def _convert(rng: random.Random, words: list[str]) -> Task:
     return Task({"n": str(n), "big": big, "small": small}, str(n * factor), f"{n} {big}")
 
 
+# --- wrong answers
+
+
+def _slips(items: list[str], others: list[str], rng: random.Random) -> list[list[str]]:
+    """Returns copies of the items: without one of them, with one twice, with two neighbours swapped, and with one
+    replaced by one of `others`."""
+    i, j = rng.randrange(len(items)), rng.randrange(len(items) - 1)
+    before, item, after = items[:i], items[i], items[i + 1 :]
+    swapped = [*items[:j], items[j + 1], items[j], *items[j + 2 :]]
+    return [before + after, [*before, item, item, *after], swapped, [*before, rng.choice(others), *after]]
+
+
+def _spelled(question: str, answer: str, rng: random.Random) -> list[str]:
+    letters = answer.split()
+    alphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZ" if answer.isupper() else "abcdefghijklmnopqrstuvwxyz"
+    return [" ".join(slip) for slip in _slips(letters, list(alphabet), rng)]
+
+
+def _in_capitals(question: str, answer: str, rng: random.Random) -> list[str]:
+    letters = answer.split()
+    i = rng.randrange(len(letters))
+    letters[i] = letters[i].lower()
+    return [*_spelled(question, answer, rng), answer.lower(), " ".join(letters), answer.replace(" ", "")]
+
+
+def _spaced(question: str, answer: str, rng: random.Random) -> list[str]:
+    return [*_spelled(question, answer, rng), answer.replace(" ", "-"), answer.replace(" ", "")]
+
+
+def _backwards(question: str, answer: str, rng: random.Random) -> list[str]:
+    i = rng.randrange(1, len(answer), 2)  # the place of a space
+    half_reversed = answer[: i + 1] + answer[i + 1 :][::-1]
+    return [*_spelled(question, answer, rng), *_spelled(question, answer, rng), answer[::-1], half_reversed]
+
+
+def _pluralised(question: str, answer: str, rng: random.Random) -> list[str]:
+    noun = next(word for word in re.findall("[a-z]+", question) if plural(word) == answer)
+    slips = ["".join(slip) for slip in _slips(list(answer), list(VOWELS), rng)]
+    return [*slips, noun, noun + "s", noun + "es", answer + "s", f"{noun} {answer}"]
+
+
+def _unsorted(question: str, answer: str, rng: random.Random) -> list[str]:
+    integers = answer.split(", ")
+    orders = [list(order) for order in itertools.permutations(integers)]
+    near = [str(int(integer) + rng.choice([-10, -1, 1, 10])) for integer in integers]
+    return [", ".join(order) for order in [*orders, *_slips(integers, near, rng)]]
+
+
+def _other_word(question: str, answer: str, rng: random.Random) -> list[str]:
+    words = re.split("[:?] ", question)[-1].split(", ")
+    slips = ["".join(slip) for slip in _slips(list(answer), list(VOWELS), rng)]
+    return [*words, *words, *slips, plural(answer), ", ".join(words[:2])]
+
+
+def _miscounted(question: str, answer: str, rng: random.Random) -> list[str]:
+    n = int(answer)
+    return [str(n + off) for off in (-2, -1, -1, 1, 1, 2)]
+
+
+def _miscalculated(question: str, answer: str, rng: random.Random) -> list[str]:
+    a, b = sorted(map(int, re.findall(r"\d+", question)), reverse=True)
+    n = int(answer)
+    near = [n + off for off in (-3, -2, -1, 1, 2, 3, 10)] + [a + b, a - b, a, b]
+    return [str(value) for value in near if value >= 0]
+
+
+def _misconverted(question: str, answer: str, rng: random.Random) -> list[str]:
+    (n,) = re.findall(r"\d+", question)
+    factor = int(answer) // int(n)
+    near = [(int(n) + off) * factor for off in (-10, -1, 1, 10) if int(n) + off > 0]
+    return [n + "0" * zeros for zeros in range(5)] + [str(value) for value in near]
+
+
+def wrong_answer(talk: Conversation, rng: random.Random) -> str:
+    """Returns a random wrong answer to a question of `skills`: never the right one, and often close to it.
+
+    Args:
+        talk: a conversation of one question, made by `skills(.., turns=1)`.
+    """
+    question, answer = (message["content"] for message in talk.messages)
+    mistakes = SKILLS[talk.where.split(":")[0]].mistakes(question, answer, rng)
+    return rng.choice([mistake for mistake in mistakes if mistake != answer])
+
+
 SKILLS: dict[str, Skill] = {
     "uppercase": Skill(
         _word_task(lambda word: " ".join(word.upper())),
         ("Write {letters} in capital letters.", "Turn {letters} into uppercase.", "What is {letters} in all caps?"),
+        _in_capitals,
     ),
     "spell": Skill(
         _word_task(" ".join),
@@ -139,6 +229,7 @@ SKILLS: dict[str, Skill] = {
             "Write {hyphens} with a space in place of each hyphen.",
             "Take the hyphens out of {hyphens} and leave spaces.",
         ),
+        _spaced,
     ),
     "reverse": Skill(
         _word_task(lambda word: " ".join(word[::-1])),
@@ -147,6 +238,7 @@ SKILLS: dict[str, Skill] = {
             "Write the letters {letters} from the last to the first.",
             "What is {letters} backwards?",
         ),
+        _backwards,
     ),
     "count_letters": Skill(
         _count,
@@ -155,10 +247,12 @@ SKILLS: dict[str, Skill] = {
             "Count these letters: {letters}",
             "{letters}: how many letters?",
         ),
+        _miscounted,
     ),
     "plural": Skill(
         _word_task(plural),
         ("What is the plural of {word}?", "One {word}, two ...?", "Give the plural form of the noun {word}."),
+        _pluralised,
     ),
     "sort": Skill(
         _sort,
@@ -167,6 +261,7 @@ SKILLS: dict[str, Skill] = {
             "Put {list} in order.",
             "Write these numbers from the smallest to the largest: {list}",
         ),
+        _unsorted,
     ),
     "first_word": Skill(
         _list_task(lambda words: words[0], 3, 5),
@@ -175,6 +270,7 @@ SKILLS: dict[str, Skill] = {
             "Which word comes first here: {list}",
             "Give only the first of these words: {list}",
         ),
+        _other_word,
     ),
     "last_word": Skill(
         _list_task(lambda words: words[-1], 3, 5),
@@ -183,12 +279,16 @@ SKILLS: dict[str, Skill] = {
             "Which word comes last here: {list}",
             "Give only the last of these words: {list}",
         ),
+        _other_word,
     ),
-    "add": Skill(_add, ("What is {a} + {b}?", "Add {a} and {b}.", "How much is {a} plus {b}?")),
-    "subtract": Skill(_subtract, ("What is {a} - {b}?", "Take {b} away from {a}.", "How much is {a} minus {b}?")),
+    "add": Skill(_add, ("What is {a} + {b}?", "Add {a} and {b}.", "How much is {a} plus {b}?"), _miscalculated),
+    "subtract": Skill(
+        _subtract, ("What is {a} - {b}?", "Take {b} away from {a}.", "How much is {a} minus {b}?"), _miscalculated
+    ),
     "convert": Skill(
         _convert,
         ("How many {small} are {n} {big}?", "Convert {n} {big} to {small}.", "Express {n} {big} in {small}."),
+        _misconverted,
     ),
 }
 

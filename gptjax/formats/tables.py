@@ -26,12 +26,13 @@ MAX_FIELD_CHARACTERS = 1 << 30  # maximum characters per CSV cell, because csv's
 BOM = b"\xef\xbb\xbf"
 
 Record = dict[str, Any]
+Records = Iterator[tuple[str, Record | UserError]]  # (location, record), see `read`
 
 
 # --- whole records
 
 
-def read(source: str) -> Iterator[tuple[str, Record | UserError]]:
+def read(source: str) -> Records:
     """Yield (location, record) from a .json (array), .jsonl, .parquet or .csv file, or hf:org/name[:config][@split].
 
     In place of an invalid record, a UserError that describes the problem is yielded.
@@ -62,7 +63,7 @@ def _no_json(error: ValueError) -> UserError:
     return UserError(f"not valid JSON: {error}" if isinstance(error, JSONDecodeError) else str(error))
 
 
-def _json(path: Path, source: str) -> Iterator[tuple[str, Record | UserError]]:
+def _json(path: Path, source: str) -> Records:
     records = loads("".join(lines(path)))
     if not isinstance(records, list):
         hint = " (a file with one object per line is .jsonl)" if isinstance(records, UserError) else ""
@@ -73,7 +74,7 @@ def _json(path: Path, source: str) -> Iterator[tuple[str, Record | UserError]]:
         yield f"{source}: record {number}", record if isinstance(record, dict) else wrong
 
 
-def _jsonl(path: Path, source: str) -> Iterator[tuple[str, Record | UserError]]:
+def _jsonl(path: Path, source: str) -> Records:
     for number, value in jsonl(lines(path)):
         if isinstance(value, ValueError):
             value = _no_json(value)
@@ -82,7 +83,7 @@ def _jsonl(path: Path, source: str) -> Iterator[tuple[str, Record | UserError]]:
         yield f"{source}:{number}", value
 
 
-def _csv(path: Path, source: str) -> Iterator[tuple[str, Record | UserError]]:
+def _csv(path: Path, source: str) -> Records:
     """Yields (location, record) for each row of a .csv file. All values are strings, even NA, null and numbers."""
     columns: list[str] = []
     for number, row in delimited(lines(path), strict=True):
@@ -97,7 +98,7 @@ def _csv(path: Path, source: str) -> Iterator[tuple[str, Record | UserError]]:
             yield location, dict(zip(columns, row, strict=True))
 
 
-def tsv(source: str, quoted: bool = False) -> Iterator[tuple[str, Record | UserError]]:
+def tsv(source: str, quoted: bool = False) -> Records:
     """Yields (location, record) for each row of a .tsv file; in place of an invalid row, a UserError is yielded.
 
     The first row is a header if it contains a name from TEXT and a name from LABEL. A file without a header has two
@@ -130,11 +131,11 @@ def tsv(source: str, quoted: bool = False) -> Iterator[tuple[str, Record | UserE
         yield location, dict(zip(columns, row, strict=True)) if complete else problem
 
 
-def _parquet(path: Path, source: str) -> Iterator[tuple[str, Record | UserError]]:
+def _parquet(path: Path, source: str) -> Records:
     return ((f"{source}: row {number}", record) for number, record in enumerate(parquet(path, source), 1))
 
 
-def _hub_records(source: str) -> Iterator[tuple[str, Record | UserError]]:
+def _hub_records(source: str) -> Records:
     repo, config, split = hub_name(source)
     try:
         records = list(hub(repo, config, split))

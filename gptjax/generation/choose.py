@@ -56,20 +56,33 @@ def best_of_n(completions: Sequence[Any], rewards: Sequence[float] | np.ndarray)
     return _largest(scores)
 
 
-def majority(answers: Sequence[str]) -> Pick:
-    """Chooses the most frequent answer (self-consistency). The score is the fraction of answers that are equal to it.
+def majority(answers: Sequence[str], weights: Sequence[float] | np.ndarray | None = None) -> Pick:
+    """Chooses the most frequent answer (self-consistency), or the one with the largest sum of weights. The score is the
+    fraction of answers that are equal to it, or their fraction of the weights.
 
     Answers are compared without differences in case and whitespace and without full stops at the end. If the
     completions contain reasoning, pass only the final answers.
 
-    Raises:
-        UserError: there is no answer.
+    Args:
+        weights: [n], the weight of each answer, at least 0: for example `jax.nn.softmax` of the rewards of a reward
+            model, or the scores of a verifier. None: all are equal.
 
-    Source: arXiv:2203.11171, section 2; the unweighted sum, which is a majority vote.
+    Raises:
+        UserError: there is no answer, or the weights are not n numbers from 0 with a positive sum.
+
+    Source: arXiv:2203.11171, section 2; the unweighted sum, which is a majority vote. With weights, the voting verifier
+    of arXiv:2206.02336.
     """
     normal = [normalized(answer).rstrip(".") for answer in answers]
-    counts = Counter(normal)
-    return _largest(np.array([counts[answer] / len(normal) for answer in normal]))
+    votes = np.ones(len(normal)) if weights is None else np.asarray(weights, np.float64)
+    if votes.shape != (len(normal),) or (len(normal) and not (votes.min() >= 0 and 0 < votes.sum() < np.inf)):
+        raise UserError(
+            f"weights: expected {len(normal)} numbers from 0 with a positive sum, one per answer, got {votes.tolist()}"
+        )
+    sums: Counter[str] = Counter()
+    for answer, vote in zip(normal, votes, strict=True):
+        sums[answer] += vote
+    return _largest(np.array([sums[answer] / votes.sum() for answer in normal]))
 
 
 def by_logprob(completions: Sequence[Completion]) -> Pick:

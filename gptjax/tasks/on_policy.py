@@ -100,9 +100,7 @@ def row(question: Question, text: str, answer: Completion, scores: dict[str, Any
     """Returns the row of rollouts.jsonl for an answer, with its `scores`, such as its reward."""
     example = instruct.row_of(question.talk, "")
     return {
-        "where": example["where"],
-        "prompt": example["prompt"],
-        "expected": example["expected"],
+        **{key: value for key, value in example.items() if key not in ("answer", "constraints")},
         "answer": text,
         **(scores or {}),
         "tokens": len(answer.tokens) + (answer.end is not None),

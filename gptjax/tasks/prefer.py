@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,13 +70,16 @@ def summary(scores: dict[str, Any]) -> str:
     )
 
 
-def pairs(cfg: Config, notes: list[str] | None = None) -> Splits[Pair]:
-    """Returns the pairs to train, validate and test on.
+def pairs(cfg: Config, notes: list[str] | None = None, special: Collection[str] = ()) -> Splits[Pair]:
+    """Returns the pairs to train, validate and test on. The synthetic pairs of a reward model are wrong answers to the
+    same question, those of this task answers to other questions.
 
     A line of text that names the ignored keys of the file is appended to the list `notes`. If `notes` is None, the line
-    is printed to stderr.
+    is printed to stderr. `special` is as in `preferences.read`.
     """
-    return split_records(getattr(cfg, cfg.task), cfg.seed, preferences.read, preferences.of_skills, notes)
+    made = preferences.of_mistakes if cfg.task == "reward_model" else preferences.of_skills
+    read = partial(preferences.read, special=special)
+    return split_records(getattr(cfg, cfg.task), cfg.seed, read, made, notes)
 
 
 def loss(cfg: Config) -> Loss:
@@ -113,7 +117,7 @@ def encoded_pairs(cfg: Config, base: weights.Model) -> tuple[Tokenizer, list[Pai
     """
     settings, notes = getattr(cfg, cfg.task), list[str]()
     tokenizer, style_lines = tuning.styled(base, settings.style)
-    splits = pairs(cfg, notes)
+    splits = pairs(cfg, notes, tokenizer.special_tokens)
     rows, dropped = zip(*(_rows(cfg, subset, tokenizer, base.cfg) for subset in splits), strict=True)
     train, counts = rows[0], " + ".join(f"{len(subset):,}" for subset in splits)
     lines = [

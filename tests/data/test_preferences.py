@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gptjax import UserError, tokenizers
-from gptjax.data import preferences
+from gptjax.data import preferences, synthetic
 
 TOK = tokenizers.load("bytes")
 
@@ -117,6 +117,79 @@ def test_synthetic_pairs():
         assert chosen.messages[:-1] == rejected.messages[:-1] and chosen.messages[-1] != rejected.messages[-1]
     held_out = {pair.chosen.messages[0]["content"] for pair in preferences.of_skills(60, seed=0, held_out=True)}
     assert not held_out & {pair.chosen.messages[0]["content"] for pair in pairs}
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_synthetic_pairs_with_mistakes(held_out):
+    pairs = preferences.of_mistakes(660, 0, held_out)
+    assert pairs == preferences.of_mistakes(660, 0, held_out) != preferences.of_mistakes(660, 1, held_out)
+    assert [pair.chosen for pair in pairs] == synthetic.skills(660, 0, held_out)
+    for chosen, rejected in pairs:
+        assert chosen.messages[:-1] == rejected.messages[:-1] and chosen.messages[-1] != rejected.messages[-1]
+
+
+def scored(prompt, *answers, **more):
+    return [{"prompt": prompt, "answer": answer, "reward": reward, **more} for answer, reward in answers]
+
+
+def texts(pairs):
+    return [[talk.messages[-1]["content"] for talk in pair] for pair in pairs]
+
+
+def test_scored_answers_become_pairs(tmp_path):
+    """A wrong answer is rejected once; the best ones are chosen in turn; equal answers have the mean of their rewards,
+    and answers that are empty or have no reward are left out."""
+    rows = [
+        *scored("a", ("1", 0.0), ("2", 1.0), ("3 ", 0.0), (" ", 0.0), ("4", None), step=1, advantage=0.5),
+        *scored("b", ("7", 1.0)),
+        *scored("a", ("3", 0), ("5", 0.5), ("2", 1), ("6", 1)),
+        RECORDS["prompt"],
+    ]
+    pairs = preferences.read(saved(tmp_path, rows), notes := [])
+    assert texts(pairs) == [["yes", "no"], ["2", "1"], ["6", "3"], ["2", "5"]] and len(notes) == 0
+    assert {pair.chosen.messages[0]["content"] for pair in pairs[1:]} == {"a"}
+    assert pairs[1].chosen.where.endswith("pairs.jsonl:1")
+    rows = scored("a", ("1", 1), ("2<|end|>", 0), ("3", 0))
+    assert texts(preferences.read(saved(tmp_path, rows), special={"<|end|>"})) == [["1", "3"]]
+    rows = scored("a", ("x", 0.9), ("y", 0.0), ("x", 0.0), ("y", 0.5))
+    assert texts(preferences.read(saved(tmp_path, rows))) == [["x", "y"]]
+
+
+def test_the_expected_answer_is_chosen_if_none_is_right(tmp_path):
+    rows = scored("a", ("1", 0.0), ("2", -1.0), expected="3") + scored("b", ("1", 0.0), ("2", 0.5), expected="3")
+    assert texts(preferences.read(saved(tmp_path, rows))) == [["3", "1"], ["3", "2"], ["2", "1"]]
+    rows = scored("a", ("1", 0.0), ("2", -1.0)) + scored("b", ("3", 0.0), ("1", 0.0), expected="3")
+    assert texts(preferences.read(saved(tmp_path, rows))) == [["1", "2"], ["3", "1"]]
+
+
+def test_scored_answers_in_a_conversation(tmp_path):
+    """The system message and the earlier messages are those that the model saw; a prompt with others is another one."""
+    history = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
+    rows = scored("a", ("1", 1), ("2", 0), system="Be brief.", history=history) + scored("a", ("3", 1), ("4", 0))
+    first, second = preferences.read(saved(tmp_path, rows))
+    question = {"role": "user", "content": "a"}
+    assert list(first.rejected.messages[:-1]) == [{"role": "system", "content": "Be brief."}, *history, question]
+    assert texts([first, second]) == [["1", "2"], ["3", "4"]] and second.chosen.messages[0] == question
+
+
+def test_scored_answers_of_a_table(tmp_path):
+    (tmp_path / "answers.csv").write_text("prompt,answer,reward\na,1,0.0\na,2,1\na,3,\n")
+    assert texts(preferences.read(str(tmp_path / "answers.csv"))) == [["2", "1"]]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (scored("a", ("1", 1), ("2", "good")), "jsonl:2: reward: expected a finite number, or null .* found 'good'"),
+        (scored("a", ("1", 1), ("2", [1])), r"jsonl:2: reward: expected a finite number, or null .* found \[1\]"),
+        (scored("a", ("1", 1), (2, 0)), "jsonl:2: prompt and answer: expected texts"),
+        (scored("a", ("1", 1), ("2", 1)), "no pair can be made: all answers to a prompt have the same reward"),
+        ([{"prompt": "a", "answer": "1"}], "no known format(.|\n)*scored answers"),
+    ],
+)
+def test_invalid_scored_answers(tmp_path, rows, message):
+    with pytest.raises(UserError, match=message):
+        preferences.read(saved(tmp_path, rows))
 
 
 def test_the_system_message_of_a_pair_precedes_both_answers(tmp_path):

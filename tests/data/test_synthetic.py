@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import random
 import re
 from collections import Counter
 
 import pytest
 
 from gptjax.data.split import ONE_OF, is_held_out
-from gptjax.data.synthetic import SKILLS, WORDS, plural, skills
+from gptjax.data.synthetic import SKILLS, WORDS, plural, skills, wrong_answer
 from gptjax.errors import UserError
 
 
@@ -76,6 +77,23 @@ def test_every_answer_is_exact(seed, held_out):
     for talk in skills(1300, seed, held_out):
         name, question, answer = question_of(talk)
         assert answer == ANSWERS[name](question), (name, question)
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_wrong_answers_are_wrong_varied_and_close(held_out):
+    """By the functions of this file. Most wrong answers to a question of one skill have the characters of an answer."""
+    talks, rng = skills(1100, 0, held_out) * 3, random.Random(0)
+    answers = [wrong_answer(talk, rng) for talk in talks]
+    assert answers == [wrong_answer(talk, again) for again in [random.Random(0)] for talk in talks]
+    form, similar = {True: r"\d+", False: "[A-Za-z0-9, -]+"}, Counter()
+    for talk, wrong in zip(talks, answers, strict=True):
+        name, question, right = question_of(talk)
+        assert wrong.split() != ANSWERS[name](question).split(), (question, wrong)
+        assert wrong == wrong.strip() and re.fullmatch(form[right.isdigit()], wrong), (question, wrong)
+        similar[name] += abs(len(wrong) - len(right)) <= 2
+    assert similar.keys() == SKILLS.keys() and min(similar.values()) > 100  # of 300 each
+    of_one = [wrong_answer(talk, random.Random(i)) for talk in talks[:11] for i in range(60)]
+    assert all(len(set(of_one[i : i + 60])) >= 4 for i in range(0, 660, 60))
 
 
 def test_the_list_of_words():

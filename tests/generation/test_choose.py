@@ -28,6 +28,14 @@ def test_the_most_frequent_answer_wins_and_the_first_of_equals():
     assert majority(["x"]) == (0, 1.0)
 
 
+def test_the_largest_sum_of_weights_wins():
+    answers = ["7", "12", " 12.", "7 ", "12"]
+    assert majority(answers, [1] * 5) == majority(answers)
+    assert majority(answers, [3, 1, 1, 3, 0]) == (0, 0.75)
+    assert majority(answers, np.float32([0.5, 2, 0, 0.5, 1])) == (1, 0.75)
+    assert majority(["a", "b"], [0, 2.0]) == (1, 1.0)
+
+
 def test_the_mean_logprob_does_not_depend_on_the_length():
     short, long = completion(-1.0, -2.0), completion(*[-1.4] * 10)
     assert by_logprob([short, long]) == (1, pytest.approx(-1.4))
@@ -43,6 +51,11 @@ def test_the_mean_logprob_does_not_depend_on_the_length():
         (lambda: best_of_n("ab", [1.0, np.nan]), "completion 1 is not a number"),
         (lambda: best_of_n([], []), "no completions"),
         (lambda: majority([]), "no completions"),
+        (lambda: majority([], []), "no completions"),
+        (lambda: majority(["a", "b"], [1]), r"weights: expected 2 numbers from 0 .* got \[1.0\]"),
+        (lambda: majority(["a", "b"], [1, -1]), "with a positive sum"),
+        (lambda: majority(["a", "b"], [0, 0]), "with a positive sum"),
+        (lambda: majority(["a", "b"], [np.nan, 1]), "with a positive sum"),
         (lambda: by_logprob([]), "no completions"),
         (lambda: by_logprob([Completion([1, 2], [], [], "stop")]), r"complete\(.., logprobs=0\)"),
     ],

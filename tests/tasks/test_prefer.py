@@ -3,24 +3,13 @@
 import json
 import math
 
-import jax
 import pytest
 
-import gptjax
 from gptjax.__main__ import main
+from gptjax.config import load_config
+from gptjax.data import preferences
+from gptjax.tasks import prefer
 from gptjax.training.run_dir import read_metrics
-
-BASE = gptjax.ModelConfig(arch="llama", n_layer=2, n_head=4, d_model=64, d_ff=96, context_length=128, vocab_size=257)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("prefer")
-    params = gptjax.init_params(jax.random.key(0), BASE)
-    gptjax.save(folder / "base", params, BASE, gptjax.tokenizers.load("bytes"))
-    rows = [{"prompt": f"say {x}", "chosen": x * 2, "rejected": "no"} for x in "abcdefgh"] * 5
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
 
 
 def run(folder, name, *more):
@@ -61,3 +50,9 @@ def test_dry_run_and_mistakes(folder, capsys):
     assert "dpo" in capsys.readouterr().err
     assert run(folder, "none", "prefer.beta=0") == 2
     assert "prefer.beta" in capsys.readouterr().err
+
+
+def test_the_synthetic_pairs_of_the_two_tasks():
+    """DPO learns from answers to other questions, a reward model from wrong answers to the same question."""
+    for task, made in (("prefer", preferences.of_skills), ("reward_model", preferences.of_mistakes)):
+        assert prefer.pairs(load_config(task, f"{task}.examples=300", "seed=3"), []).train == made(300, 3)

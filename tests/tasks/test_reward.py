@@ -207,6 +207,17 @@ def test_mistakes(folder, capsys):
     assert "34 + 2 + 4 questions" in capsys.readouterr().out and not (folder / "none").exists()
 
 
+def test_the_answers_to_a_conversation_have_its_system_message_and_history():
+    """Otherwise a reward model that learns from rollouts.jsonl would see another prompt."""
+    roles = ("system", "user", "assistant", "user", "assistant")
+    messages = [{"role": role, "content": text} for role, text in zip(roles, "abcde", strict=True)]
+    talk = Conversation(tuple(messages), "here")
+    group = reward.Group(Question([1], talk), [Completion([2], [0.0], [], "stop")], ["f"], np.ones(1), {})
+    (row,) = reward._rows(group, None)
+    assert (row["system"], row["history"], row["prompt"]) == ("a", messages[1:3], "d")
+    assert (row["expected"], row["answer"], row["reward"]) == ("e", "f", 1.0)
+
+
 def test_the_log_probabilities_of_the_sampler_are_those_of_the_trainer():
     """With an adapter, prompts of different lengths, a temperature, and answers that end early."""
     cfg = dataclasses.replace(BASE, n_kv_head=2, context_length=64)

@@ -5,7 +5,6 @@ import math
 import os
 import shutil
 
-import jax
 import numpy as np
 import pytest
 
@@ -18,17 +17,6 @@ from gptjax.training.run_dir import read_metrics
 
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["HF_HUB_OFFLINE"] = "1"
-BASE = gptjax.ModelConfig(arch="llama", n_layer=2, n_head=4, d_model=64, d_ff=96, context_length=128, vocab_size=257)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("reward_model")
-    params = gptjax.init_params(jax.random.key(0), BASE)
-    gptjax.save(folder / "base", params, BASE, gptjax.tokenizers.load("bytes"))
-    rows = [{"prompt": f"say {x}", "chosen": x * 2, "rejected": "no"} for x in "abcdefgh"] * 5
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
 
 
 def run(folder, name, *more):
@@ -128,6 +116,26 @@ def test_transformers_gives_the_same_rewards(folder, whole, capsys):
     assert np.ptp(got) > 1e-2
     back, back_cfg = gptjax.load(folder / "hf")
     np.testing.assert_allclose(reward_scores(back, back_cfg, tokenizer, talks), got, atol=1e-5)
+
+
+def test_scored_answers_as_of_a_run_with_rewards(folder, capsys):
+    """Half of the questions have right and wrong answers, one in four only wrong ones, and one in four only right ones,
+    which make no pair."""
+    answers = {
+        "a": (("aa", 1), ("ab", 0), ("ab", 0), ("b", 0)),
+        "b": (("no", 0),),
+        "c": (("cc", 1),),
+        "d": (("dd", 1), ("", 0), ("<|endoftext|>", 0), ("d", 0)),
+    }
+    rows = [
+        {"step": i, "where": "x", "prompt": f"say {letter}" + "!" * i, "expected": letter * 2, "answer": answer,
+         "reward": reward, "advantage": 0.5, "tokens": 3, "finish": "stop"}
+        for i in range(10) for letter, scored in answers.items() for answer, reward in scored
+    ]  # fmt: skip
+    (folder / "rollouts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert run(folder, "scored", f"reward_model.source={folder / 'rollouts.jsonl'}") == 0
+    assert "34 + 2 + 4 pairs" in capsys.readouterr().out
+    assert json.loads((folder / "scored" / "test.json").read_text())["accuracy"] == 1
 
 
 def test_dry_run_and_mistakes(folder, whole, capsys):
