@@ -129,6 +129,7 @@ def begin(ready: Ready, dir: RunDir, mesh: Mesh | None, progress: Progress, sign
     if restored:
         go_on(run, restored, abstract)
     else:
+        start = parallel.place_params(start, mesh)  # else an array could be donated to one that is sharded otherwise
         with progress.phase("compiling the initialisation"):
             run.state = parallel.init_on(new_state, mesh, start, donate=(0,), offload=cfg.optim.offload)
         if run.writes:
