@@ -339,8 +339,9 @@ def test_a_collapse_of_few_rollouts_is_named(after, words):
 @pytest.mark.slow
 def test_a_model_that_collapses_is_noticed(folder, capsys):
     """A far too high learning rate, no clip, many steps on the same answers."""
-    assert run(folder, "collapse", "optim.lr=3", "reward.updates=8", "reward.clip=100", "finetune.trainable=all",
-               "train.max_steps=96", "train.eval_every=96", "train.checkpoint_every=96", "reward.max_new_tokens=8",
+    assert run(folder, "collapse", "optim.lr=3", "reward.updates=8", "reward.clip=1", "reward.clip_high=100",
+               "finetune.trainable=all", "train.max_steps=96", "train.eval_every=96", "train.checkpoint_every=96",
+               "reward.max_new_tokens=8",
                function="various") == 0  # fmt: skip
     print(capsys.readouterr().out)
     assert 0
