@@ -281,8 +281,8 @@ def finetuned() -> dict[str, dict[str, float]]:
                 )
                 losses.append([row["train/loss"] for row in read_metrics(run_dir) if "train/loss" in row])
                 if task == "reward":
-                    lines = (run_dir / "rollouts.jsonl").read_text().splitlines()
-                    answers.append([json.loads(line)["answer"] for line in lines])
+                    lines = (run_dir / "rollouts.jsonl").read_text().split("\n")
+                    answers.append([json.loads(line)["answer"] for line in lines[:-1]])
                     new += marks[6] - marks[2]
             apart = float(np.abs(np.array(losses[1:]) - losses[0]).max())
             results[task] = {"loss": apart, "learned": float(np.ptp(losses[0]))}

@@ -133,7 +133,7 @@ def result(run_dir: Path) -> dict:
     names = {str(path.relative_to(run_dir)) for path in run_dir.rglob("*") if path.is_file() and path.name != ".lock"}
     sweep, rollouts = run_dir / "sweep.json", run_dir / "rollouts.jsonl"
     table = json.loads(sweep.read_text())["rows"] if sweep.exists() else []
-    answers = [json.loads(line) for line in rollouts.read_text().splitlines()] if rollouts.exists() else []
+    answers = [json.loads(line) for line in rollouts.read_text().split("\n")[:-1]] if rollouts.exists() else []
     names = {name for name in names if "checkpoints/" not in name}
     return {"models": models, "rows": rows, "names": names, "table": table, "answers": answers}
 

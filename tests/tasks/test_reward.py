@@ -82,7 +82,7 @@ def run(folder, name, *more, function="ascii"):
 
 
 def rollout_rows(folder, name):
-    return [json.loads(line) for line in (folder / name / "rollouts.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (folder / name / "rollouts.jsonl").read_text().split("\n")[:-1]]
 
 
 @pytest.mark.slow
