@@ -318,10 +318,11 @@ PAGES: dict[str, Page] = {
         tasks=("reward_model",),
         notes=(
             FINETUNED,
-            "Use the result with `gptjax sample MODEL n=8 pick=reward reward_model=runs/reward_model`, where MODEL has"
-            " the same vocabulary. reward_model.source=runs/reward/rollouts.jsonl makes pairs of right and wrong"
-            " answers of a model, those that `gptjax finetune reward` wrote. Without reward_model.source the model is"
-            " trained on synthetic tasks with right and wrong answers, to try the command.",
+            "Use the result with `gptjax sample MODEL chat=true n=8 pick=reward reward_model=runs/reward_model`, where"
+            " MODEL is a chat model with the same vocabulary. reward_model.source=runs/reward/rollouts.jsonl makes pairs"
+            " of right and wrong answers of a model, those that `gptjax finetune reward` wrote. Without"
+            " reward_model.source the model is trained on synthetic tasks with right and wrong answers, to try the"
+            " command.",
             LAYERS,
         ),
     ),
@@ -414,8 +415,8 @@ PAGES: dict[str, Page] = {
         section="sample",
         notes=(
             MODEL,
-            "A reward model scores the prompt and the continuation as they are, so write the prompt in the chat"
-            " template of the models.",
+            "A prompt is continued as it stands. With chat=true it is a message to a chat model, which answers it, and"
+            " a reward model scores message and answer in its own chat template, as it was trained.",
             SAMPLING,
         ),
     ),

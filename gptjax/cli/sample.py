@@ -40,7 +40,6 @@ def run(args: list[str]) -> int:
     if parsed.print_config and not parsed.dry_run:
         options.show_only(parsed, cfg, provenance, lambda cfg: [], options.keys_of("sample.*"))
         return 0
-    from gptjax.generation import prompt_ids
     from gptjax.model.gpt import refuse_classifier
     from gptjax.training.process import use_compile_cache
     from gptjax.weights import open_model
@@ -54,7 +53,7 @@ def run(args: list[str]) -> int:
     model = open_model(source)
     refuse_classifier(model.cfg, source)
     tokenizer = model.tokenizer()
-    ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
+    ids = encode(tokenizer, prompts, cfg.sample.chat, source)
     draft = open_draft(cfg.sample, tokenizer)
     judge = open_reward_model(cfg.sample, tokenizer)
     lines = [f"prompts            {len(ids)}, {sum(map(len, ids))} tokens", "dry run: nothing was written"]
@@ -101,6 +100,33 @@ def read_prompts(cfg: Config) -> list[str]:
     return prompts
 
 
+def encode(tokenizer: Tokenizer, prompts: list[str], chat: bool, source: str) -> list[list[int]]:
+    """Returns the token ids of each prompt. With `chat`, a prompt is a user message, which is written in the chat
+    template of the tokenizer.
+
+    Args:
+        source: name of the model, for error messages.
+
+    Raises:
+        UserError: a prompt cannot be encoded, or with `chat`, the model has no chat template.
+    """
+    from gptjax.generation import prompt_ids
+    from gptjax.tokenizers.chat import encode_chat
+
+    if not chat:
+        return [prompt_ids(tokenizer, prompt) for prompt in prompts]
+    _refuse_no_template(tokenizer, source)
+    return [encode_chat(tokenizer, [{"role": "user", "content": prompt}]) for prompt in prompts]
+
+
+def _refuse_no_template(tokenizer: Tokenizer, source: str) -> None:
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"sample.chat=true: {source} has no chat template: it was not tuned for chat; leave sample.chat out, or "
+            "fine-tune it with gptjax finetune, which stores a template with the model"
+        )
+
+
 def open_draft(settings: SampleConfig, tokenizer: Tokenizer) -> Model | None:
     """Opens the draft model for speculative decoding, without reading its tensors. Returns None if sample.draft is not
     set, or if it is ngram, which needs no draft model.
@@ -131,8 +157,8 @@ def open_reward_model(settings: SampleConfig, tokenizer: Tokenizer) -> Model | N
     """Opens the reward model of sample.pick=reward, without reading its tensors. Returns None for any other pick.
 
     Raises:
-        UserError: the reward model does not exist, is not a model with a head of one class, or has another vocabulary
-            than the model that writes, whose token ids it scores.
+        UserError: the reward model does not exist, is not a model with a head of one class, has another vocabulary
+            than the model that writes, whose token ids it scores, or with sample.chat has no chat template.
     """
     if settings.pick != "reward" or settings.reward_model is None:
         return None
@@ -149,6 +175,8 @@ def open_reward_model(settings: SampleConfig, tokenizer: Tokenizer) -> Model | N
         raise UserError(
             f"{place}: expected the vocabulary of the model, got another one: train the reward model from the same base"
         )
+    if settings.chat:
+        _refuse_no_template(judge.tokenizer(), settings.reward_model)
     return judge
 
 
@@ -175,17 +203,19 @@ def write(
 
     from gptjax.generation import complete, cut, for_decoding, from_config, speculate, stop_strings
     from gptjax.ops.quant import quantize
+    from gptjax.tokenizers.chat import answer_ends
     from gptjax.weights import stop_ids
 
     params = for_decoding(quantize(params, settings.quantize), model)
+    stop = answer_ends(tokenizer) if settings.chat else stop_ids(tokenizer)
     until = stop_strings(tokenizer.decode, settings.stop) if settings.stop else None
     draft_params = for_decoding(draft.params("float32", None), draft.cfg) if draft else None
-    pick = _picker(tokenizer, settings, judge)
+    pick = _picker(tokenizer, settings, judge, prompts, ids)
     start, count, rounds, accepted = time.monotonic(), 0, 0, 0.0
     for first in range(0, len(ids), settings.batch_size):
         batch = ids[first : first + settings.batch_size]
         common: dict[str, Any] = dict(
-            max_new_tokens=settings.max_new_tokens, sampler=from_config(settings), stop=stop_ids(tokenizer),
+            max_new_tokens=settings.max_new_tokens, sampler=from_config(settings), stop=stop,
             key=jax.random.fold_in(jax.random.key(settings.seed), first), vocab_size=tokenizer.vocab_size,
             cache_dtype=settings.cache_dtype,
         )  # fmt: skip
@@ -201,7 +231,7 @@ def write(
         scores: list[float] = []
         if settings.pick:
             samples = [completions[i : i + settings.n] for i in range(0, len(completions), settings.n)]
-            picks = [pick(prompt, of_prompt) for prompt, of_prompt in zip(ids[first:], samples, strict=False)]
+            picks = [pick(first + i, of_prompt) for i, of_prompt in enumerate(samples)]
             scores = [chosen.score for chosen in picks]
             completions = [of_prompt[chosen.choice] for chosen, of_prompt in zip(picks, samples, strict=True)]
         for i, completion in enumerate(completions):
@@ -223,7 +253,7 @@ def write(
                     print("-" * 40)
                 # Prompt and completion are decoded together, because a UTF-8 character may begin in the prompt and end
                 # in the completion. Stop strings are cut from the completion only.
-                whole = tokenizer.decode([*ids[row], *completion.tokens])
+                whole = new if settings.chat else tokenizer.decode([*ids[row], *completion.tokens])
                 print(whole[: len(whole) - len(new) + len(text)], flush=True)
                 if settings.pick:
                     print(f"{settings.pick} {scores[i]:.4f}, the largest of {settings.n} samples", file=sys.stderr)
@@ -233,13 +263,14 @@ def write(
 
 
 def _picker(
-    tokenizer: Tokenizer, settings: SampleConfig, judge: Model | None
-) -> Callable[[list[int], list[Completion]], Pick]:
-    """Returns a function that takes the token ids of a prompt and its completions, and chooses one of them as
+    tokenizer: Tokenizer, settings: SampleConfig, judge: Model | None, prompts: list[str], ids: list[list[int]]
+) -> Callable[[int, list[Completion]], Pick]:
+    """Returns a function that takes the index of a prompt and its completions, and chooses one of them as
     `settings.pick` says.
 
     A reward model scores the tokens of the prompt and of the completion and, if the completion has ended, the token
-    that ends an answer for the reward model. A completion that ended at a stop string is encoded again without it.
+    that ends an answer for the reward model. With `settings.chat`, the prompt is written in the chat template of the
+    reward model. A completion that ended at a stop string is encoded again without it.
     """
     from gptjax.generation import best_of_n, by_logprob, cut, majority, sequence_rewards
     from gptjax.tokenizers import stop_ids
@@ -256,14 +287,16 @@ def _picker(
     params, words = judge.params("float32", None), judge.tokenizer()
     end = end_of_answer(words)
     end_ids = [whole_tokens(words)[end]] if end else stop_ids(words)[:1]
+    if settings.chat:
+        ids = encode(words, prompts, True, settings.reward_model or "")
 
     def answer_ids(completion: Completion) -> list[int]:
         new, text = tokenizer.decode(completion.tokens), text_of(completion)
         tokens = completion.tokens if new == text else words.encode(text, allowed_special="all")
         return [*tokens, *(end_ids if completion.finish == "stop" else [])]
 
-    def by_reward(prompt: list[int], completions: list[Completion]) -> Pick:
-        rewards = sequence_rewards(params, judge.cfg, [[*prompt, *answer_ids(c)] for c in completions])
+    def by_reward(prompt: int, completions: list[Completion]) -> Pick:
+        rewards = sequence_rewards(params, judge.cfg, [[*ids[prompt], *answer_ids(c)] for c in completions])
         return best_of_n(completions, rewards)
 
     return by_reward

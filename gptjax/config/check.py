@@ -301,9 +301,10 @@ RULES: tuple[Rule, ...] = (
         for name in TUNINGS
     ),
     (("train.batch_size", "reward.group"),
-     lambda c: c.task == "reward" and c.train.batch_size % c.reward.group,
+     lambda c: c.task == "reward" and c.reward.group >= 2 and c.train.batch_size % c.reward.group,
      lambda c: f"reward.group ({c.reward.group}) must divide train.batch_size ({c.train.batch_size}), the number of "
-     f"answers per step: use one of {_divisors(c.train.batch_size)}"),
+     f"answers per step: use a multiple of {c.reward.group}, such as "
+     f"train.batch_size={-(-c.train.batch_size // c.reward.group) * c.reward.group}, or another group"),
     (("reward.functions", "reward.weights"),
      lambda c: not c.reward.functions or (c.reward.weights and len(c.reward.weights) != len(c.reward.functions)),
      lambda c: f"reward.weights has {len(c.reward.weights)} values for {len(c.reward.functions)} reward functions: "

@@ -36,6 +36,7 @@ from gptjax.tasks import instruct, on_policy, tuning
 from gptjax.tokenizers import Tokenizer
 from gptjax.training.progress import Progress
 from gptjax.training.run import TrainResult
+from gptjax.training.run_dir import read_metrics
 from gptjax.training.task import Loss, Ready, Rollouts, RolloutSource, resolve
 from gptjax.types import Mean, Metrics, Params, RolloutBatch
 
@@ -239,7 +240,10 @@ def _roller(
     n, extra = cfg.train.batch_size // reward.group, reward.resample
     if extra is None:
         extra = 2 if reward.loss == "dapo" else 0
-    watch = Watch(say)
+    changes = ["a lower optim.lr", "" if reward.kl else "reward.kl=0.05"]
+    if reward.updates > 1:
+        changes += ["fewer reward.updates", "a smaller reward.clip"]
+    watch = Watch(say, f"try {', '.join(filter(None, changes))}; best/ has the best model so far")
     longest = row_length(cfg, train, trees)
 
     @jax.jit
@@ -273,6 +277,9 @@ def _roller(
         ]
 
     def roll(trained: Params, frozen: Params, step: int, k: int) -> Rollouts:
+        nonlocal start
+        if start is not None:  # on a mesh, sharded like the trained params
+            start = jax.device_put(start, jax.tree.map(lambda leaf: leaf.sharding, trained))
         began = time.monotonic()
         params, key = combine(trained, frozen), jax.random.fold_in(jax.random.key(cfg.seed), step)
         decoding, drawn, kept = for_decoding(params, model), list[Group](), list[Group]()
@@ -290,7 +297,9 @@ def _roller(
         if start is not None:
             batch = batch._replace(reference=np.asarray(reference_log_probs(combine(start, frozen), batch)))
         metrics = measures(drawn) | {"seconds": generated_s}
-        watch(step, metrics)
+        if not watch.seen:
+            watch.resume(read_metrics(cfg.run_dir or "runs/default"))
+        watch(step + 1, metrics)
         used = {id(group): advantages[i] for i, group in enumerate(kept)}
         rows = [row for group in drawn for row in _rows(group, used.get(id(group)))]
         return Rollouts(jax.tree.map(lambda leaf: np.stack([leaf] * k), batch), metrics, rows)
@@ -343,41 +352,65 @@ def _rows(group: Group, advantages: np.ndarray | None) -> list[dict[str, Any]]:
 
 
 class Watch:
-    """Prints a warning when training collapses. Call it with the metrics of each rollouts, in order."""
+    """Prints a warning when training collapses. Call it with the metrics of each rollouts, in order.
 
-    def __init__(self, say: Callable[[str], None]):
-        self.say, self.said = say, set[str]()
-        self.rewards: list[float] = []
-        self.entropies: list[float] = []
+    Args:
+        say: function that is called with each warning.
+        advice: what to change.
+    """
+
+    def __init__(self, say: Callable[[str], None], advice: str):
+        self.say, self.advice, self.said = say, advice, set[str]()
+        self.seen: list[dict[str, float]] = []  # the metrics of all rollouts
         self.best = (-math.inf, 0)  # the highest smoothed reward, and its step
-        self.flat_in_a_row = 0
 
     def __call__(self, step: int, metrics: dict[str, float]) -> None:
-        self.rewards.append(metrics["reward"])
-        self.entropies.append(metrics["entropy"])
-        recent = _mean(np.array(self.rewards[-SMOOTHED:]))
-        advice = "try a lower optim.lr, reward.kl=0.05, or a smaller reward.clip; best/ has the best model so far"
+        self.seen.append(metrics)
+        size = min(SMOOTHED, len(self.seen) // 2)
+        (before, recent), (entropy_before, entropy), (length_before, length), (ended_before, ended) = (
+            (_mean(values[:size]), _mean(values[-size:]))
+            for values in (self._series(name) for name in ("reward", "entropy", "length", "finished"))
+        )
         if metrics["flat"] == 1:
             self._warn("flat", f"step {step:,}: all answers to a question have the same reward, for every question of "
                        f"this step (mean {metrics['reward']:.3f}): nothing can be learned from them. If this goes on, "
                        "give easier or harder questions, a finer reward, or more answers (reward.group)")  # fmt: skip
-        if len(self.rewards) < 2 * SMOOTHED:
+        if not size:
             return
         best, at = self.best
         # The noise of a mean reward is estimated from the differences of successive ones, which hardly have a trend.
-        noise = float(np.nanstd(np.diff(self.rewards))) / 2**0.5
-        if best - recent > max(0.5 * abs(best), 4 * noise * (2 / SMOOTHED) ** 0.5, 1e-9):
-            self._warn("reward", f"WARNING: collapse at step {step:,}: the mean reward fell to {recent:.3f}, from "
-                       f"{best:.3f} at step {at:,} (means over {SMOOTHED} rollouts); {advice}")  # fmt: skip
-        first, now = np.mean(self.entropies[:SMOOTHED]), np.mean(self.entropies[-SMOOTHED:])
-        if now < 0.02 * first and recent <= 0.9 * best:
-            self._warn("entropy", f"WARNING: collapse at step {step:,}: the entropy of the answers fell to {now:.4f} "
-                       f"from {first:.4f} nats per token, so that answers hardly differ; {advice}")  # fmt: skip
-        if now > max(2 * first, first + 1):
-            self._warn("noise", f"WARNING: collapse at step {step:,}: the entropy of the answers rose to {now:.2f} "
-                       f"from {first:.2f} nats per token: the model writes at random; {advice}")  # fmt: skip
-        if recent > best:
+        noise = float(np.nanstd(np.diff(self._series("reward")))) / 2**0.5 * (2 / size) ** 0.5
+        fell = best - recent > max(0.5 * abs(best), 4 * noise, 1e-9)
+        if fell:
+            self._collapse("reward", step, f"the mean reward fell to {recent:.3f}, from {best:.3f} at step {at:,} "
+                           f"(means over {SMOOTHED} rollouts)")  # fmt: skip
+        if entropy < 0.02 * entropy_before and (best - recent > 0.1 * abs(best) or recent <= before + 2 * noise):
+            self._collapse("entropy", step, f"the entropy of the answers fell to {entropy:.4f} from "
+                           f"{entropy_before:.4f} nats per token, so that answers hardly differ (mean reward "
+                           f"{recent:.3f}, first {before:.3f})")  # fmt: skip
+        if entropy > max(2 * entropy_before, entropy_before + 1):
+            self._collapse("noise", step, f"the entropy of the answers rose to {entropy:.2f} from {entropy_before:.2f} "
+                           "nats per token: the model writes at random")  # fmt: skip
+        if ended < 0.5 * ended_before and length > 1.2 * length_before and recent <= before + 2 * noise:
+            self._collapse("length", step, f"answers have grown to {length:.1f} tokens from {length_before:.1f}, and "
+                           f"only {ended:.0%} of them end, at first {ended_before:.0%}")  # fmt: skip
+        if size == SMOOTHED and recent > best:
             self.best = recent, step
+
+    def resume(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Reads the rows of metrics.jsonl of the steps before a run was interrupted. Repeats no warning."""
+        say, self.say = self.say, lambda text: None
+        for row in rows:
+            if "rollout/reward" in row:
+                values = {key: math.nan if value is None else value for key, value in row.items()}
+                self(row["step"], {key.removeprefix("rollout/"): value for key, value in values.items()})
+        self.say = say
+
+    def _series(self, name: str) -> np.ndarray:
+        return np.array([metrics[name] for metrics in self.seen])
+
+    def _collapse(self, kind: str, step: int, text: str) -> None:
+        self._warn(kind, f"WARNING: collapse at step {step:,}: {text}; {self.advice}")
 
     def _warn(self, kind: str, text: str) -> None:
         if kind not in self.said:

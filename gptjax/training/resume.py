@@ -16,7 +16,7 @@ from gptjax import config, parallel, tokenizers, tree, weights
 from gptjax.checkpoint import Checkpoints, Damaged, Restored
 from gptjax.config import Config
 from gptjax.errors import UserError, complaints
-from gptjax.files import number, use_json
+from gptjax.files import number, sync, use_json
 from gptjax.parallel import distributed, make_mesh, place
 from gptjax.signals import Signals
 from gptjax.training import loggers
@@ -129,6 +129,7 @@ def begin(ready: Ready, dir: RunDir, mesh: Mesh | None, progress: Progress, sign
     if restored:
         go_on(run, restored, abstract)
     else:
+        start = parallel.place_params(start, mesh)  # else an array could be donated to one that is sharded otherwise
         with progress.phase("compiling the initialisation"):
             run.state = parallel.init_on(new_state, mesh, start, donate=(0,), offload=cfg.optim.offload)
         if run.writes:
@@ -153,6 +154,8 @@ def checkpointer(meter: Meter) -> Callable[[Run], None]:
             meter.drain()
             if meter.file:
                 meter.file.sync()
+            if run.writes and run.task.rollouts:
+                sync(run.dir.rollouts)
             run.counters.seconds = run.seconds()
             meta = {
                 "identity": hashes(run.task),

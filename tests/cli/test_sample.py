@@ -9,6 +9,8 @@ import pytest
 import gptjax
 from gptjax.__main__ import main
 from gptjax.cli import sample
+from gptjax.data.conversations import Conversation
+from gptjax.generation import reward_scores
 from gptjax.tokenizers.chat import styled
 
 MODEL = gptjax.ModelConfig(n_layer=1, n_head=2, d_model=8, context_length=16, vocab_size=257)
@@ -152,6 +154,43 @@ def test_a_sample_that_ended_at_a_stop_string_is_scored_without_it(run, judge, t
         params, cfg, [[97, 98, *i, *e] for i, e in zip(ids, ends, strict=True)]
     )
     assert picked["reward"] == pytest.approx(rewards.max(), abs=1e-4)
+
+
+def test_chat_models_read_their_own_templates(run, judge, tmp_path, capsys):
+    """The model that writes has the template phi3, the reward model alpaca."""
+    cfg, tokenizer = dataclasses.replace(MODEL, context_length=256), gptjax.tokenizers.load("bytes")
+    heads = dataclasses.replace(cfg, n_classes=1, cls_bias=False)
+    for name, model, style in (("writer", cfg, "phi3"), ("judge", heads, "alpaca")):
+        params = gptjax.init_params(jax.random.key(0), model)
+        gptjax.save(tmp_path / name, params, model, styled(tokenizer, style))
+    written = b"<|user|>\nab<|end|>\n<|assistant|>\n"
+    scored = (
+        b"Below is an instruction that describes a task. Write a response that appropriately completes the request."
+        b"\n\n### Instruction:\nab\n\n### Response:\n"
+    )
+    chat = ["chat=true", "stop=[a,e,i,o,u]", "max_new_tokens=30", "temperature=1"]
+    everything = rows_of(tmp_path / "writer", tmp_path / "all.jsonl", *chat)
+    as_typed = rows_of(tmp_path / "writer", tmp_path / "typed.jsonl", *chat[1:], f"prompt={written.decode()}")
+    assert [row["tokens"] for row in everything] == [row["tokens"] for row in as_typed]
+    picks = ["pick=reward", f"reward_model={tmp_path / 'judge'}"]
+    (row,) = rows_of(tmp_path / "writer", tmp_path / "one.jsonl", *chat, *picks)
+    params, _ = gptjax.load(tmp_path / "judge")
+    answers = [
+        r["tokens"] if tokenizer.decode(r["tokens"]) == r["text"] else tokenizer.encode(r["text"]) for r in everything
+    ]
+    ends = [[256] if r["finish"] == "stop" else [] for r in everything]
+    sequences = [[*scored, *answer, *end] for answer, end in zip(answers, ends, strict=True)]
+    rewards = gptjax.generation.sequence_rewards(params, heads, sequences)
+    assert row.pop("reward") == pytest.approx(rewards.max(), abs=1e-4) and row == everything[rewards.argmax()]
+    talk = ({"role": "user", "content": "ab"}, {"role": "assistant", "content": "xy"})
+    judge_tokenizer = gptjax.tokenizers.load(tmp_path / "judge")
+    (reward,) = reward_scores(params, heads, judge_tokenizer, [Conversation(talk, "")])
+    assert reward == pytest.approx(gptjax.generation.sequence_rewards(params, heads, [[*scored, *b"xy", 256]])[0])
+    capsys.readouterr()
+    assert main(["sample", str(tmp_path / "writer"), *SEVERAL, *chat, *picks]) == 0
+    assert capsys.readouterr().out == row["text"] + "\n"
+    assert main(["sample", str(run), "prompt=a", "chat=true"]) == 2
+    assert "has no chat template" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

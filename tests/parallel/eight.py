@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import sys
 import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,6 +25,8 @@ from gptjax.ops.attention import heads_attention
 from gptjax.ops.flash import Tile, Tiles
 from gptjax.optim import average_of, make_optimizer, with_average
 from gptjax.parallel.mesh import mesh_of
+from gptjax.training import loop
+from gptjax.training.run_dir import read_metrics
 from gptjax.types import Batch
 
 STEPS, B, T, V = 20, 8, 32, 64
@@ -237,7 +241,57 @@ def switched() -> dict[str, list[float]]:
     return differences
 
 
-OTHERS = {fn.__name__: fn for fn in (switched, accumulated, pmapped, checkpointed, generated, attention)}
+def finetuned() -> dict[str, dict[str, float]]:
+    """For whole runs of `gptjax finetune` that train an adapter, on a mesh of all four axes and on one device: the
+    largest difference in the training losses. In reward tuning also the fraction of equal answers, and the number of
+    programs that are compiled after the third step and before the last."""
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, *_, **__: compiled.append(name) if name == "/jax/core/compile/backend_compile_duration" else None
+    )
+    tokenizer, results = gptjax.tokenizers.load("bytes"), {}
+    cfg = dataclasses.replace(CFG, context_length=64, vocab_size=260)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for seed, model in enumerate(("base", "teacher")):
+            gptjax.save(folder / model, gptjax.init_params(jax.random.key(seed), cfg), cfg, tokenizer)
+        rows = [{"prompt": f"say {x}", "response": x} for x in "abcdefgh"] * 5
+        (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (folder / "mine.py").write_text("def score(prompt, answer, example):\n    return float(answer.isascii())\n")
+        for task, settings in {
+            "distill": [f"distill.teacher={folder / 'teacher'}", "finetune.trainable=lora"],
+            "reward": [
+                f"reward.functions=[{folder / 'mine.py'}:score]", "reward.max_new_tokens=2", "reward.group=4",
+                "reward.branches=rows", "reward.kl=0.1",
+            ],
+        }.items():  # fmt: skip
+            losses, answers, new = [], [], 0
+            for here in (None, mesh((2, 2, 2, 1)), mesh((1, 2, 2, 2))):
+                loop.make_mesh = lambda *args, here=here, **options: here
+                marks: list[int] = []
+                run_dir = folder / f"{task}-{len(losses)}"
+                run = gptjax.load_config(
+                    None, f"task={task}", f"finetune.base={folder / 'base'}", f"{task}.source={folder / 'rows.jsonl'}",
+                    f"{task}.style=phi3", f"{task}.context_length=48", f"run_dir={run_dir}", "optim.warmup_steps=0",
+                    "optim.lr=1e-2", "optim.eps=1e-4", "train.epochs=null", "train.max_steps=8", "train.eval_every=8",
+                    "train.log_every=1", "train.batch_size=16", "train.accumulation=1", *settings,
+                )  # fmt: skip
+                gptjax.train(
+                    run, log=lambda line: None, hooks=[(1, lambda run, marks=marks: marks.append(len(compiled)))]
+                )
+                losses.append([row["train/loss"] for row in read_metrics(run_dir) if "train/loss" in row])
+                if task == "reward":
+                    lines = (run_dir / "rollouts.jsonl").read_text().split("\n")
+                    answers.append([json.loads(line)["answer"] for line in lines[:-1]])
+                    new += marks[6] - marks[2]
+            apart = float(np.abs(np.array(losses[1:]) - losses[0]).max())
+            results[task] = {"loss": apart, "learned": float(np.ptp(losses[0]))}
+            if answers:
+                results[task] |= {"answers": float(np.mean(np.array(answers[1:]) == answers[0])), "compiled": new}
+    return results
+
+
+OTHERS = {fn.__name__: fn for fn in (switched, accumulated, pmapped, checkpointed, generated, attention, finetuned)}
 
 
 def main() -> None:

@@ -88,6 +88,15 @@ def test_generation_on_a_mesh_gives_the_same_tokens():
     assert on_eight("generated") is True
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_fine_tuning_on_a_mesh_is_that_of_one_device():
+    """With a teacher in every step, and with answers that the model generates."""
+    results = on_eight("finetuned")
+    assert all(result["loss"] < 1e-4 < result["learned"] for result in results.values()), results
+    assert results["reward"]["answers"] > 0.98 and results["reward"]["compiled"] == 0, results
+
+
 # ---------------------------------------------------------------- rules, on a mesh that is only described
 
 

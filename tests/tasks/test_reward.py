@@ -48,6 +48,10 @@ def sometimes(prompt, answer, example):
         raise ValueError("odd")
     return ascii(prompt, answer, example)
 
+def various(prompt, answer, example):
+    """The number of different characters."""
+    return len(set(answer)) / 8
+
 def constant(prompt, answer, example):
     return 0.25
 '''
@@ -78,7 +82,7 @@ def run(folder, name, *more, function="ascii"):
 
 
 def rollout_rows(folder, name):
-    return [json.loads(line) for line in (folder / name / "rollouts.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (folder / name / "rollouts.jsonl").read_text().split("\n")[:-1]]
 
 
 @pytest.mark.slow
@@ -300,16 +304,55 @@ def test_an_answer_without_reward_has_no_advantage():
     assert reward.measures([group([1, 0, math.nan, 0.5]), group([math.nan] * 4)])["failed"] == 5
 
 
+QUIET = {"flat": 0.0, "entropy": 1.0, "length": 6.0, "finished": 0.9}
+
+
 def test_a_collapse_is_named_once():
     lines = []
-    watch = reward.Watch(lines.append)
-    quiet = {"flat": 0.0, "entropy": 1.0}
-    for step in range(30):
-        watch(step, quiet | {"reward": 0.3 + 0.01 * step + 0.05 * (-1) ** step})
+    watch = reward.Watch(lines.append, "try something")
+    rows = [QUIET | {"reward": 0.3 + 0.01 * step + 0.05 * (-1) ** step} for step in range(30)]
+    for step, metrics in enumerate(rows):
+        watch(step, metrics)
     assert not lines
     for step in range(30, 45):
-        watch(step, quiet | {"reward": 0.02})
+        watch(step, QUIET | {"reward": 0.02})
     assert len(lines) == 1 and "WARNING: collapse at step 3" in lines[0] and "mean reward fell" in lines[0]
+    assert lines[0].endswith("; try something")
     for step in range(45, 60):
-        watch(step, {"flat": 0.0, "entropy": 5.0, "reward": 0.02})
+        watch(step, QUIET | {"entropy": 5.0, "reward": 0.02})
     assert len(lines) == 2 and "at random" in lines[1]
+    resumed = reward.Watch(lines.append, "try something")
+    logged = [{f"rollout/{key}": value for key, value in metrics.items()} for metrics in rows]
+    resumed.resume([row | {"step": step} for step, row in enumerate(logged)])
+    for step in range(30, 45):
+        resumed(step, QUIET | {"reward": 0.02})
+    assert lines[2:] == lines[:1]  # as in the uninterrupted run
+
+
+@pytest.mark.parametrize(
+    "after, words",
+    [
+        ({"entropy": 0.01}, "the entropy of the answers fell to 0.0100 from 1.0000 nats per token"),
+        ({"entropy": 2.5}, "the entropy of the answers rose to 2.50 from 1.00 nats per token"),
+        ({"length": 24.0, "finished": 0.1}, "answers have grown to 24.0 tokens from 6.0, and only 10% of them end"),
+        ({"reward": 0.9, "entropy": 0.01}, None),  # it has learned to answer
+        ({"reward": 0.9, "length": 24.0, "finished": 0.1}, None),
+    ],
+)
+def test_a_collapse_of_few_rollouts_is_named(after, words):
+    lines = []
+    watch = reward.Watch(lines.append, "")
+    for step, metrics in enumerate([QUIET, QUIET, *[QUIET | after] * 2]):
+        watch(step, {"reward": 0.2, **metrics})
+    assert [words in line for line in lines] == [True] * bool(words), lines
+
+
+@pytest.mark.slow
+def test_a_model_that_collapses_is_noticed(folder, capsys):
+    """A far too high learning rate, no clip, many steps on the same answers."""
+    assert run(folder, "collapse", "optim.lr=3", "reward.updates=8", "reward.clip=1", "reward.clip_high=100",
+               "finetune.trainable=all", "train.max_steps=96", "train.eval_every=96", "train.checkpoint_every=96",
+               "reward.max_new_tokens=8",
+               function="various") == 0  # fmt: skip
+    print(capsys.readouterr().out)
+    assert 0
