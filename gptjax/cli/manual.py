@@ -319,8 +319,8 @@ PAGES: dict[str, Page] = {
         notes=(
             FINETUNED,
             "Use the result with `gptjax sample MODEL chat=true n=8 pick=reward reward_model=runs/reward_model`, where"
-            " MODEL is a chat model with the same vocabulary. reward_model.source=runs/reward/rollouts.jsonl makes pairs"
-            " of right and wrong answers of a model, those that `gptjax finetune reward` wrote. Without"
+            " MODEL is a chat model with the same vocabulary. reward_model.source=runs/reward/rollouts.jsonl makes"
+            " pairs of right and wrong answers of a model, those that `gptjax finetune reward` wrote. Without"
             " reward_model.source the model is trained on synthetic tasks with right and wrong answers, to try the"
             " command.",
             LAYERS,

@@ -36,8 +36,9 @@ def run_import(args: list[str]) -> int:
         files[LABELS] = json.dumps(weights.read_labels(words[0]), indent=1) + "\n"
     weights.save(words[1], model.params(dtype, None), model.cfg, tokenizer, files)
     use = {
-        0: f"sample {words[1]} --prompt TEXT", 1: f"sample MODEL n=8 pick=reward reward_model={words[1]} --prompt TEXT"
-    }.get(model.cfg.n_classes, f'classify {words[1]} "TEXT"')  # fmt: skip
+        0: f"sample {words[1]} --prompt TEXT",
+        1: f"sample MODEL chat=true n=8 pick=reward reward_model={words[1]} --prompt TEXT",
+    }.get(model.cfg.n_classes, f'classify {words[1]} "TEXT"')
     print(f"{words[1]}  (use it: gptjax {use})")
     return 0
 

@@ -199,10 +199,11 @@ def _pairs(records: Records, source: str, special: Collection[str]) -> Records:
     others = False
     prompts: dict[str, tuple[str, Record, dict[str, list[float]]]] = {}  # first location, record; rewards by answer
     for location, record in records:
-        is_scored = (
-            not isinstance(record, UserError) and {*SCORED} <= record.keys() and not {*RESPONSES} & record.keys()
-        )
-        reward = _reward(record) if is_scored else record
+        if isinstance(record, UserError) or not {*SCORED} <= record.keys() or {*RESPONSES} & record.keys():
+            others = True
+            yield location, record
+            continue
+        reward = _reward(record)
         if isinstance(reward, float):
             asked = json.dumps([record.get(key) for key in ("system", "history", "prompt")])
             *_, rewards = prompts.setdefault(asked, (location, record, {}))

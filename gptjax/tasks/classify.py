@@ -274,7 +274,7 @@ def refuse_reward_model(settings: dict[str, Any], folder: str | Path) -> None:
     """Raises UserError if the labels.json of a model has only one class: the probability of this class is always 1."""
     if len(settings["labels"]) == 1:
         raise UserError(
-            f"{folder} is a reward model, which has no classes: gptjax sample MODEL n=8 pick=reward "
+            f"{folder} is a reward model, which has no classes: gptjax sample MODEL chat=true n=8 pick=reward "
             f"reward_model={folder} uses it"
         )
 
