@@ -241,19 +241,22 @@ def test_dry_run_and_mistakes(folder, capsys):
         "distill.divergence=kl": "forward, reverse or js",
         "distill.alpha=2": "distill.alpha (2",
         "distill.context_length=4": "no conversation fits a context of 4 tokens (distill.context_length",
-        "distill.on_policy=1.5 distill.max_new_tokens=8": "distill.on_policy (1.5) must be",
-        "distill.on_policy=0.5 distill.top_k=8": "needs the teacher in every step",
-        f"distill.on_policy=0.5 distill.max_new_tokens=8 distill.source={folder / 'text.txt'}": "is plain text",
-        "distill.on_policy=0.5 distill.max_new_tokens=96": "must be below distill.context_length (96)",
-        "distill.on_policy=0.5 distill.max_new_tokens=90": "no question fits: each has more than 6 tokens",
-        "distill.on_policy=0.5 distill.max_new_tokens=8 distill.packing=packed": "distill.packing would have no effect",
-        "distill.on_policy=0.5 distill.max_new_tokens=8 train.steps_per_call=2": "runs one step per call",
-        "distill.on_policy=0.5 distill.max_new_tokens=8 distributed.coordinator=auto": "runs in one process",
-        "distill.on_policy=0.5 distill.max_new_tokens=8 finetune.trainable=lora finetune.seeds=2 "
-        "finetune.together=true": "trains several seeds one after the other",
     }
-    for setting, message in mistakes.items():
-        assert run(folder, "none", *setting.split(" ")) == 2
+    own_mistakes = {
+        "distill.on_policy=1.5": "distill.on_policy (1.5) must be",
+        "distill.top_k=8": "needs the teacher in every step",
+        f"distill.source={folder / 'text.txt'}": "is plain text",
+        "distill.max_new_tokens=96": "must be below distill.context_length (96)",
+        "distill.max_new_tokens=90": "no question fits: each has more than 6 tokens",
+        "distill.packing=packed": "distill.packing would have no effect",
+        "train.steps_per_call=2": "runs one step per call",
+        "distributed.coordinator=auto": "runs in one process",
+        "finetune.trainable=lora finetune.seeds=2 finetune.together=true": "trains several seeds one after the other",
+    }
+    cases = [([text], message) for text, message in mistakes.items()]
+    cases += [([*OWN, *text.split()], message) for text, message in own_mistakes.items()]
+    for words, message in cases:
+        assert run(folder, "none", *words) == 2
         error = capsys.readouterr().err
         assert message in error and error.count("error:") == 1, error
 
