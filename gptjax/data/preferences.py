@@ -14,7 +14,6 @@ Both answers of a pair are in the same row, each as a segment with its own copy 
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import random
 from collections.abc import Collection, Iterator, Sequence
@@ -205,7 +204,7 @@ def _pairs(records: Records, source: str, special: Collection[str]) -> Records:
             continue
         reward = _reward(record)
         if isinstance(reward, float):
-            asked = json.dumps([record.get(key) for key in ("system", "history", "prompt")])
+            asked = repr([record.get(key) for key in ("system", "history", "prompt")])
             *_, rewards = prompts.setdefault(asked, (location, record, {}))
             answer = record["answer"].strip()
             if answer and not math.isnan(reward) and not found_in(answer, special):
