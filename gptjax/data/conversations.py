@@ -15,6 +15,7 @@ answers). Such a conversation is encoded as a token tree (`data.token_tree`), or
 
 from __future__ import annotations
 
+import bisect
 import json
 import os.path
 import re
@@ -668,7 +669,10 @@ def _chat(conversations: Sequence[Conversation], tokenizer: Tokenizer, end: str)
     answer                                                              Hello!<|im_end|>
     """
     jobs = []
-    reasoning_key = next((key for key in REASONING if key in (tokenizer.chat_template or "")), REASONING[0])
+    template = tokenizer.chat_template or ""
+    # message.thinking, message["thinking"] or "thinking" in message, but not the variable enable_thinking
+    used = (key for key in REASONING if re.search(rf"[.'\"]{key}\b", template))
+    reasoning_key = next(used, REASONING[0])
     for talk in conversations:
         messages = [_template_message(m, tokenizer, reasoning_key) for m in talk.messages]
         tools = list(talk.tools) or None
@@ -710,10 +714,16 @@ def _answers(talk: Conversation) -> list[int]:
 def _refuse_lost(message: dict[str, Any], prompt: str, name: str) -> None:
     """Raises UserError if the template leaves the result of a tool, the last message of the prompt, out of it."""
     text = message["content"].strip()
-    if message["role"] == "tool" and text not in prompt and json.dumps(text, ensure_ascii=False)[1:-1] not in prompt:
+    if message["role"] == "tool" and not _written(text, prompt):
         raise UserError(
             f"the chat template of {name} does not write the result of a tool: choose another style or data"
         )
+
+
+def _written(part: str, text: str) -> bool:
+    """Returns whether a text contains another one, as it is or as JSON, apart from whitespace."""
+    forms = (part, json.dumps(part.strip(), ensure_ascii=False)[1:-1])
+    return any("".join(form.split()) in "".join(text.split()) for form in forms)
 
 
 def _answer_text(
@@ -737,8 +747,8 @@ def _answer_text(
         rest = full[len(before) :]
         between = "" if rest.startswith(END_THINK) else f"\n{END_THINK}\n\n"
         text = thought.strip("\n") + between + rest
-    elif question and (since := prompt[max(prompt.rfind(question), 0) :]) in full:
-        # The template writes something before the last question only while it is the last message (Mistral's tools).
+    elif since := _common_end(prompt, full, {question, *tokenizer.special_tokens}):
+        # The template writes something around the last question only while it is the last message (Mistral's tools).
         text = full[full.rfind(since) + len(since) :]
     else:
         n = len(os.path.commonprefix([prompt, full]))  # noqa: RUF071  # of characters, not of paths
@@ -748,11 +758,14 @@ def _answer_text(
             "alpaca or phi3"
         )
     found = [(text.find(end), end) for end in ends if end in text]
-    body, end = (text[: min(found)[0]], min(found)[1]) if found else (text, ends[0])
+    if not found:
+        end = (chat.end_of_call(tokenizer) if message.get("tool_calls") else None) or ends[0]
+    body, end = (text[: min(found)[0]], min(found)[1]) if found else (text, end)
     missing = [
         call["function"]["name"] for call in message.get("tool_calls", ()) if call["function"]["name"] not in body
     ]
-    if missing or not body.strip():
+    lost = [part for part in re.split(f"{THINK}|{END_THINK}", message["content"]) if not _written(part, body)]
+    if missing or lost or not body.strip():
         what = f"the call of {missing[0]} (tool_calls)" if missing else "the answer"
         raise UserError(f"the chat template of {name} does not write {what}: choose another style or data")
     if reasoning and reasoning.strip() not in body:
@@ -761,6 +774,18 @@ def _answer_text(
             "content, or remove it"
         )
     return body + end
+
+
+def _common_end(prompt: str, full: str, marks: Collection[str]) -> str:
+    """Returns the longest end of the prompt that occurs in the other text, after the point where the texts part.
+
+    Returns "" if it contains none of the marks, because a few characters occur anywhere.
+    """
+    lengths = range(len(prompt) + 1)
+    n = bisect.bisect_left(lengths, True, key=lambda n: prompt[len(prompt) - n :] not in full) - 1
+    since = prompt[len(prompt) - n :]
+    parted = len(os.path.commonprefix([prompt, full]))  # noqa: RUF071  # of characters, not of paths
+    return since if n and full.rfind(since) + n > parted and found_in(since, set(marks) - {""}) else ""
 
 
 def _render_all(tokenizer: Tokenizer, jobs: list[_Job]) -> list[str]:

@@ -350,9 +350,13 @@ def found_in(text: str, names: Iterable[str]) -> set[str]:
 
 def first_of(text: str, names: Iterable[str]) -> str | None:
     """Return the name in `names` that occurs first in the text, or None if the text contains no name."""
+    return next(iter(all_of(text, names)), None)
+
+
+def all_of(text: str, names: Iterable[str]) -> list[str]:
+    """Return the names in `names` that occur in the text, in order and as often as they occur."""
     names = frozenset(names)
-    match = _alternatives(names).search(text) if names else None
-    return match and match[0]
+    return [match[0] for match in _alternatives(names).finditer(text)] if names else []
 
 
 def read_text(path: Path) -> str:

@@ -31,7 +31,7 @@ from gptjax.config.schema import ChatStyle as Style
 from gptjax.errors import UserError, did_you_mean
 from gptjax.processes import Child
 from gptjax.tokenizers import _render
-from gptjax.tokenizers.base import Tokenizer, first_of, found_in, stop_ids, whole_tokens
+from gptjax.tokenizers.base import Tokenizer, all_of, first_of, found_in, stop_ids, whole_tokens
 
 ROLES = ("system", "user", "assistant", "tool")
 MAX_TEMPLATE_CHARS = 256 << 10
@@ -90,6 +90,11 @@ END = (
 # Contents of the messages of a test conversation. The rendered text after `_ANSWER` shows how a template ends an
 # answer.
 _QUESTION, _ANSWER, _NEXT = "first-question", "first-reply", "second-question"
+_PARAMETERS = {"type": "object", "properties": {"word": {"type": "string", "description": "word"}}}
+_TOOL = {
+    "type": "function",
+    "function": {"name": "look_up", "description": "Looks up a word.", "parameters": _PARAMETERS},
+}
 
 
 def apply(tokenizer: Tokenizer, messages: Sequence[Message], template: str | None = None, **options: Any) -> str:
@@ -127,10 +132,13 @@ def is_builtin(template: str) -> bool:
 def end_of_answer(tokenizer: Tokenizer) -> str | None:
     """Return the token that the tokenizer's chat template writes after every answer, or None if it writes none.
 
-    Some templates omit the token after the last answer of a conversation; the token is then returned nevertheless.
+    If several tokens follow an answer, the first one that ends generation (`stop_ids`) is returned, otherwise the first
+    one. Some templates write the token after the last answer of a conversation alone, or after every answer but the
+    last, or end an answer with the token that begins the next turn; it is then returned nevertheless.
 
-        ..<|im_start|>assistant\\nHello!<|im_end|>\\n                       "<|im_end|>"
-        ..<|assistant|>\\nHello!<|end|>\\n<|endoftext|>                     "<|end|>"; <|endoftext|> ends the whole text
+        ..<|im_start|>assistant\nHello!<|im_end|>\n                       "<|im_end|>"
+        ..<|assistant|>\nHello!<|end|>\n<|endoftext|>                     "<|end|>"; <|endoftext|> ends the whole text
+        ..<|assistant|>\nHello!<|user|>                                  "<|user|>" if it is one of eos_ids
         ..ASSISTANT: Hello!                                              None
     """
     if tokenizer.chat_template is None:
@@ -138,36 +146,70 @@ def end_of_answer(tokenizer: Tokenizer) -> str | None:
     bos, eos = _roles(tokenizer)
     if tokenizer.chat_template.startswith(END):
         return eos or None
-    return _end_of_answer(tokenizer.chat_template, frozenset(whole_tokens(tokenizer)), bos, eos)
+    return _end_of_answer(tokenizer.chat_template, frozenset(whole_tokens(tokenizer)), _stops(tokenizer), bos, eos)
+
+
+def end_of_call(tokenizer: Tokenizer) -> str | None:
+    """Return the token that ends an answer that calls a tool, if it is the token that begins the result of the tool,
+    and one of `stop_ids`; otherwise None."""
+    bos, eos = _roles(tokenizer)
+    return _end_of_call(tokenizer.chat_template or "", _stops(tokenizer), bos, eos)
+
+
+def _stops(tokenizer: Tokenizer) -> frozenset[str]:
+    ids = stop_ids(tokenizer)
+    return frozenset(name for name, i in whole_tokens(tokenizer).items() if i in ids)
 
 
 @functools.lru_cache(maxsize=16)
-def _end_of_answer(template: str, tokens: frozenset[str], bos_token: str, eos_token: str) -> str | None:
+def _end_of_call(template: str, stops: frozenset[str], bos_token: str, eos_token: str) -> str | None:
+    call = {"type": "function", "id": "look_up01", "function": {"name": "look_up", "arguments": {"word": _ANSWER}}}
+    messages = [
+        {"role": "user", "content": _QUESTION},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "name": "look_up", "tool_call_id": "look_up01", "content": _NEXT},
+    ]
+    try:
+        text = render(template, messages, bos_token=bos_token, eos_token=eos_token, tools=[_TOOL])
+    except UserError:
+        return None
+    return first_of(text.partition(_ANSWER)[2].partition(_NEXT)[0], stops)
+
+
+@functools.lru_cache(maxsize=16)
+def _end_of_answer(
+    template: str, tokens: frozenset[str], stops: frozenset[str], bos_token: str, eos_token: str
+) -> str | None:
     question, answer, next_question = (
         {"role": role, "content": text} for role, text in (("user", _QUESTION), ("assistant", _ANSWER), ("user", _NEXT))
     )
 
-    def write(messages: list[Message], begin: bool) -> str:
-        return render(template, messages, add_generation_prompt=begin, bos_token=bos_token, eos_token=eos_token)
+    def write(messages: list[Message], begin: bool, tools: list[dict[str, Any]]) -> str:
+        return render(
+            template, messages, add_generation_prompt=begin, bos_token=bos_token, eos_token=eos_token, tools=tools or None
+        )
 
-    def first_after(text: str) -> str | None:
-        return first_of(text.partition(_ANSWER)[2].partition(_NEXT)[0], tokens)
+    def all_after(text: str) -> list[str]:
+        return all_of(text.partition(_ANSWER)[2].partition(_NEXT)[0], tokens)
 
-    for system in ([], [{"role": "system", "content": "system"}]):  # some templates require a system message
+    # some templates require a system message, or tools
+    for system, tools in (([], []), ([{"role": "system", "content": "system"}], []), ([], [_TOOL])):
         try:
-            last = first_after(write([*system, question, answer], False))
+            last = all_after(write([*system, question, answer], False, tools))
         except UserError:
             continue
         try:
-            text = write([*system, question, answer, next_question], True)
+            text = write([*system, question, answer, next_question], True, tools)
         except UserError:  # a single-turn template
-            return last
-        earlier, before = first_after(text), text.partition(_QUESTION)[0]
-        # If the token is also written directly before the question, it marks the beginning of a turn, not the end of
-        # an answer.
-        if last is None and earlier and not before.rstrip().endswith(earlier):
-            return earlier  # the template omits the token after the last answer
-        return last if earlier == last else None
+            return next(iter(last), None)
+        earlier, before = all_after(text), text.partition(_QUESTION)[0]
+        if both := os.path.commonprefix([last, earlier]):  # noqa: RUF071  # of lists, not of paths
+            return next((token for token in both if token in stops), both[0])
+        # The template omits the token after the last answer, or writes another one there. A token that is also written
+        # directly before the question marks the beginning of a turn, unless generation ends with it.
+        if end := next((token for token in (*last, *earlier[:1]) if token in stops), None):
+            return end
+        return earlier[0] if earlier and not last and not before.rstrip().endswith(earlier[0]) else None
     return None
 
 
