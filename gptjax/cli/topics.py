@@ -120,15 +120,12 @@ Rewards: reward.source (.jsonl .json .csv .parquet)
   built in: exact, normalised, number, boxed, format, format:REGEX, length:N,
   constraints and judge:MODEL@URL. A function runs in a process of its own; an
   answer for which it fails is counted and left out.
-
-Distillation: distill.source (.jsonl .json .csv .parquet .txt .md, or a folder)
-  The formats of instruct.source, or plain text. distill.on_policy needs
-  instructions, whose prompts the student answers.
+Distillation: distill.source has the formats of instruct.source, or plain text
+  (.txt, .md, a folder), which has no prompts for distill.on_policy.
 
 Look at the result before you train: gptjax data inspect data.source=my.txt shows
 the first tokens; gptjax data check my.jsonl finds duplicates and secrets (near
-duplicates need the extra [check], or near=false). `gptjax data --help` explains
-that command.
+duplicates need the extra [check]). See also gptjax data --help.
 """
 
 RUNS = """\

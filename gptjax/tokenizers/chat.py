@@ -133,8 +133,8 @@ def end_of_answer(tokenizer: Tokenizer) -> str | None:
     """Return the token that the tokenizer's chat template writes after every answer, or None if it writes none.
 
     If several tokens follow an answer, the first one that ends generation (`stop_ids`) is returned, otherwise the first
-    one. Some templates write the token after the last answer of a conversation alone, or after every answer but the
-    last, or end an answer with the token that begins the next turn; it is then returned nevertheless.
+    one. Some templates write another token after the last answer of a conversation, or none there, or end an answer
+    with the token that begins the next turn; the token that ends generation is then returned.
 
         ..<|im_start|>assistant\nHello!<|im_end|>\n                       "<|im_end|>"
         ..<|assistant|>\nHello!<|end|>\n<|endoftext|>                     "<|end|>"; <|endoftext|> ends the whole text
@@ -164,7 +164,7 @@ def _stops(tokenizer: Tokenizer) -> frozenset[str]:
 @functools.lru_cache(maxsize=16)
 def _end_of_call(template: str, stops: frozenset[str], bos_token: str, eos_token: str) -> str | None:
     call = {"type": "function", "id": "look_up01", "function": {"name": "look_up", "arguments": {"word": _ANSWER}}}
-    messages = [
+    messages: list[Message] = [
         {"role": "user", "content": _QUESTION},
         {"role": "assistant", "content": "", "tool_calls": [call]},
         {"role": "tool", "name": "look_up", "tool_call_id": "look_up01", "content": _NEXT},
@@ -185,9 +185,8 @@ def _end_of_answer(
     )
 
     def write(messages: list[Message], begin: bool, tools: list[dict[str, Any]]) -> str:
-        return render(
-            template, messages, add_generation_prompt=begin, bos_token=bos_token, eos_token=eos_token, tools=tools or None
-        )
+        special = {"bos_token": bos_token, "eos_token": eos_token}
+        return render(template, messages, add_generation_prompt=begin, tools=tools or None, **special)
 
     def all_after(text: str) -> list[str]:
         return all_of(text.partition(_ANSWER)[2].partition(_NEXT)[0], tokens)
@@ -207,9 +206,11 @@ def _end_of_answer(
             return next((token for token in both if token in stops), both[0])
         # The template omits the token after the last answer, or writes another one there. A token that is also written
         # directly before the question marks the beginning of a turn, unless generation ends with it.
-        if end := next((token for token in (*last, *earlier[:1]) if token in stops), None):
+        if not earlier:
+            return None
+        if end := next((token for token in (*last, earlier[0]) if token in stops), None):
             return end
-        return earlier[0] if earlier and not last and not before.rstrip().endswith(earlier[0]) else None
+        return earlier[0] if not last and not before.rstrip().endswith(earlier[0]) else None
     return None
 
 
