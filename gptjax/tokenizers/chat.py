@@ -185,8 +185,10 @@ def _end_of_answer(
     )
 
     def write(messages: list[Message], begin: bool, tools: list[dict[str, Any]]) -> str:
-        special = {"bos_token": bos_token, "eos_token": eos_token}
-        return render(template, messages, add_generation_prompt=begin, tools=tools or None, **special)
+        return render(
+            template, messages, add_generation_prompt=begin, bos_token=bos_token, eos_token=eos_token,
+            tools=tools or None,
+        )  # fmt: skip
 
     def all_after(text: str) -> list[str]:
         return all_of(text.partition(_ANSWER)[2].partition(_NEXT)[0], tokens)

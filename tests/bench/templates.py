@@ -10,7 +10,8 @@ What has to be learned is computed by transformers alone, without gptjax: `apply
 an answer, with the generation prompt, gives its context; what the template adds for the answer is learned. `encode`
 must give the same targets with the same weights after the same contexts, in one row or in one tree. A conversation that
 the template refuses, or of which it leaves something out, must be refused with a line that names it. `refused` tells
-why: the template raises an error, leaves a part out, or writes the answer after something else than the prompt.
+why: the template raises an error, leaves a part out, or writes the answer after something else than the prompt;
+`accepted` counts those of them that gptjax does not refuse.
 
 Needs `pip install -e '.[parity]'`. Prints a Markdown table. `trees / rows`: tokens of trees relative to one row per
 answer, over conversations of six turns. `loss`, `gradients`: largest difference between trees and rows relative to the
