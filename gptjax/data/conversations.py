@@ -38,6 +38,10 @@ from gptjax.tokenizers.base import Tokenizer, found_in, stop_ids, whole_tokens
 # usual names of ShareGPT's roles
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "observation": "tool"}
 THINK, END_THINK = "<think>", "</think>"  # the tags around the reasoning of an answer
+# at the end of the prompts of Qwen, Gemma 4 and Command R7B while they shall not reason
+EMPTY_THOUGHT = re.compile(
+    r"(<think>|<\|channel>thought|<\|START_THINKING\|>)\s*(</think>|<channel\|>|<\|END_THINKING\|>)\s*\Z"
+)
 MAX_PROBLEMS = 20
 MAX_WEIGHT = 1000.0  # largest loss weight of an answer
 # number of texts rendered per subprocess: starting a subprocess takes 0.1 s, rendering a text less than 1 ms
@@ -733,9 +737,12 @@ def _answer_text(
         ends: the tokens that can end an answer; the first one is added if the template writes none.
     """
     name, reasoning = tokenizer.name, message.get("reasoning_content")
-    before = prompt.rstrip().removesuffix(THINK)
+    before, empty = prompt.rstrip().removesuffix(THINK), EMPTY_THOUGHT.search(prompt)
     if full.startswith(prompt):
         text = full[len(prompt) :]
+    elif empty and full.startswith(prompt[: empty.start()]) and not full.startswith(empty[1], empty.start()):
+        # The prompt tells the model not to reason, and the template leaves the empty thought out of finished answers.
+        text = full[empty.start() :]
     elif full.startswith(before) and prompt.rstrip() != before:
         # The prompt begins the reasoning (DeepSeek-R1), and the template leaves the reasoning out of finished answers.
         thought = reasoning or message["content"].rpartition(END_THINK)[0].removeprefix(THINK)

@@ -133,8 +133,8 @@ def end_of_answer(tokenizer: Tokenizer) -> str | None:
     """Return the token that the tokenizer's chat template writes after every answer, or None if it writes none.
 
     If several tokens follow an answer, the first one that ends generation (`stop_ids`) is returned, otherwise the first
-    one. Some templates write the token after the last answer of a conversation alone, or after every answer but the
-    last, or end an answer with the token that begins the next turn; it is then returned nevertheless.
+    one. Some templates write another token after the last answer of a conversation, or none there, or end an answer
+    with the token that begins the next turn; the token that ends generation is then returned.
 
         ..<|im_start|>assistant\nHello!<|im_end|>\n                       "<|im_end|>"
         ..<|assistant|>\nHello!<|end|>\n<|endoftext|>                     "<|end|>"; <|endoftext|> ends the whole text
@@ -186,7 +186,12 @@ def _end_of_answer(
 
     def write(messages: list[Message], begin: bool, tools: list[dict[str, Any]]) -> str:
         return render(
-            template, messages, add_generation_prompt=begin, bos_token=bos_token, eos_token=eos_token, tools=tools or None
+            template,
+            messages,
+            add_generation_prompt=begin,
+            bos_token=bos_token,
+            eos_token=eos_token,
+            tools=tools or None,
         )
 
     def all_after(text: str) -> list[str]:
@@ -207,7 +212,7 @@ def _end_of_answer(
             return next((token for token in both if token in stops), both[0])
         # The template omits the token after the last answer, or writes another one there. A token that is also written
         # directly before the question marks the beginning of a turn, unless generation ends with it.
-        if end := next((token for token in (*last, *earlier[:1]) if token in stops), None):
+        if end := earlier and next((token for token in (*last, earlier[0]) if token in stops), None):
             return end
         return earlier[0] if earlier and not last and not before.rstrip().endswith(earlier[0]) else None
     return None

@@ -2,14 +2,15 @@
 
     python tests/bench/templates.py [FOLDER] [--conversations 2000] [--seed 0] [--only qwen3] [--show 3]
 
-FOLDER holds chat templates as .jinja files; without it the templates are SmolLM2's and those of the tests. Each template
-gets a byte-level BPE tokenizer, trained here, in which the template's markers are single tokens. Random conversations
-have system messages, several turns, tools, calls and their results, reasoning, loss weights, and odd texts.
+FOLDER holds chat templates as .jinja files; without it the templates are SmolLM2's and those of the tests. Each
+template gets a byte-level BPE tokenizer, trained here, in which the template's markers are single tokens. Random
+conversations have system messages, several turns, tools, calls and their results, reasoning, loss weights, odd texts.
 
-What has to be learned is computed by transformers alone, without gptjax: `apply_chat_template` of the messages before an
-answer, with the generation prompt, gives its context; what the template adds for the answer is learned. `encode` must
-give the same targets with the same weights after the same contexts, in one row or in one tree. A conversation that the
-template refuses, or of which it leaves something out, must be refused with a line that names it.
+What has to be learned is computed by transformers alone, without gptjax: `apply_chat_template` of the messages before
+an answer, with the generation prompt, gives its context; what the template adds for the answer is learned. `encode`
+must give the same targets with the same weights after the same contexts, in one row or in one tree. A conversation that
+the template refuses, or of which it leaves something out, must be refused with a line that names it. `refused` tells
+why: the template raises an error, leaves a part out, or writes the answer after something else than the prompt.
 
 Needs `pip install -e '.[parity]'`. Prints a Markdown table. `trees / rows`: tokens of trees relative to one row per
 answer, over conversations of six turns. `loss`, `gradients`: largest difference between trees and rows relative to the
@@ -49,9 +50,14 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
 EOS, BOS = "<|text-end|>", "<|text-begin|>"  # values of the variables eos_token and bos_token
 # names of tokens in the texts of templates: special ones, and added ones that are not special
 SPECIAL = re.compile(
-    r"<\|[^<>|\s'\"{}]+\|?>|<[a-z_]+\|>|<[a-z]+:[a-z_:]+>|<end_of_sentence>|\]~!?b?\[?\w*\]?|\[e~\[|<｜[^｜<>\s]+｜>|\[/?[A-Z_]{3,}\]|<(?:start|end)_of_\w+>|</?s>|\[gMASK\]|<sop>"
+    r"<\|[^<>|\s'\"{}]+\|?>|<[a-z_]+\|>|<[a-z]+:[a-z_:]+>|<\uff5c[^\uff5c<>\s]+\uff5c>|<(?:start|end)_of_\w+>"
+    r"|</?s>|<SPECIAL_\d+>|\[/?[A-Z_]{3,}\]|\[gMASK\]|<sop>|\]~!?b?\[?\w*\]?|\[e~\["
 )
 ADDED = re.compile(r"</?(?:think|tool_call|tool_response|tools)>")
+# an empty thought at the end of a prompt tells the model not to reason
+NOT_THINKING = re.compile(
+    r"(?:<think>\s*</think>|<\|channel>thought\s*<channel\|>|<\|START_THINKING\|><\|END_THINKING\|>)\s*$"
+)
 WORDS = [
     "where", "is", "Paris?", "what time,", "please\n", "it's", "12:30", "Où", "日本", "😀", "(7 + 5)", "<b>", "&amp;",
     "'x'", '"y"', "{}", "{{ x }}", "{% if %}", "a\tb", "\n\n", "\\n", "}", "[1]", "#", "é", "</div>", "e\u0301", "---",
@@ -81,7 +87,13 @@ def words(rng: random.Random, most: int = 6) -> str:
 
 def value(rng: random.Random, depth: int = 0) -> Any:
     kind = rng.randrange(7 if depth < 2 else 5)
-    simple = (words(rng, 2), rng.randint(-5, 10**6), rng.random() < 0.5, None, "", )[kind % 5]
+    simple = (
+        words(rng, 2),
+        rng.randint(-5, 10**6),
+        rng.random() < 0.5,
+        None,
+        "",
+    )[kind % 5]
     if kind == 5:
         return [value(rng, depth + 1) for _ in range(rng.randint(0, 2))]
     return {f"k{i}": value(rng, depth + 1) for i in range(rng.randint(0, 2))} if kind == 6 else simple
@@ -103,7 +115,7 @@ def record(rng: random.Random, writes: frozenset[str], turns: int | None = None)
     if "system" in writes and rng.random() < 0.5:
         messages.append({"role": "system", "content": words(rng)})
     names = ["weather", "time_of_day"]
-    tools = [schema(rng, name) for name in names] if "tools" in writes and rng.random() < 0.4 and not turns else []
+    tools = [schema(rng, name) for name in names] if "tools" in writes and (turns or rng.random() < 0.4) else []
     for _ in range(turns or rng.randint(1, 4)):
         messages.append({"role": "user", "content": words(rng)})
         while tools and "calls" in writes and rng.random() < 0.4:
@@ -184,9 +196,12 @@ def end_after(tok: Any, special: list[str], messages: list[dict], text: str, fol
     names = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))))
     tools = [schema(random.Random(0), "weather")]
     last, more = (rendered(tok, m) or rendered(tok, m, tools) or "" for m in (messages, [*messages, *following]))
-    last, more = (names.findall(part.partition(text)[2].partition(following[-1]["content"])[0]) for part in (last, more))
+    last, more = (
+        names.findall(part.partition(text)[2].partition(following[-1]["content"])[0]) for part in (last, more)
+    )
     both = [a for n, (a, _) in enumerate(zip(last, more)) if last[: n + 1] == more[: n + 1]]  # noqa: B905
-    return next(iter([*both[-1:], *last, *more]), None)
+    ending = [token for token in both if re.search("(?i)end|eo[st]", token)] or both
+    return next(iter([*ending[-1:], *last, *more]), None)
 
 
 REASONING = ("reasoning_content", "reasoning", "thinking")
@@ -223,7 +238,8 @@ def abilities(tok: Any) -> frozenset[str]:
         and writes(calling("", [call])[:2], "weather", "AAA", tools=tools),
         "two calls": writes(calling("", two), "other", "BBB", tools=tools),
         "content beside calls": writes(calling("CCC", [call]), "CCC", "AAA", tools=tools),
-        "reasoning": writes([asked, answer | dict.fromkeys(REASONING, "YYY")], "YYY"),
+        "reasoning": writes([asked, answer | dict.fromkeys(REASONING, "YYY")], "YYY")
+        and not (rendered(tok, [asked], begin=True) or "").rstrip().endswith(("</think>", "<channel|>", "_THINKING|>")),
     }
     return frozenset(name for name, has in found.items() if has)
 
@@ -281,8 +297,11 @@ def added(case: Case, message: dict[str, Any], prompt: str, full: str) -> str | 
     Returns None if it writes the answer after something else than the end of the prompt.
     """
     opened = prompt.rstrip().removesuffix("<think>")
+    silent = re.sub(NOT_THINKING, "", prompt)
     if full.startswith(prompt):
         text = full[len(prompt) :]
+    elif silent != prompt and full.startswith(silent) and "reasoning_content" not in message:
+        text = full[len(silent) :]  # the prompt has an empty thought, a finished answer has none
     elif prompt.rstrip() != opened and full.startswith(opened):
         # the prompt begins the reasoning, and the template writes none for a finished answer
         rest = full[len(opened) :]
@@ -293,7 +312,9 @@ def added(case: Case, message: dict[str, Any], prompt: str, full: str) -> str | 
         # that the finished text has, too.
         n = next(n for n in range(len(prompt), -1, -1) if prompt[len(prompt) - n :] in full)
         first = full.rfind(prompt[len(prompt) - n :])
-        if full[: first + n] == prompt[: first + n] or not any(token in full[first : first + n] for token in case.marks):
+        if full[: first + n] == prompt[: first + n] or not any(
+            token in full[first : first + n] for token in case.marks
+        ):
             return None
         text = full[first + n :]
     ends = case.ends or (EOS,)
@@ -428,7 +449,7 @@ def compared(case: Case, talks: list[conversations.Conversation]) -> tuple[float
     def tokens(encoded: Any) -> int:
         return sum(len(ids) - 1 for ids in encoded.rows) + sum(len(tree.tokens) for tree in encoded.trees)
 
-    few = [conversations.encode(talks[:3], case.ours, context_length=LIMIT, trees=trees) for trees in (True, False)]
+    few = [conversations.encode(talks[:2], case.ours, context_length=LIMIT, trees=trees) for trees in (True, False)]
     batches = [Batch(*packing.padded(encoded)) for encoded in few]
     length = max(batch.tokens.shape[1] for batch in batches)
     cfg = gptjax.ModelConfig(
@@ -480,16 +501,19 @@ def measure(name: str, template: str, args: argparse.Namespace, folder: Path) ->
         accepted += len(missing)
         for i in missing[: args.show]:
             print(f"  {name} {talks[i].where}: accepted, but it {wanted[i]}")
-            print("   ", *(repr(case.theirs.decode(turn.answer)) for turn in conversations.turns_of([talks[i]], ours)[0]))
-    six = [record(random.Random(f"six {i}"), case.writes - {"tools"}, turns=6) for i in range(20)]
-    six = [] if args.quick else [talk for talk in six if not isinstance(expected(case, talk), str)]
-    trees = None if not six or bad else compared(case, read(folder, six))
+            print(
+                "   ", *(repr(case.theirs.decode(turn.answer)) for turn in conversations.turns_of([talks[i]], ours)[0])
+            )
+    trees = None
+    for parts in () if args.quick or bad else (case.writes - {"tools"}, case.writes):
+        six = [record(random.Random(f"six {i}"), parts, turns=6) for i in range(20)]
+        six = [talk for talk in six if not isinstance(expected(case, talk), str)]
+        trees = trees or (compared(case, read(folder, six)) if six else None)
     reasons = Counter(str(wanted[i]) for i in refused)
-    cells = [
-        name, " ".join(ends) or "(none)", str(len(records)), ", ".join(f"{n} {why}" for why, n in reasons.items()) or "0",
-        str(accepted), f"{100 * (1 - bad / max(len(good), 1)):.2f}" if good else "-",
-        *(("-", "-", "-") if trees is None else (f"{trees[0]:.2f}", f"{trees[1]:.0e}", f"{trees[2]:.0e}")),
-    ]  # fmt: skip
+    why = ", ".join(f"{n} {reason}" for reason, n in reasons.items()) or "0"
+    equal = f"{100 * (1 - bad / len(good)):.2f}" if good else "-"
+    ratios = ("-", "-", "-") if trees is None else (f"{trees[0]:.2f}", f"{trees[1]:.0e}", f"{trees[2]:.0e}")
+    cells = [name, " ".join(ends) or "(none)", str(len(records)), why, str(accepted), equal, *ratios]
     return "| " + " | ".join(cells) + " |"
 
 
@@ -510,8 +534,10 @@ def main() -> None:
         smollm = gptjax.tokenizers.load(assets.fetch("smollm2-135m-instruct"))
         templates = {"smollm2": smollm.chat_template, **TEMPLATES}
     chat._in_child = render_here
-    print("| template | ends | conversations | refused | not refused by gptjax | equal % | trees / rows | loss | gradients |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    print(
+        "| template | ends | conversations | refused | of these accepted | equal % | trees / rows | loss | gradients |"
+    )
+    print("|" + "---|" * 9)
     with tempfile.TemporaryDirectory() as folder:
         for name, template in templates.items():
             if args.only in name:
