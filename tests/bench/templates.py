@@ -10,8 +10,7 @@ What has to be learned is computed by transformers alone, without gptjax: `apply
 an answer, with the generation prompt, gives its context; what the template adds for the answer is learned. `encode`
 must give the same targets with the same weights after the same contexts, in one row or in one tree. A conversation that
 the template refuses, or of which it leaves something out, must be refused with a line that names it. `refused` tells
-why: the template raises an error, leaves a part out, or writes the answer after something else than the prompt;
-`accepted` counts those of them that gptjax does not refuse.
+why: the template raises an error, leaves a part out, or writes the answer after something else than the prompt.
 
 Needs `pip install -e '.[parity]'`. Prints a Markdown table. `trees / rows`: tokens of trees relative to one row per
 answer, over conversations of six turns. `loss`, `gradients`: largest difference between trees and rows relative to the
@@ -511,12 +510,10 @@ def measure(name: str, template: str, args: argparse.Namespace, folder: Path) ->
         six = [talk for talk in six if not isinstance(expected(case, talk), str)]
         trees = trees or (compared(case, read(folder, six)) if six else None)
     reasons = Counter(str(wanted[i]) for i in refused)
-    cells = [
-        name, " ".join(ends) or "(none)", str(len(records)),
-        ", ".join(f"{n} {why}" for why, n in reasons.items()) or "0", str(accepted),
-        f"{100 * (1 - bad / max(len(good), 1)):.2f}" if good else "-",
-        *(("-", "-", "-") if trees is None else (f"{trees[0]:.2f}", f"{trees[1]:.0e}", f"{trees[2]:.0e}")),
-    ]  # fmt: skip
+    why = ", ".join(f"{n} {reason}" for reason, n in reasons.items()) or "0"
+    equal = f"{100 * (1 - bad / len(good)):.2f}" if good else "-"
+    ratios = ("-", "-", "-") if trees is None else (f"{trees[0]:.2f}", f"{trees[1]:.0e}", f"{trees[2]:.0e}")
+    cells = [name, " ".join(ends) or "(none)", str(len(records)), why, str(accepted), equal, *ratios]
     return "| " + " | ".join(cells) + " |"
 
 
@@ -537,8 +534,10 @@ def main() -> None:
         smollm = gptjax.tokenizers.load(assets.fetch("smollm2-135m-instruct"))
         templates = {"smollm2": smollm.chat_template, **TEMPLATES}
     chat._in_child = render_here
-    print("| template | ends | conversations | refused | accepted | equal % | trees / rows | loss | gradients |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    print(
+        "| template | ends | conversations | refused | of these accepted | equal % | trees / rows | loss | gradients |"
+    )
+    print("|" + "---|" * 9)
     with tempfile.TemporaryDirectory() as folder:
         for name, template in templates.items():
             if args.only in name:
