@@ -38,7 +38,7 @@ from gptjax.tokenizers.base import Tokenizer, found_in, stop_ids, whole_tokens
 # usual names of ShareGPT's roles
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "observation": "tool"}
 THINK, END_THINK = "<think>", "</think>"  # the tags around the reasoning of an answer
-# at the end of the prompts of Qwen, Gemma 4 and Command R7B while they shall not reason
+# ends the prompts of Qwen, Gemma 4 and Command R7B if they are not to reason
 EMPTY_THOUGHT = re.compile(
     r"(<think>|<\|channel>thought|<\|START_THINKING\|>)\s*(</think>|<channel\|>|<\|END_THINKING\|>)\s*\Z"
 )
@@ -770,7 +770,7 @@ def _answer_text(
     if missing or lost or not body.strip():
         what = f"the call of {missing[0]} (tool_calls)" if missing else "the answer"
         raise UserError(f"the chat template of {name} does not write {what}: choose another style or data")
-    if reasoning and reasoning.strip() not in body:
+    if reasoning and not _written(reasoning, body):
         raise UserError(
             f"the chat template of {name} does not write the reasoning of an answer (reasoning_content): put it in the "
             "content, or remove it"

@@ -534,9 +534,7 @@ def main() -> None:
         smollm = gptjax.tokenizers.load(assets.fetch("smollm2-135m-instruct"))
         templates = {"smollm2": smollm.chat_template, **TEMPLATES}
     chat._in_child = render_here
-    print(
-        "| template | ends | conversations | refused | of these accepted | equal % | trees / rows | loss | gradients |"
-    )
+    print("| template | ends | conversations | refused | accepted | equal % | trees / rows | loss | gradients |")
     print("|" + "---|" * 9)
     with tempfile.TemporaryDirectory() as folder:
         for name, template in templates.items():
