@@ -14,7 +14,7 @@ why: the template raises an error, leaves a part out, or writes the answer after
 
 Needs `pip install -e '.[parity]'`. Prints a Markdown table. `trees / rows`: tokens of trees relative to one row per
 answer, over conversations of six turns. `loss`, `gradients`: largest difference between trees and rows relative to the
-loss and to the largest gradient, float32, a model of 2 layers.
+loss and to the largest gradient, float32, a model of 2 layers and one or two conversations.
 """
 
 from __future__ import annotations
@@ -449,7 +449,8 @@ def compared(case: Case, talks: list[conversations.Conversation]) -> tuple[float
     def tokens(encoded: Any) -> int:
         return sum(len(ids) - 1 for ids in encoded.rows) + sum(len(tree.tokens) for tree in encoded.trees)
 
-    few = [conversations.encode(talks[:2], case.ours, context_length=LIMIT, trees=trees) for trees in (True, False)]
+    n = 2 if max(map(len, as_rows.rows)) < 1500 else 1  # conversations; long ones take long
+    few = [conversations.encode(talks[:n], case.ours, context_length=LIMIT, trees=trees) for trees in (True, False)]
     batches = [Batch(*packing.padded(encoded)) for encoded in few]
     length = max(batch.tokens.shape[1] for batch in batches)
     cfg = gptjax.ModelConfig(

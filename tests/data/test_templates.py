@@ -203,7 +203,8 @@ def test_an_answer_ends_with_the_token_that_ends_generation(marked, name):
     after, eos, ends = ENDS[name]
     template = (
         "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}" + CALLS
-        + "{% if m.role == 'assistant' %}" + after + "{% endif %}{% endfor %}{{ '<|assistant|>' if add_generation_prompt }}"
+        + "{% if m.role == 'assistant' %}" + after + "{% endif %}{% endfor %}"
+        "{{ '<|assistant|>' if add_generation_prompt }}"
     )  # fmt: skip
     tok = marked.replace(chat_template=template, eos_ids=tuple(marked.special_tokens[token] for token in eos))
     assert answers_of(CALLING, tok) == [CALL_TEXT + ends[0], "two" + ends[1], "four" + ends[2]]
