@@ -280,6 +280,9 @@ def expected(case: Case, talk: dict[str, Any], check: bool = False) -> list[tupl
         if answer is None:
             return "writes the answer elsewhere"
         lost = left_out(message, answer) or left_out_result(talk["messages"][i - 1], prompt)
+        if not lost and message.get("reasoning_content", "\0").strip() in message["content"]:  # written by itself, too?
+            other = messages[i] | dict.fromkeys(REASONING, "other")
+            lost = "reasoning" if rendered(case.theirs, [*messages[:i], other], tools) == full else None
         if lost:
             return f"leaves out: {lost}"
         weight = 0.0 if message.get("train") is False else float(message.get("weight", 1))

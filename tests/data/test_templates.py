@@ -260,6 +260,15 @@ def test_content_that_the_template_leaves_out_is_refused(chatty):
         answers_of([CALLING[0], CALLING[1] | {"content": "Let me look."}, *CALLING[2:]], tok)
 
 
+def test_a_call_and_reasoning_that_the_content_quotes_are_not_taken_as_written(chatty):
+    plain, full = (chatty.replace(chat_template=t) for t in (chat.BUILTIN["chatml"], TEMPLATES["trims"]))
+    quoting = [CALLING[0], CALLING[1] | {"content": "I ask weather."}, *CALLING[2:]]
+    for messages, what in ((quoting, "call of weather"), ([QUESTION, REASONED | {"content": "hm!"}], "reasoning")):
+        with pytest.raises(UserError, match=f"here: the chat template of .* does not write the {what}"):
+            answers_of(messages, plain)
+        assert answers_of(messages, full)
+
+
 def test_a_tree_that_does_not_fit_becomes_rows(chatty):
     tok, rng = chatty.replace(chat_template=TEMPLATES["drops-reasoning"]), random.Random(3)
     talks = [random_talk(rng, most=6) for _ in range(40)]
