@@ -38,7 +38,7 @@ from gptjax.tokenizers.base import Tokenizer, found_in, stop_ids, whole_tokens
 # usual names of ShareGPT's roles
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "observation": "tool"}
 THINK, END_THINK = "<think>", "</think>"  # the tags around the reasoning of an answer
-# at the end of the prompts of Qwen, Gemma 4 and Command R7B while they shall not reason
+# ends the prompts of Qwen, Gemma 4 and Command R7B if they are not to reason
 EMPTY_THOUGHT = re.compile(
     r"(<think>|<\|channel>thought|<\|START_THINKING\|>)\s*(</think>|<channel\|>|<\|END_THINKING\|>)\s*\Z"
 )
@@ -727,7 +727,11 @@ def _refuse_lost(message: dict[str, Any], prompt: str, name: str) -> None:
 def _written(part: str, text: str) -> bool:
     """Returns whether a text contains another one, as it is or as JSON, apart from whitespace."""
     forms = (part, json.dumps(part.strip(), ensure_ascii=False)[1:-1])
-    return any("".join(form.split()) in "".join(text.split()) for form in forms)
+    return any(_squeezed(form) in _squeezed(text) for form in forms)
+
+
+def _squeezed(text: str) -> str:
+    return "".join(text.split())
 
 
 def _answer_text(
@@ -768,17 +772,19 @@ def _answer_text(
     if not found:
         end = (chat.end_of_call(tokenizer) if message.get("tool_calls") else None) or ends[0]
     body, end = (text[: min(found)[0]], min(found)[1]) if found else (text, end)
-    missing = [
-        call["function"]["name"] for call in message.get("tool_calls", ()) if call["function"]["name"] not in body
-    ]
+    # A name or reasoning that the content quotes must be written beside it, too: the name after it, reasoning before it.
+    text, content = _squeezed(body), _squeezed(message["content"]) or None
+    after, before = "".join(text.split(content, 1)), "".join(text.rsplit(content, 1))
+    names = [call["function"]["name"] for call in message.get("tool_calls", ())]
+    missing = [name for name in names if not _written(name, after)]
     lost = [part for part in re.split(f"{THINK}|{END_THINK}", message["content"]) if not _written(part, body)]
     if missing or lost or not body.strip():
         what = f"the call of {missing[0]} (tool_calls)" if missing else "the answer"
-        raise UserError(f"the chat template of {name} does not write {what}: choose another style or data")
-    if reasoning and reasoning.strip() not in body:
+        raise UserError(f"the chat template of {tokenizer.name} does not write {what}: choose another style or data")
+    if reasoning and not _written(reasoning, before):
         raise UserError(
-            f"the chat template of {name} does not write the reasoning of an answer (reasoning_content): put it in the "
-            "content, or remove it"
+            f"the chat template of {tokenizer.name} does not write the reasoning of an answer (reasoning_content): put "
+            "it in the content, or remove it"
         )
     return body + end
 

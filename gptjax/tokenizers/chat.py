@@ -91,10 +91,8 @@ END = (
 # answer.
 _QUESTION, _ANSWER, _NEXT = "first-question", "first-reply", "second-question"
 _PARAMETERS = {"type": "object", "properties": {"word": {"type": "string", "description": "word"}}}
-_TOOL = {
-    "type": "function",
-    "function": {"name": "look_up", "description": "Looks up a word.", "parameters": _PARAMETERS},
-}
+_FUNCTION = {"name": "look_up", "description": "Looks up a word.", "parameters": _PARAMETERS}
+_TOOL = {"type": "function", "function": _FUNCTION}
 
 
 def apply(tokenizer: Tokenizer, messages: Sequence[Message], template: str | None = None, **options: Any) -> str:
@@ -136,9 +134,9 @@ def end_of_answer(tokenizer: Tokenizer) -> str | None:
     one. Some templates write another token after the last answer of a conversation, or none there, or end an answer
     with the token that begins the next turn; the token that ends generation is then returned.
 
-        ..<|im_start|>assistant\nHello!<|im_end|>\n                       "<|im_end|>"
-        ..<|assistant|>\nHello!<|end|>\n<|endoftext|>                     "<|end|>"; <|endoftext|> ends the whole text
-        ..<|assistant|>\nHello!<|user|>                                  "<|user|>" if it is one of eos_ids
+        ..<|im_start|>assistant\\nHello!<|im_end|>\\n                       "<|im_end|>"
+        ..<|assistant|>\\nHello!<|end|>\\n<|endoftext|>                     "<|end|>"; <|endoftext|> ends the whole text
+        ..<|assistant|>\\nHello!<|user|>                                  "<|user|>" if it is one of eos_ids
         ..ASSISTANT: Hello!                                              None
     """
     if tokenizer.chat_template is None:
@@ -150,8 +148,8 @@ def end_of_answer(tokenizer: Tokenizer) -> str | None:
 
 
 def end_of_call(tokenizer: Tokenizer) -> str | None:
-    """Return the token that ends an answer that calls a tool, if it is the token that begins the result of the tool,
-    and one of `stop_ids`; otherwise None."""
+    """Return the token that a template writes between the call of a tool and its result, if it ends generation
+    (`stop_ids`), otherwise None."""
     bos, eos = _roles(tokenizer)
     return _end_of_call(tokenizer.chat_template or "", _stops(tokenizer), bos, eos)
 

@@ -163,6 +163,112 @@ def test_an_answer_that_the_template_leaves_out_is_refused(chatty):
         turns_of([talk], plain.replace(chat_template=template))
 
 
+# how answers end: (what follows an answer, eos tokens, ends of CALLING's answers)
+ENDS = {
+    "two tokens": ("<|end|><|return|>", ["<|return|>"], ["<|end|><|return|>"] * 3),
+    "another token at the end": (
+        "{{ '<|call|>' if m.tool_calls else '<|return|>' if loop.last and not add_generation_prompt else '<|end|>' }}",
+        ["<|return|>", "<|call|>"], ["<|call|>", "<|return|>", "<|return|>"],
+    ),
+    "the token of the next turn": ("", ["<|user|>", "<|tool|>"], ["<|tool|>", "<|user|>", "<|user|>"]),
+}  # fmt: skip
+CALL = [{"type": "function", "function": {"name": "weather", "arguments": {"place": "Rome"}}}]
+CALL_TEXT = '\n<tool_call>\n{"name": "weather", "arguments": {"place": "Rome"}}\n</tool_call>'
+CALLING = (
+    {"role": "user", "content": "one"}, {"role": "assistant", "content": "", "tool_calls": CALL},
+    {"role": "tool", "content": "12"}, {"role": "assistant", "content": "two"},
+    {"role": "user", "content": "three"}, {"role": "assistant", "content": "four"},
+)  # fmt: skip
+QUESTION, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+REASONED = ANSWER | {"reasoning_content": "hm"}
+
+
+@pytest.fixture(scope="module")
+def marked(chatty):
+    names = ["user", "tool", "assistant", "end", "return", "call", "thought"]
+    return tokenizers.extend(chatty, [f"<|{name}|>" for name in names])
+
+
+def answers_of(messages, tok):
+    """The text of each answer of a conversation, whose contexts are checked."""
+    [turns] = turns_of([Conversation(tuple(messages), "here")], tok)
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    for i, turn in zip(answers, turns, strict=True):
+        assert turn.prompt == chat.encode_chat(tok, [dict(message) for message in messages[:i]])
+    return [tok.decode(turn.answer) for turn in turns]
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_an_answer_ends_with_the_token_that_ends_generation(marked, name):
+    after, eos, ends = ENDS[name]
+    template = (
+        "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}" + CALLS
+        + "{% if m.role == 'assistant' %}" + after + "{% endif %}{% endfor %}"
+        "{{ '<|assistant|>' if add_generation_prompt }}"
+    )  # fmt: skip
+    tok = marked.replace(chat_template=template, eos_ids=tuple(marked.special_tokens[token] for token in eos))
+    assert answers_of(CALLING, tok) == [CALL_TEXT + ends[0], "two" + ends[1], "four" + ends[2]]
+    styled = chat.styled(tok)
+    assert styled.chat_template == template and styled.eos_ids == tok.eos_ids
+
+
+def test_reasoning_has_the_key_that_the_template_reads(chatty):
+    template = (
+        "{% if enable_thinking or reasoning_effort %}{{ 'hard' }}{% endif %}{% for m in messages %}"
+        "{{ '<|im_start|>' + m.role + '\n' }}{% if m.thinking %}{{ '(' + m.thinking + ')' }}{% endif %}"
+        "{{ m.content + '<|im_end|>\n' }}{% endfor %}" + BEGIN
+    )
+    assert answers_of([QUESTION, REASONED], chatty.replace(chat_template=template)) == ["(hm)b<|im_end|>"]
+
+
+@pytest.mark.parametrize(("opened", "closed"), [("<think>", "\n\n</think>\n\n"), ("<|channel>thought", "\n<channel|>")])
+def test_an_empty_thought_in_the_prompt_is_context(chatty, opened, closed):
+    """Templates write it if the model is not to reason, and leave it out of finished answers."""
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.reasoning_content %}"
+        "{{ '" + opened + "' + m.reasoning_content }}{% endif %}{{ m.content }}" + CALLS
+        + "{{ '<|im_end|>\n' }}{% endfor %}" + BEGIN.replace("assistant\n", "assistant\n" + opened + closed)
+    )  # fmt: skip
+    tok = chatty.replace(chat_template=template)
+    assert answers_of(CALLING, tok) == [CALL_TEXT + "<|im_end|>", "two<|im_end|>", "four<|im_end|>"]
+    with pytest.raises(UserError, match="here: the chat template of .* does not render an answer after its prompt"):
+        answers_of([QUESTION, REASONED], tok)
+
+
+def test_an_answer_follows_the_end_of_its_prompt(marked):
+    """Other text may precede that end, but a mark of an earlier turn is not it."""
+    template = (
+        "{% for m in messages %}{{ '<|' + m.role + '|>' }}{% if m.reasoning_content %}"
+        "{{ '<|thought|>' + m.reasoning_content }}{% endif %}{{ m.content + '<|end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'BEGIN' }}{% endif %}"
+    )
+    tok = marked.replace(eos_ids=(marked.special_tokens["<|end|>"],))
+    messages = [QUESTION, REASONED, QUESTION, ANSWER]
+    reminded = tok.replace(chat_template=template.replace("BEGIN", "<|tool|>Be brief.<|assistant|>"))
+    assert answers_of(messages, reminded) == ["<|thought|>hmb<|end|>", "b<|end|>"]
+    thinking = tok.replace(chat_template=template.replace("BEGIN", "<|assistant|><|thought|>"))
+    with pytest.raises(UserError, match="here: the chat template of .* does not render an answer after its prompt"):
+        answers_of(messages, thinking)
+
+
+def test_content_that_the_template_leaves_out_is_refused(chatty):
+    tok = chatty.replace(
+        chat_template=TEMPLATES["trims"].replace("m.content | trim }}", "m.content if not m.tool_calls }}")
+    )
+    assert len(answers_of(CALLING, tok)) == 3
+    with pytest.raises(UserError, match="here: the chat template of .* does not write the answer"):
+        answers_of([CALLING[0], CALLING[1] | {"content": "Let me look."}, *CALLING[2:]], tok)
+
+
+def test_a_call_and_reasoning_that_the_content_quotes_are_not_taken_as_written(chatty):
+    plain, full = (chatty.replace(chat_template=t) for t in (chat.BUILTIN["chatml"], TEMPLATES["trims"]))
+    quoting = [CALLING[0], CALLING[1] | {"content": "I ask weather."}, *CALLING[2:]]
+    for messages, what in ((quoting, "call of weather"), ([QUESTION, REASONED | {"content": "hm!"}], "reasoning")):
+        with pytest.raises(UserError, match=f"here: the chat template of .* does not write the {what}"):
+            answers_of(messages, plain)
+        assert answers_of(messages, full)
+
+
 def test_a_tree_that_does_not_fit_becomes_rows(chatty):
     tok, rng = chatty.replace(chat_template=TEMPLATES["drops-reasoning"]), random.Random(3)
     talks = [random_talk(rng, most=6) for _ in range(40)]
