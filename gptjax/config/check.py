@@ -310,6 +310,9 @@ RULES: tuple[Rule, ...] = (
      lambda c: f"reward.weights has {len(c.reward.weights)} values for {len(c.reward.functions)} reward functions: "
      "give one per function, or [] to weight them equally" if c.reward.functions
      else "reward.functions is empty: name at least one function, such as exact"),
+    (("reward.weights",),
+     lambda c: c.reward.weights and not any(c.reward.weights),
+     "reward.weights are all 0: no answer would have another reward than the others"),
     (("reward.max_new_tokens", "reward.context_length"),
      lambda c: c.task == "reward" and c.reward.max_new_tokens >= c.reward.context_length,
      lambda c: f"reward.max_new_tokens ({c.reward.max_new_tokens}) must be below reward.context_length "

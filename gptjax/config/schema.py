@@ -560,12 +560,12 @@ class SampleConfig:
         'File of prompts: .jsonl with the field "prompt", or text with one prompt per line. null: use sample.prompt'
         " only.",
     )
+    out: Optional[str] = setting(None, "Output .jsonl file, which must not exist yet. null: print the continuations.")
     chat: bool = setting(
         False,
         "Whether a prompt is a message to a chat model: it is written in the model's chat template, and only the answer"
         " is printed. A reward model scores message and answer in its own chat template.",
     )
-    out: Optional[str] = setting(None, "Output .jsonl file, which must not exist yet. null: print the continuations.")
     batch_size: int = setting(8, "Number of prompts per batch.", COUNT)
     max_new_tokens: int = setting(300, "Maximum number of tokens to generate per continuation.", COUNT)
     n: int = setting(1, "Number of continuations per prompt.", COUNT)

@@ -192,9 +192,7 @@ def prepare(cfg: Config, progress: Progress) -> Ready:
         lines=lines,
         describe_batch=lambda step: f"see the rows of step {step + 1} in rollouts.jsonl",
         score=_validation(resolved, tokenizer, val, scoring),
-        rollouts=RolloutSource(
-            _roller(resolved, tokenizer, train, trees, scoring, trainable.combine, start, progress.say), scoring
-        ),
+        rollouts=RolloutSource(_roller(resolved, tokenizer, train, trees, scoring, trainable.combine, start), scoring),
     )
     return Ready(resolved, task, splits.test)
 
@@ -226,7 +224,6 @@ def _roller(
     scoring: Scorer,
     combine: Callable[[Params, Params], Params],
     start: Params | None,
-    say: Callable[[str], None],
 ) -> Callable[[Params, Params, int, int], Rollouts]:
     """Returns the function `RolloutSource.make`.
 
@@ -234,16 +231,15 @@ def _roller(
         train: the questions to train on.
         trees: whether the answers to a question are one token tree.
         start: the trained params before the first step, which make the reference model of the KL penalty, or None.
-        say: function that is called with a warning if training collapses.
     """
     reward, model = cfg.reward, cfg.model
     n, extra = cfg.train.batch_size // reward.group, reward.resample
     if extra is None:
         extra = 2 if reward.loss == "dapo" else 0
-    changes = ["a lower optim.lr", "" if reward.kl else "reward.kl=0.05"]
+    changes = [f"an optim.lr below {cfg.optim.lr:g}", f"a reward.kl above {reward.kl:g}"]
     if reward.updates > 1:
-        changes += ["fewer reward.updates", "a smaller reward.clip"]
-    watch = Watch(say, f"try {', '.join(filter(None, changes))}; best/ has the best model so far")
+        changes += [f"fewer than {reward.updates} reward.updates", "a smaller reward.clip"]
+    watch = Watch(f"try {' or '.join(changes)}; best/ has the best model so far")
     longest = row_length(cfg, train, trees)
 
     @jax.jit
@@ -299,10 +295,10 @@ def _roller(
         metrics = measures(drawn) | {"seconds": generated_s}
         if not watch.seen:
             watch.resume(read_metrics(cfg.run_dir or "runs/default"))
-        watch(step + 1, metrics)
+        warnings = watch(step + 1, metrics)
         used = {id(group): advantages[i] for i, group in enumerate(kept)}
         rows = [row for group in drawn for row in _rows(group, used.get(id(group)))]
-        return Rollouts(jax.tree.map(lambda leaf: np.stack([leaf] * k), batch), metrics, rows)
+        return Rollouts(jax.tree.map(lambda leaf: np.stack([leaf] * k), batch), metrics, rows, warnings)
 
     return roll
 
@@ -352,31 +348,36 @@ def _rows(group: Group, advantages: np.ndarray | None) -> list[dict[str, Any]]:
 
 
 class Watch:
-    """Prints a warning when training collapses. Call it with the metrics of each rollouts, in order.
+    """Notices that training collapses. Call it with the metrics of each rollouts, in order; it returns new warnings.
 
     Args:
-        say: function that is called with each warning.
-        advice: what to change.
+        advice: what to change, the end of each warning.
     """
 
-    def __init__(self, say: Callable[[str], None], advice: str):
-        self.say, self.advice, self.said = say, advice, set[str]()
+    def __init__(self, advice: str):
+        self.advice, self.said = advice, dict[str, str]()
         self.seen: list[dict[str, float]] = []  # the metrics of all rollouts
         self.best = (-math.inf, 0)  # the highest smoothed reward, and its step
 
-    def __call__(self, step: int, metrics: dict[str, float]) -> None:
+    def __call__(self, step: int, metrics: dict[str, float]) -> list[str]:
+        before = len(self.said)
         self.seen.append(metrics)
-        size = min(SMOOTHED, len(self.seen) // 2)
+        if size := min(SMOOTHED, len(self.seen) // 2):
+            self._compare(step, size)
+        if metrics["flat"] == 1 and not self.said:
+            self.said["flat"] = (
+                f"step {step:,}: all answers to a question have the same reward, for every question of this step (mean "
+                f"{metrics['reward']:.3f}): nothing can be learned from them. If this goes on, give easier or harder "
+                "questions, a finer reward, or more answers (reward.group)"
+            )
+        return list(self.said.values())[before:]
+
+    def _compare(self, step: int, size: int) -> None:
+        """Compares the means of the last `size` rollouts with those of the first ones, and with the highest reward."""
         (before, recent), (entropy_before, entropy), (length_before, length), (ended_before, ended) = (
             (_mean(values[:size]), _mean(values[-size:]))
             for values in (self._series(name) for name in ("reward", "entropy", "length", "finished"))
         )
-        if metrics["flat"] == 1:
-            self._warn("flat", f"step {step:,}: all answers to a question have the same reward, for every question of "
-                       f"this step (mean {metrics['reward']:.3f}): nothing can be learned from them. If this goes on, "
-                       "give easier or harder questions, a finer reward, or more answers (reward.group)")  # fmt: skip
-        if not size:
-            return
         best, at = self.best
         # The noise of a mean reward is estimated from the differences of successive ones, which hardly have a trend.
         noise = float(np.nanstd(np.diff(self._series("reward")))) / 2**0.5 * (2 / size) ** 0.5
@@ -398,24 +399,17 @@ class Watch:
             self.best = recent, step
 
     def resume(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Reads the rows of metrics.jsonl of the steps before a run was interrupted. Repeats no warning."""
-        say, self.say = self.say, lambda text: None
+        """Reads the rows of metrics.jsonl of the steps before a run was interrupted, and repeats no warning."""
         for row in rows:
             if "rollout/reward" in row:
                 values = {key: math.nan if value is None else value for key, value in row.items()}
                 self(row["step"], {key.removeprefix("rollout/"): value for key, value in values.items()})
-        self.say = say
 
     def _series(self, name: str) -> np.ndarray:
         return np.array([metrics[name] for metrics in self.seen])
 
     def _collapse(self, kind: str, step: int, text: str) -> None:
-        self._warn(kind, f"WARNING: collapse at step {step:,}: {text}; {self.advice}")
-
-    def _warn(self, kind: str, text: str) -> None:
-        if kind not in self.said:
-            self.said.add(kind)
-            self.say(text)
+        self.said.setdefault(kind, f"WARNING: collapse at step {step:,}: {text}; {self.advice}")
 
 
 # --- evaluation

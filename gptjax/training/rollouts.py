@@ -21,7 +21,9 @@ def roll(run: Run, meter: Meter) -> Any:
     assert run.task.rollouts is not None
     with run.progress.phase("generating answers"):
         make = on_mesh(run.task.rollouts.make, run.mesh)
-        batches, metrics, rows = make(run.state.params, run.state.frozen, run.step, run.k)
+        batches, metrics, rows, warnings = make(run.state.params, run.state.frozen, run.step, run.k)
+    for line in warnings:
+        run.progress.say(line)
     step = run.step + 1
     run.rolled = metrics
     if metrics:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -69,11 +69,13 @@ class Rollouts(NamedTuple):
     batches   the batches of the next steps, with leaves [k, B, ..]
     metrics   metrics of the answers, such as their mean reward; empty if the batches are not answers of the model
     rows      one JSON-serialisable dict per answer, for rollouts.jsonl
+    warnings  lines for the log, such as that training collapses
     """
 
     batches: Any
     metrics: dict[str, float]
     rows: list[dict[str, Any]]
+    warnings: Sequence[str] = ()
 
 
 class RolloutSource(NamedTuple):

@@ -93,7 +93,7 @@ def test_generation_on_a_mesh_gives_the_same_tokens():
 def test_fine_tuning_on_a_mesh_is_that_of_one_device():
     """With a teacher in every step, and with answers that the model generates."""
     results = on_eight("finetuned")
-    assert all(result["loss"] < 1e-4 < result["learned"] for result in results.values()), results
+    assert all(result["loss"] < 1e-5 and result["learned"] > 1e-4 for result in results.values()), results
     assert results["reward"]["answers"] > 0.98 and results["reward"]["compiled"] == 0, results
 
 

@@ -199,6 +199,9 @@ def test_mistakes(folder, capsys):
     refused("nowhere", function="nowhere")
     refused("exakt", "reward.functions=[exakt]")
     refused("reward.weights has 1 values for 2", "reward.functions=[exact,number]", "reward.weights=[1]")
+    refused("reward.weights are all 0", "reward.weights=[0]")
+    refused("such as train.batch_size=32", "reward.group=32")
+    refused("reward.group (0) must be at least 2", "reward.group=0")
     refused("reward.functions is empty", "reward.functions=[]")
     refused("no question fits", "reward.context_length=8", "reward.max_new_tokens=6")
     refused("must be below reward.context_length", "reward.context_length=8", "reward.max_new_tokens=8")
@@ -309,23 +312,23 @@ QUIET = {"flat": 0.0, "entropy": 1.0, "length": 6.0, "finished": 0.9}
 
 def test_a_collapse_is_named_once():
     lines = []
-    watch = reward.Watch(lines.append, "try something")
+    watch = reward.Watch("try something")
     rows = [QUIET | {"reward": 0.3 + 0.01 * step + 0.05 * (-1) ** step} for step in range(30)]
     for step, metrics in enumerate(rows):
-        watch(step, metrics)
+        lines += watch(step, metrics)
     assert not lines
     for step in range(30, 45):
-        watch(step, QUIET | {"reward": 0.02})
+        lines += watch(step, QUIET | {"reward": 0.02})
     assert len(lines) == 1 and "WARNING: collapse at step 3" in lines[0] and "mean reward fell" in lines[0]
     assert lines[0].endswith("; try something")
     for step in range(45, 60):
-        watch(step, QUIET | {"entropy": 5.0, "reward": 0.02})
+        lines += watch(step, QUIET | {"entropy": 5.0, "reward": 0.02})
     assert len(lines) == 2 and "at random" in lines[1]
-    resumed = reward.Watch(lines.append, "try something")
+    resumed = reward.Watch("try something")
     logged = [{f"rollout/{key}": value for key, value in metrics.items()} for metrics in rows]
     resumed.resume([row | {"step": step} for step, row in enumerate(logged)])
     for step in range(30, 45):
-        resumed(step, QUIET | {"reward": 0.02})
+        lines += resumed(step, QUIET | {"reward": 0.02})
     assert lines[2:] == lines[:1]  # as in the uninterrupted run
 
 
@@ -341,17 +344,21 @@ def test_a_collapse_is_named_once():
 )
 def test_a_collapse_of_few_rollouts_is_named(after, words):
     lines = []
-    watch = reward.Watch(lines.append, "")
+    watch = reward.Watch("")
     for step, metrics in enumerate([QUIET, QUIET, *[QUIET | after] * 2]):
-        watch(step, {"reward": 0.2, **metrics})
+        lines += watch(step, {"reward": 0.2, **metrics})
     assert [words in line for line in lines] == [True] * bool(words), lines
 
 
 @pytest.mark.slow
 def test_a_model_that_collapses_is_noticed(folder, capsys):
-    """A far too high learning rate, no clip, many steps on the same answers."""
+    """A far too high learning rate, hardly a clip, many steps on the same answers: it repeats one character."""
     assert run(folder, "collapse", "optim.lr=3", "reward.updates=8", "reward.clip=1", "reward.clip_high=100",
-               "finetune.trainable=all", "train.max_steps=96", "train.eval_every=96", "train.checkpoint_every=96",
+               "finetune.trainable=all", "train.max_steps=32", "train.eval_every=32", "train.checkpoint_every=32",
                "reward.max_new_tokens=8", function="various") == 0  # fmt: skip
-    (warning,) = [line for line in capsys.readouterr().out.splitlines() if "WARNING: collapse" in line]
-    assert "the entropy of the answers fell to" in warning and "a lower optim.lr" in warning
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "WARNING" in line)
+    assert "collapse at step 9: the entropy of the answers fell to 0.0000 from 5.5" in line
+    assert "try an optim.lr below 3 or a reward.kl above 0 or fewer than 8 reward.updates" in line
+    assert line in (folder / "collapse" / "log.txt").read_text()
+    texts = {row["answer"] for row in rollout_rows(folder, "collapse") if row["step"] > 1}
+    assert all(len(set(text)) == 1 for text in texts)
