@@ -772,7 +772,7 @@ def _answer_text(
     if not found:
         end = (chat.end_of_call(tokenizer) if message.get("tool_calls") else None) or ends[0]
     body, end = (text[: min(found)[0]], min(found)[1]) if found else (text, end)
-    # A name or reasoning that the content quotes must be written beside it, too: the name after it, reasoning before it.
+    # A name or reasoning that the content quotes must also be written beside it: the name after, reasoning before it.
     text, content = _squeezed(body), _squeezed(message["content"]) or None
     after, before = "".join(text.split(content, 1)), "".join(text.rsplit(content, 1))
     names = [call["function"]["name"] for call in message.get("tool_calls", ())]
