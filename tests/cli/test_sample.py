@@ -256,7 +256,7 @@ def test_dry_run(run, capsys):
         (["RUN", "temperature=hot"], "sample.temperature: expected float"),
         (["RUN", "ROMEO:"], "'ROMEO:': a prompt is given as --prompt ROMEO:"),
         (["RUN", "n=2", "To be"], '--prompt "TEXT"'),
-        (["RUN", "optim.lr=1"], "optim.lr: not a setting of gptjax sample, which reads prompt, prompts, chat, out"),
+        (["RUN", "optim.lr=1"], "optim.lr: not a setting of gptjax sample, which reads prompt, prompts, out"),
         (["RUN", "temp=1"], "sample.temperature"),
         (["RUN", "max_tokens=1"], "sample.max_new_tokens"),
         (["RUN", "promt=1"], "did you mean prompt?"),
