@@ -975,6 +975,7 @@ class DistillConfig:
     examples: int = setting(2000, "Number of synthetic questions, if source is null.", COUNT)
 
 
+RUN_FOLDER = "runs/default"
 TUNINGS = ("classify", "instruct", "prefer", "reward", "reward_model", "distill")  # the fine-tuning tasks
 
 
@@ -1011,6 +1012,11 @@ class Config:
     def window(self) -> int:
         """Number of tokens per row in pretraining."""
         return self.pretrain.context_length or self.model.context_length
+
+    @property
+    def run_folder(self) -> str:
+        """The run directory: `run_dir`, or the one of runs without a name."""
+        return self.run_dir or RUN_FOLDER
 
     @property
     def steps_per_rollout(self) -> int | None:

@@ -13,7 +13,7 @@ from dataclasses import fields
 
 from gptjax.config.leaves import Leaf, Provenance
 from gptjax.config.load import build, config_file, file_layers, layer, presets, short
-from gptjax.config.schema import TUNINGS, Computation, Config, schema
+from gptjax.config.schema import RUN_FOLDER, TUNINGS, Computation, Config, schema
 from gptjax.errors import UserError
 
 _RUN, _LOOP = ("run_dir", "task", "seed"), ("optim.*", "train.*", "mesh.*", "distributed.*")
@@ -95,7 +95,7 @@ def resolve(
         *_unread(user_leaves, resolved_task, verb, also),
         *_without_adapter(user_leaves, [*layers, *leaves], resolved_task),
     ]
-    return build([*defaults, *layers, *leaves], run_dir or "runs/default", unread)
+    return build([*defaults, *layers, *leaves], run_dir or RUN_FOLDER, unread)
 
 
 def _task(source: object, layers: list[Leaf], leaves: list[Leaf], verb: str, task: str | None) -> str:

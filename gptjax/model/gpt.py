@@ -282,10 +282,8 @@ def refuse_classifier(cfg: ModelConfig, source: str = "", way_out: str = "") -> 
         kind, use = f"classifier of {cfg.n_classes} classes", f'gptjax classify {source or "RUN"} "TEXT"'
         use = f"{use} tells the class of a text"
         if cfg.n_classes == 1:
-            kind, use = (
-                "reward model",
-                f"gptjax sample MODEL chat=true n=8 pick=reward reward_model={source or 'RUN'} uses it",
-            )
+            kind = "reward model"
+            use = f"gptjax sample MODEL chat=true n=8 pick=reward reward_model={source or 'RUN'} uses it"
         raise UserError(f"{source or 'the model'} is a {kind}, which does not write: {way_out or use}")
 
 

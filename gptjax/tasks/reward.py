@@ -294,7 +294,7 @@ def _roller(
             batch = batch._replace(reference=np.asarray(reference_log_probs(combine(start, frozen), batch)))
         metrics = measures(drawn) | {"seconds": generated_s}
         if not watch.seen:
-            watch.resume(read_metrics(cfg.run_dir or "runs/default"))
+            watch.resume(read_metrics(cfg.run_folder))
         warnings = watch(step + 1, metrics)
         used = {id(group): advantages[i] for i, group in enumerate(kept)}
         rows = [row for group in drawn for row in _rows(group, used.get(id(group)))]

@@ -30,7 +30,7 @@ def over_seeds(cfg: Config, say: Callable[[str], None], hooks: Sequence[Hook] = 
 
     The mean and the 95 % t interval of each test score are written to seeds.json.
     """
-    folder = Path(cfg.run_dir or "runs/default")
+    folder = Path(cfg.run_folder)
     refuse(cfg)
     seeds = _seeds(cfg)
     if is_vmapped(cfg):
@@ -60,7 +60,7 @@ def refuse(cfg: Config) -> bool:
         UserError: `resume.refuse` finds a problem in the config or in a run directory; or the folder of all seeds is
             not writable, or holds files other than seeds.json and the run directories of the seeds.
     """
-    folder, missing = RunDir(cfg.run_dir or "runs/default"), tasks.find(cfg.task).refuse_missing
+    folder, missing = RunDir(cfg.run_folder), tasks.find(cfg.task).refuse_missing
     if not folder.exists():
         refuse_unwritable(folder.path)
         refuse_foreign(folder.path, allowed=r"seed-\d+|seeds\.json")
@@ -96,7 +96,7 @@ def _seeds(cfg: Config) -> range:
 
 
 def _seed_config(cfg: Config, seed: int) -> Config:
-    run_dir = str(Path(cfg.run_dir or "runs/default") / f"seed-{seed}")
+    run_dir = str(Path(cfg.run_folder) / f"seed-{seed}")
     once = dataclasses.replace(cfg.finetune, seeds=1, together=None)
     return dataclasses.replace(cfg, seed=seed, run_dir=run_dir, finetune=once)
 

@@ -86,7 +86,7 @@ def _run(
     signals.raise_if_any()
     say, writes = log or print, distributed.is_writer()
     log = log if writes else _nothing
-    dir = RunDir(written.run_dir or "runs/default")
+    dir = RunDir(written.run_folder)
     with distributed.peers(say), ExitStack() as stack:
         distributed.agree_on_settings(written)
         with distributed.synchronise_errors():

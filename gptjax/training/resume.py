@@ -48,7 +48,7 @@ def refuse(written: Config, missing: Callable[[Config], None]) -> bool:
     Raises:
         UserError: a check failed; the message lists all problems.
     """
-    run = RunDir(written.run_dir or "runs/default")
+    run = RunDir(written.run_folder)
     run_problems, result = complaints(run.check, written), run.final / "result.json"
     if not run_problems and result.exists():
         (step, _), stored = use_json(result, result_of), run.stored()

@@ -107,7 +107,7 @@ def start(
     line = [sys.executable, "-c", PROGRAM, str(left), *command(folder, kind, run_dir)]
     env = {**os.environ, "GPTJAX_CACHE": str(folder / "cache")}
     if after_s is None:
-        return subprocess.run(line, capture_output=True, text=True, timeout=900, env=env)
+        return subprocess.run(line, capture_output=True, text=True, timeout=120, env=env)
     file, began = run_dir / "rollouts.jsonl", time.time()
     with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env) as process:
         while process.poll() is None and not (file.exists() and file.stat().st_mtime > began and file.stat().st_size):
@@ -154,7 +154,7 @@ def oracle(folder):
     return make
 
 
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("kind", "kills", "max_renames"),
     [
