@@ -31,6 +31,7 @@ def test_dry_run_says_what_it_would_do_and_does_nothing(text, tmp_path, capsys):
 
 def test_dry_run_downloads_nothing(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("GPTJAX_CACHE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)  # away from the runs of the checkout
     assert main(["pretrain", "gpt2-124m", "--dry-run"]) == 0
     out = capsys.readouterr().out
     assert "would be downloaded" in out and "124,439,808" in out
