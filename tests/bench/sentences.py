@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def of_text(text: str, least: int) -> list[str]:
-    """Sentences of at least `least` words, split at full stops, blank lines and entries of `Args:`; code is left out."""
+    """Sentences of at least `least` words, split at full stops, blank lines and `Args:` entries; code is left out."""
     text = re.sub(r"(?m)^( {4,}|>>>|\$ ).*$", "", re.sub(r"::\n\n(?: +.*\n|\n)+", "\n\n", text))
     pieces = re.split(r"\n\s*\n|(?<=[.!?])\s+(?=[A-Z`\"(])|\n\s*(?=[\w*]+: )", text)
     sentences = [" ".join(piece.split()) for piece in pieces]
@@ -23,7 +23,7 @@ def of_text(text: str, least: int) -> list[str]:
 
 
 def of_file(path: Path) -> list[tuple[int, str]]:
-    """(line, sentence) of docstrings, of strings given to `setting`, and of comments that stand on lines of their own."""
+    """(line, sentence) of docstrings, of strings given to `setting`, and of comments on lines of their own."""
     found: list[tuple[int, str]] = []
     source = path.read_text()
     for node in ast.walk(ast.parse(source)):
