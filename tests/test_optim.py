@@ -282,6 +282,7 @@ def test_cautious_equals_numpy(steps, name):
     assert masked > 100
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_cautious_decay_applies_where_the_update_moves_a_weight_towards_0(steps, name):
     params, gradients = steps

@@ -1,7 +1,7 @@
 """Draws sentences from the docstrings, help texts and comments of gptjax, for readers to judge whether they are plain.
 
-    python tests/bench/sentences.py --seed 1            fifty, drawn at random
-    python tests/bench/sentences.py --all gptjax/ops    all sentences of some files, in order
+python tests/bench/sentences.py --seed 1            fifty, drawn at random
+python tests/bench/sentences.py --all gptjax/ops    all sentences of some files, in order
 """
 
 import argparse

@@ -115,6 +115,7 @@ def test_lines_break_between_words(size):
     assert max(map(columns, lines)) <= 25 and "".join(shown.split()) == "".join(text.split())
 
 
+@pytest.mark.slow
 def test_on_a_terminal_a_line_can_be_edited_and_comes_again(tokenizer, params, tmp_path):
     pty = pytest.importorskip("pty")
     pytest.importorskip("readline")
@@ -149,6 +150,7 @@ def test_on_a_terminal_a_line_can_be_edited_and_comes_again(tokenizer, params, t
     assert "... compiling, " in text and "(system prompt: Be brief)" in text
 
 
+@pytest.mark.slow
 def test_an_answer_stops_where_the_template_ends_it_and_is_stored_without_special_tokens(params, tokenizer, capsys):
     """The end-of-turn token of the chat template is a stop token even if the tokenizer does not list it as one."""
     settings = gptjax.SampleConfig(max_new_tokens=30, temperature=5.0, seed=3)

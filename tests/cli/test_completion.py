@@ -193,6 +193,7 @@ def test_bash(line, offered, shell_env):
     assert bash_offers(line, shell_env) == offered.split()
 
 
+@pytest.mark.slow
 def test_the_tab_key_in_bash(shell_env, tmp_path):
     """A bash with a terminal, into which keys are typed."""
     need("bash")

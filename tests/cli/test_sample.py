@@ -54,6 +54,7 @@ def test_it_works_after_the_folder_was_moved(run, tmp_path, capsys):
     assert "-----" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.first_cases(1)
 @pytest.mark.parametrize("settings", [["quantize=int8", "cache_dtype=int8"], ["cache_dtype=bfloat16"]])
 def test_quantized_weights_and_cache(run, settings, capsys):
@@ -61,6 +62,7 @@ def test_quantized_weights_and_cache(run, settings, capsys):
     assert "5 tokens" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.first_cases(1)
 @pytest.mark.parametrize("draft", ["ngram", "itself"])
 def test_a_draft_changes_no_greedy_token(run, tmp_path, capsys, draft):
@@ -101,6 +103,7 @@ def rows_of(folder, out, *settings):
     return [json.loads(line) for line in out.read_text().splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pick", ["reward", "majority", "logprob"])
 def test_one_of_several_samples_is_picked(run, judge, tmp_path, capsys, pick):
     everything = rows_of(run, tmp_path / "all.jsonl")
@@ -126,6 +129,7 @@ def test_one_of_several_samples_is_picked(run, judge, tmp_path, capsys, pick):
     assert f"{pick} {score:.4f}, the largest of 4 samples" in out.err
 
 
+@pytest.mark.slow
 def test_every_prompt_has_its_own_pick(run, judge, tmp_path):
     (tmp_path / "p.txt").write_text("a\nbc\ndef\n")
     settings = [f"prompts={tmp_path / 'p.txt'}", "prompt=", "batch_size=2"]
@@ -281,6 +285,7 @@ def test_prompts_of_any_line_end(tmp_path):
         sample.read_prompts(cfg)
 
 
+@pytest.mark.slow
 def test_rows_beyond_the_tokenizer_are_not_drawn(tmp_path, capsys):
     """257 tokens, 4,096 embedding rows: unrestricted sampling would almost always draw an id without a token."""
     wide = dataclasses.replace(MODEL, vocab_size=4096)

@@ -58,6 +58,7 @@ def test_a_model_that_no_other_format_holds_says_so(tmp_path, capsys):
         assert not (tmp_path / f"out.{form}").exists()
 
 
+@pytest.mark.slow
 def test_a_file_of_prompts_becomes_a_file_of_answers(run, tmp_path, capsys):
     prompts, out = tmp_path / "p.jsonl", tmp_path / "a.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("a", "bb", "ccc")))

@@ -111,6 +111,7 @@ def model(tmp_path):
     return tmp_path / "model"
 
 
+@pytest.mark.slow
 def test_losses_equal_those_of_each_text_alone(model):
     from gptjax.evaluation.perplexity import losses
 

@@ -107,7 +107,7 @@ def random_talk(rng, *, tools=True, reasoning=True, system=True, most=4):
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_every_answer_is_trained_after_its_prompt(chatty, name):
     tok, rng = chatty.replace(chat_template=TEMPLATES[name]), random.Random(name)
-    talks = [random_talk(rng) for _ in range(60)]
+    talks = [random_talk(rng) for _ in range(30)]
     turns = turns_of(talks, tok)
     assert sum(tree_of(of_talk) is not None for of_talk in turns) > 5 or name == "trims"
     for talk, of_talk in list(zip(talks, turns, strict=True))[:12]:

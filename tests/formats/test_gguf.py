@@ -564,6 +564,7 @@ def at_most(n_bytes: int):
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
+@pytest.mark.slow
 def test_ten_thousand_mutations_read_or_are_refused(put):
     content, rng = one_of_each(), random.Random(0)
     n_read, slowest_s = 0, 0.0

@@ -53,6 +53,7 @@ def test_ragged_rows_are_what_each_is_alone(model):
     assert batched == [plain_loop(cfg, params, prompt, NEW) for prompt in PROMPTS]
 
 
+@pytest.mark.slow
 @pytest.mark.first_cases(1)
 def test_past_the_context_it_goes_on_from_the_last_half(model):
     """The context fills up twice; of a prompt longer than the context the last tokens are used."""
@@ -174,6 +175,7 @@ def test_repetition_is_held_down(gpt2_model):
         assert len(set(seen)) == len(set(prompt)) + len(row)
 
 
+@pytest.mark.slow
 def test_an_int8_cache_is_close(gpt2_model):
     cfg, params = gpt2_model
     exact, rough = (
@@ -204,6 +206,7 @@ def test_buckets():
     assert [bucket(n) for n in (1, 16, 17, 24, 25, 33, 49, 65, 97, 1000)] == [16, 16, 24, 24, 32, 48, 64, 96, 128, 1024]
 
 
+@pytest.mark.slow
 @pytest.mark.first_cases(1)
 @pytest.mark.parametrize("sampler", [greedy, chain(temperature(3.0)), chain(repetition_penalty(1.5), temperature(3.0))])
 def test_rows_that_belong_to_no_token_are_never_drawn(model, sampler):

@@ -40,6 +40,7 @@ def test_the_tokens_are_those_of_greedy_decoding(model, expected, noise):
         assert out.rounds == 4 and out.accepted == 1
 
 
+@pytest.mark.slow
 def test_parameters_stay_as_they_came_where_a_second_layout_has_no_room(model, expected, monkeypatch):
     cfg, params = model
     # simulates a GPU without free memory
@@ -49,6 +50,7 @@ def test_parameters_stay_as_they_came_where_a_second_layout_has_no_room(model, e
     assert speculate(params, params, PROMPTS, cfg, cfg, max_new_tokens=20).tokens == expected
 
 
+@pytest.mark.slow
 @pytest.mark.first_cases(1)
 @pytest.mark.parametrize("ngram", [1, 3])
 def test_proposals_from_the_row_itself_change_no_token(model, expected, ngram):
@@ -73,6 +75,7 @@ def test_what_was_said_before_is_proposed():
     assert out.tolist() == [[9, 1, 2, 3], [6, 7, 5, 6], [8, 1, 2, 8], [4, 4, 4, 4], [3, 3, 3, 3]]
 
 
+@pytest.mark.slow
 @pytest.mark.first_cases(1)
 @pytest.mark.parametrize("sampler", [draw, chain(temperature(1.5), top_k(6))], ids=["draw", "filtered"])
 @pytest.mark.parametrize("drafted", ["a draft", "the row"])
@@ -105,6 +108,7 @@ def test_tokens_have_the_probabilities_of_the_model(tiny, sampler, drafted):
     assert freedom > 20 and abs(chi2 - freedom) < 5 * np.sqrt(2 * freedom)
 
 
+@pytest.mark.slow
 @pytest.mark.first_cases(1)
 def test_a_smaller_draft_and_a_stop(model, expected, tiny):
     cfg, params = model

@@ -42,6 +42,7 @@ def sampler():
     return chain(temperature(5.0))
 
 
+@pytest.mark.slow
 def test_a_row_ends_with_the_token_that_completes_a_stop_string(model, rows):
     """Stop strings that span two tokens, before and after the first call of `until`; the other rows continue."""
     cfg, params = model
@@ -80,6 +81,7 @@ def test_all_rows_done_is_the_end(model, rows):
     assert lengths == [1, 1, 1]
 
 
+@pytest.mark.slow
 @pytest.mark.first_cases(1)
 @pytest.mark.parametrize("placed", [False, True], ids=["anywhere", "on a mesh"])
 def test_several_samples_and_no_new_programs(model, placed):

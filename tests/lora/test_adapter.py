@@ -165,6 +165,7 @@ def test_rows_of_a_batch_through_adapters_of_their_own(model):
             lora.rows([lora.init(KEY, params, MEMBERS[name])], [0])
 
 
+@pytest.mark.slow
 @pytest.mark.first_cases(1)
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
 @pytest.mark.parametrize("name", ["lora", "dora", "miss"])
@@ -209,6 +210,7 @@ def test_dropout_is_in_the_low_rank_branch_and_follows_the_key(model):
     assert len(values) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.first_cases(1)
 @pytest.mark.parametrize("more", [{}, dict(dora=True), dict(miss=True)], ids=["lora", "dora", "miss"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -237,6 +239,7 @@ def test_dropout_reaches_the_head_inside_the_loss(more, dtype):
     assert len(values) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.first_cases(1)
 @pytest.mark.parametrize(
     "more",

@@ -167,6 +167,7 @@ def test_slerp_is_linear_where_it_has_no_angle(tiny):
             np.testing.assert_allclose(array, f * want[path], atol=1e-5, err_msg=path)
 
 
+@pytest.mark.slow
 def test_one_scale_for_all_may_be_applied_afterwards(tiny):
     """With equal scales s, combining with scale 1 and attaching with s is the same as combining with s."""
     adapters = [adapter(tiny, seed) for seed in (1, 2)]
@@ -178,6 +179,7 @@ def test_one_scale_for_all_may_be_applied_afterwards(tiny):
             np.testing.assert_allclose(array, scaled[path], atol=1e-5, err_msg=f"{method} {path}")
 
 
+@pytest.mark.slow
 def test_masks_follow_the_key(tiny):
     adapters = [adapter(tiny, seed) for seed in (1, 2)]
     merge = jax.jit(lambda key: lora.combine(adapters, [1.0, 1.0], "dare_linear", density=0.5, key=key))

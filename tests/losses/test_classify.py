@@ -63,6 +63,7 @@ def test_by_hand(model, pooling):
     np.testing.assert_allclose(packed_logits[[0, 0, 1], [1, 0, 0]], got, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.first_cases(1)
 @pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize("other", [batch(16, filler=7), packed()], ids=["padding", "packing"])

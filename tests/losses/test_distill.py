@@ -115,6 +115,7 @@ def test_the_loss_is_that_of_the_logits(models, batch):
     assert float(metrics["agreement"].total) == same.sum() and float(mean.weight) == batch.weights.sum()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_cached_log_probs_of_the_whole_vocabulary_give_the_same_loss_and_gradient(models, batch, kind):
     (cfg, student), (teacher_cfg, teacher) = models
@@ -178,6 +179,7 @@ def own_loss(models, batch, kind):
     return distill(cfg, teacher_cfg, **options)(student | {"teacher": teacher}, batch, None)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_loss_of_own_answers_is_the_divergence_alone(models, own, kind):
     batch, logits, others = own
@@ -213,6 +215,7 @@ def test_chunks_give_the_same_values():
     np.testing.assert_allclose(whole["first"], scale * (hidden @ kernel)[..., 0], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_classifiers(tiny, models):
     """Packed texts, and a teacher that pools differently."""
     (cfg, student), (teacher_cfg, teacher) = (tiny("llama", n_classes=3), tiny("gpt2", seed=1, n_classes=3))

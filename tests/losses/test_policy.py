@@ -89,6 +89,7 @@ def test_losses_are_their_formulas(model, kind):
         np.testing.assert_allclose(metrics["ratio"].value(), np.exp(difference).mean(), rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.first_cases(1)
 @pytest.mark.parametrize("kind", KINDS)
 def test_prompts_and_padding_do_not_matter(model, kind):
@@ -102,6 +103,7 @@ def test_prompts_and_padding_do_not_matter(model, kind):
         np.testing.assert_allclose(tree.flatten(got[1])[path], leaf, rtol=1e-3, atol=1e-4, err_msg=path)
 
 
+@pytest.mark.slow
 @pytest.mark.first_cases(1)
 @pytest.mark.parametrize("kind", KINDS)
 def test_parts_of_a_batch_add_up(model, kind):

@@ -55,6 +55,7 @@ def log_probs(model):
     return out[..., 0], out[..., 1]
 
 
+@pytest.mark.slow
 def test_log_probs_are_those_of_each_answer_alone(model):
     cfg, params = model
     want = log_probs(model)
@@ -96,6 +97,7 @@ def test_losses_are_their_formulas(model, before, kind):
     assert mean.weight == metrics["accuracy"].weight == 3
 
 
+@pytest.mark.slow
 @pytest.mark.first_cases(1)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("other", [dict(width=24, filler=5), dict(width=24, packed=True, filler=3)], ids=str)
@@ -139,6 +141,7 @@ def test_dpo_begins_at_ln_2_with_no_margin(model):
     assert metrics["margin"].value() == metrics["accuracy"].value() == 0
 
 
+@pytest.mark.slow
 @pytest.mark.first_cases(1)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_step_down_makes_the_chosen_answers_likelier_than_the_others(model, before, kind):

@@ -55,6 +55,7 @@ def trl(chosen, rejected, center):
     return float(loss)
 
 
+@pytest.mark.slow
 def test_rewards_are_those_of_each_answer_alone(model):
     cfg, params = model
     np.testing.assert_allclose(answer_rewards(params, batch(), cfg)[:, 0], rewards_of(model), rtol=1e-5, atol=1e-5)
@@ -71,6 +72,7 @@ def test_it_is_the_formula_of_trl(model, center):
     assert [float(x) for x in (*metrics["accuracy"], mean.weight)] == [(gap > 0).sum(), 3, 3]
 
 
+@pytest.mark.slow
 @pytest.mark.first_cases(1)
 @pytest.mark.parametrize("other", [dict(width=24, packed=True, filler=3), dict(width=24, filler=5)], ids=str)
 def test_neither_padding_nor_packing_changes_anything(model, other):
@@ -112,6 +114,7 @@ def test_swapped_answers_have_the_opposite_margin(model):
     np.testing.assert_allclose(margins[0], -margins[1], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_step_down_raises_the_margin(model):
     cfg, params = model
 

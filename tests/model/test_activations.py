@@ -64,6 +64,7 @@ def test_without_patches_it_is_the_same_program(tiny, switches):
     assert plain == text(lambda p: tapped(p, TOKENS, cfg, ())[0], params)
 
 
+@pytest.mark.slow
 @pytest.mark.first_cases(1)
 @MODELS
 def test_every_activation_is_read_and_put_back_unchanged(tiny, switches):
@@ -221,6 +222,7 @@ def test_patches_are_data(tiny):
     np.testing.assert_allclose(jax.vmap(single, (None, 0))(params, tokens)[2], single(params, tokens[2]), **CLOSE)
 
 
+@pytest.mark.slow
 @pytest.mark.first_cases(1)
 @pytest.mark.parametrize("remat", ["none", "dots"])
 def test_gradients_with_respect_to_an_activation(tiny, remat):

@@ -73,6 +73,7 @@ def test_padding_on_the_right_is_never_seen(tiny, switches):
     assert length.tolist() == [7, 4]
 
 
+@pytest.mark.slow
 def test_setting_the_length_back_forgets(tiny):
     cfg, params = tiny("modern")
     tokens = np.random.default_rng(0).integers(0, 17, (1, 8))

@@ -57,6 +57,7 @@ def test_it_reads_as_before(tiny, name, kind):
     np.testing.assert_allclose(in_steps(for_decoding(params, cfg), cfg), want, rtol=1e-4, atol=2e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.first_cases(1)
 @pytest.mark.parametrize("tied", [False, True])
 def test_low_matrices_give_the_same_logits(tiny, tied):
@@ -94,6 +95,7 @@ def test_a_tpu_and_a_mesh_get_what_there_is(tiny):
         assert for_decoding(params, cfg) is params
 
 
+@pytest.mark.slow
 @pytest.mark.first_cases(2)
 @pytest.mark.parametrize("make", [int8, nf4])
 @pytest.mark.parametrize("widths", [(64, 32, 32), (48, 16, 16), (192, 64, 64)])

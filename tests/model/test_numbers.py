@@ -144,6 +144,7 @@ def test_adapters_are_decayed_and_use_the_learning_rate_of_matrices():
             np.testing.assert_allclose(leaf, -0.05, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_targets_and_cached_tokens_out_of_range_are_noticed_where_they_are_known():
     cfg = gptjax.ModelConfig(vocab_size=64, context_length=16, n_layer=1, n_head=2, d_model=16)
     params = gptjax.init_params(jax.random.key(0), cfg)
@@ -210,6 +211,7 @@ def test_logits_of_every_kind_of_head_are_not_rounded(kind):
     assert (logits.astype(jnp.bfloat16).astype(np.float32) == logits).mean() < 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
 def test_logits_of_a_gpu_are_those_of_the_vocabulary(tied):
     cfg = config("llama", tie_embeddings=tied)

@@ -67,6 +67,7 @@ def test_flash_equals_xla(case):
     assert max_error(**case) < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.first_cases(1)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_flash_in_16_bits(dtype):

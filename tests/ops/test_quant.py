@@ -62,6 +62,7 @@ def test_nf4_rounds_to_the_nearest_level():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [int8, nf4])
 def test_zeros_stay_zero_and_a_stack_equals_its_matrices(make):
     w = normal(3, 64, 32).at[1].set(0)
@@ -94,6 +95,7 @@ def test_take_dequantises_the_rows():
     np.testing.assert_array_equal(take(leaf, jnp.array([[3, 99]])), dense(leaf)[jnp.array([[3, 9]])])
 
 
+@pytest.mark.slow
 @pytest.mark.first_cases(3)
 @pytest.mark.parametrize("spec", [*(pytest.param(spec, marks=pytest.mark.slow) for spec in SPECS[:2]), *SPECS[2:]])
 def test_a_quantised_model_equals_the_model_with_dequantised_weights(params, spec):

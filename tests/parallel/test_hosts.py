@@ -172,6 +172,7 @@ def test_what_one_process_cannot_do_none_does(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_process_that_does_not_come(tmp_path):
     (running,) = processes(tmp_path, 2, "distributed.timeout_s=2", command=CLI, only=[1])
     assert running.wait(40) == 2

@@ -42,6 +42,7 @@ def on_eight(*args):
     return json.loads(run.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.first_cases(2)
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(

@@ -228,6 +228,7 @@ def test_rows_of_one_document_are_not_taken_for_many():
     assert alarms["documents"] <= 8 and alarms["rows"] > 15, alarms
 
 
+@pytest.mark.slow
 def test_drift_is_zero_without_tuning_and_kl_by_hand(trained):
     cfg, fresh, _, params, (_, held) = trained
     batch = audit.rows(held, *audit.chunks(held, 32, most=4), 32)
@@ -257,6 +258,7 @@ def whole_report(trained):
     return audit.audit(models, cfg, Letters(), settings)
 
 
+@pytest.mark.slow
 def test_all_of_it(whole_report, trained):
     whole = audit.to_json(whole_report)
     assert json.loads(json.dumps(whole)) == whole

@@ -45,6 +45,7 @@ def test_the_product_is_the_hessian_s(model):
     np.testing.assert_allclose(product, differences, atol=5e-3 * np.abs(whole @ v).max())
 
 
+@pytest.mark.slow
 @pytest.mark.first_cases(1)
 @pytest.mark.parametrize("which", ["largest", "smallest", "magnitude"])
 def test_eigenvalues_are_those_of_the_whole_hessian(model, which):

@@ -39,6 +39,7 @@ def model(tiny):
     return cfg, params, Batch(ids[:, :-1], ids[:, 1:], weights)
 
 
+@pytest.mark.slow
 def test_gradients_of_a_model_equal_a_loop(model):
     cfg, params, batch = model
     loss = next_token(cfg)
@@ -215,6 +216,7 @@ def test_rows_are_drawn_each_by_itself():
     assert np.var(sizes) == pytest.approx(9, rel=0.4)
 
 
+@pytest.mark.slow
 def test_the_accountant():
     pytest.importorskip("dp_accounting")
     spent = privacy.epsilon(noise=1.0, rate=1.0, steps=1, delta=1e-5)

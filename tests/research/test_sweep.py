@@ -142,6 +142,7 @@ def test_an_average_of_the_weights_is_evaluated(folder):
         assert row["val/loss"] == pytest.approx(alone.val_loss, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_that_explodes_is_said_to(swept):
     """The other runs of the program are unaffected."""
     row = swept.rows[3]

@@ -23,6 +23,7 @@ def at_end(params, cfg, tokens, patches):
     return METRIC(forward(params, tokens, cfg, patches=patches)[:, -1])
 
 
+@pytest.mark.slow
 @pytest.mark.first_cases(1)
 @pytest.mark.parametrize("site, axes", [("resid", (1,)), ("attn/v", (1, 2)), ("attn/weights", (2, 1))])
 def test_the_grid_is_a_loop(tiny, site, axes):
@@ -57,6 +58,7 @@ def test_the_grid_is_a_loop(tiny, site, axes):
         assert abs(clean - corrupted) > 0.1
 
 
+@pytest.mark.slow
 def test_head_ablation(tiny):
     cfg, params = tiny("modern")
     path = "blocks/*/attn/heads"

@@ -106,6 +106,7 @@ def test_the_cached_probabilities_give_the_same_student(folder, cache, capsys):
     assert len(list(cache.glob("*.npy"))) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "more",
     [
@@ -185,6 +186,7 @@ def own_divergence(folder, name, cfg):
     return float(metrics["divergence"].value())
 
 
+@pytest.mark.slow
 def test_own_answers_bring_the_student_nearer_to_the_teacher_on_its_own_answers(folder):
     """The given answers are unlike those of the teacher, whose weights are random."""
     own = ("distill.on_policy=1", "distill.max_new_tokens=10")
@@ -196,6 +198,7 @@ def test_own_answers_bring_the_student_nearer_to_the_teacher_on_its_own_answers(
     assert after < 0.9 * before and after < 0.9 * given
 
 
+@pytest.mark.slow
 def test_plain_text_and_selected_parameters(folder, capsys):
     settings = (f"distill.source={folder / 'text.txt'}", "finetune.trainable=blocks/0/mlp/* | ln_f/*")
     assert run(folder, "text", *settings, "distill.context_length=32", "train.max_steps=2") == 0
@@ -216,6 +219,7 @@ def test_several_seeds_in_one_program_share_the_teacher(folder, capsys):
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4), a, b)
 
 
+@pytest.mark.slow
 def test_the_result_in_python_is_the_student(folder):
     cfg = gptjax.load_config(
         "distill", f"distill.teacher={folder / 'teacher'}", f"finetune.base={folder / 'student'}", "distill.style=phi3",

@@ -172,6 +172,7 @@ def test_tuned_and_exported_models_stop_at_the_end_of_an_answer(
         assert list(gptjax.tokenizers.load(path).eos_ids) == eos
 
 
+@pytest.mark.slow
 def test_the_evaluation_stops_at_the_token_that_ended_answers_in_training(bases):
     """If the template has no such token, it is end-of-text, not the last token of the answer."""
     params, model = gptjax.load(bases / "plain")
@@ -195,6 +196,7 @@ def test_the_evaluation_stops_at_the_token_that_ended_answers_in_training(bases)
     assert row["system"] == "s" and row["history"] == talk[1:3] and row["prompt"] == "now?"
 
 
+@pytest.mark.slow
 def test_heartbeat_lines_name_the_model_and_the_number_of_answers(bases):
     params, model = gptjax.load(bases / "plain")
     talks = [

@@ -63,6 +63,7 @@ def test_one_program_equals_a_loop(model, batches):
     assert not a[1, ..., 2:].any() and a[1, ..., :2].any()
 
 
+@pytest.mark.slow
 def test_the_base_is_not_copied_per_adapter(model):
     cfg, params = model
     tx = make_optimizer(gptjax.OptimConfig(), STEPS)

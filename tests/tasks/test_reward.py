@@ -126,6 +126,7 @@ def test_a_run_says_what_it_does_and_keeps_its_rollouts(folder, capsys):
 FULL = ["finetune.trainable=all", "reward.kl=0.05", "reward.updates=2"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [["reward.branches=rows"], pytest.param(FULL, marks=pytest.mark.slow)])
 def test_an_interrupted_run_makes_the_same_rollouts(folder, monkeypatch, more):
     name = f"whole-{len(more)}"
@@ -163,6 +164,7 @@ def test_a_function_that_always_fails_stops_the_run_with_one_error(folder, capsy
     assert text in error and f"mine.py:{function}" in error and "Traceback" not in error
 
 
+@pytest.mark.slow
 def test_answers_for_which_a_function_fails_are_counted_and_left_out(folder, capsys):
     assert run(folder, "sometimes", "train.max_steps=2", function="sometimes") == 0
     rows = rollout_rows(folder, "sometimes")
@@ -180,6 +182,7 @@ def test_no_variance_in_any_group_is_said_and_changes_no_weight(folder, capsys):
     assert all(row["rollout/flat"] == 1 for row in read_metrics(folder / "flat") if "rollout/flat" in row)
 
 
+@pytest.mark.slow
 def test_dynamic_sampling_draws_further_questions(folder):
     assert run(folder, "dapo", "reward.loss=dapo", "train.max_steps=2") == 0
     rows = rollout_rows(folder, "dapo")
@@ -257,6 +260,7 @@ def test_rollout_batch():
     np.testing.assert_allclose(batch.old[0], [0, 0, -0.1, -0.2, -0.3, 0], rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["grpo", "dapo", "gspo"])
 def test_a_tree_has_the_loss_and_the_gradients_of_a_row_per_answer(kind):
     """Answers of different lengths, two of them equal, one the beginning of another, one without an end token."""

@@ -63,6 +63,7 @@ def test_it_is_evaluated_again_if_the_scores_are_missing(folder, whole, capsys):
     assert scores.keys() == before.keys() and scores["margin"] == pytest.approx(before["margin"], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_bitwise_equal(folder, whole, capsys):
     shutil.copytree(whole, folder / "again")
     for name in ("final", "checkpoints/20"):
@@ -118,6 +119,7 @@ def test_transformers_gives_the_same_rewards(folder, whole, capsys):
     np.testing.assert_allclose(reward_scores(back, back_cfg, tokenizer, talks), got, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_scored_answers_as_of_a_run_with_rewards(folder, capsys):
     """Half of the questions have right and wrong answers, one in four only wrong ones, and one in four only right ones,
     which make no pair."""

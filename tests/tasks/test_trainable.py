@@ -68,6 +68,7 @@ def test_the_base_is_quantised_with_every_adapter_initialisation(model):
         assert isinstance(partitioned(model, way).frozen["blocks"]["attn"]["q"]["kernel"], Int8)
 
 
+@pytest.mark.slow
 def test_gradients_and_optimizer_state_exist_only_for_trained_params(model):
     cfg, _ = model
     split = partitioned(model, "the last layer")

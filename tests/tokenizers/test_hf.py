@@ -590,6 +590,7 @@ def _scramble(text: str, rng: random.Random) -> str:
     return raw.decode(errors="replace")
 
 
+@pytest.mark.slow
 def test_ten_thousand_changed_files_load_or_are_refused(capfd):
     rng = random.Random(7)
     data, text = small(), json.dumps(small())

@@ -666,6 +666,7 @@ def test_an_optimizer_state_in_host_memory(make, tmp_path, monkeypatch, whole):
 # ---------------------------------------------------------------- averages of the weights
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", ["train.ema=0.9", pytest.param("train.average_last=0.5", marks=pytest.mark.slow)])
 def test_the_average_is_evaluated_saved_and_resumed_bitwise_equal(make, tmp_path, monkeypatch, whole, setting):
     result = gptjax.train(make(tmp_path / "run", setting), log=quiet)
@@ -718,6 +719,7 @@ def stop_of(losses: dict[int, float], patience: int) -> int:
     raise AssertionError("the run does not stop early")
 
 
+@pytest.mark.slow
 def test_patience_stops_a_run_early(make, tmp_path, monkeypatch):
     """The stop is where the validation losses of a run without patience say. The run is finished and not trained
     further, unless patience is raised. An interrupted run counts on."""

@@ -46,6 +46,7 @@ def run(folder):
     return tune(folder, "alone", "finetune.save_merged=false")
 
 
+@pytest.mark.slow
 @pytest.mark.first_cases(1)
 @pytest.mark.parametrize(
     "more",
@@ -114,6 +115,7 @@ def change(folder, make):
     file.write_text(json.dumps(body | {"base": make(body["base"])}))
 
 
+@pytest.mark.slow
 def test_a_base_that_was_moved_is_named_and_found_at_its_new_place(copy):
     weights.load(copy / "final")
     shutil.move(copy / "base", copy / "elsewhere")
@@ -179,6 +181,7 @@ def test_which_bases_are_named(tmp_path, monkeypatch):
     assert kept() is None, "a folder of that name comes before the asset"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", ["finetune.trainable=all", "lora.init=pissa"])
 def test_what_changes_the_base_cannot_be_kept_alone(setting):
     with pytest.raises(gptjax.UserError, match="save_merged=false needs"):

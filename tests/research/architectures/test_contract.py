@@ -81,6 +81,7 @@ def test_no_gradient_from_the_future_and_one_to_every_parameter(name):
         assert np.isfinite(leaf).all() and bool(np.asarray(leaf).any()) == expected, path
 
 
+@pytest.mark.slow
 @pytest.mark.first_cases(3)
 @pytest.mark.parametrize("name", SHELF)
 def test_a_new_adapter_changes_nothing(name):

@@ -115,6 +115,7 @@ PROGRAMS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.cpu
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_the_formula_is_what_xla_counts(name):

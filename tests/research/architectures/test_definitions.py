@@ -70,6 +70,7 @@ def test_attention(n_kv_head, window):
     assert_close(y, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("d_query_latent", [None, 7])
 def test_latent_attention(d_query_latent):
     """DeepSeek-V2, eq. 37-47."""
@@ -118,6 +119,7 @@ def test_even_and_uneven_routing():
     np.testing.assert_allclose(moe.balance_loss(steep, x, cfg), 4, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("conv_width", [1, 4])
 def test_gated_delta(conv_width):
     """S_t = a S_t-1 (I - b k k^T) + b v k^T, o_t = S_t q_t; S maps keys to values, as in the paper."""
