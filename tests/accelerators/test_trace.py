@@ -124,7 +124,10 @@ def on_eight(which: str) -> dict[str, Any]:
     return json.loads(run.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("which", ["some", pytest.param("all", marks=[pytest.mark.slow, pytest.mark.timeout(1200)])])
+ALL_MESHES = [pytest.mark.slow, pytest.mark.further_case, pytest.mark.timeout(1200)]  # six minutes
+
+
+@pytest.mark.parametrize("which", ["some", pytest.param("all", marks=ALL_MESHES)])
 def test_meshes_of_eight_devices(which):
     result = on_eight(which)
     print(f"{result['programs']} programs for meshes of eight devices")

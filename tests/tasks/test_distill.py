@@ -107,6 +107,7 @@ def test_the_cached_probabilities_give_the_same_student(folder, cache, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.further_case  # test_kills.py resumes such a run at many moments
 @pytest.mark.parametrize(
     "more",
     [

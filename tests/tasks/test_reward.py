@@ -127,6 +127,7 @@ FULL = ["finetune.trainable=all", "reward.kl=0.05", "reward.updates=2"]
 
 
 @pytest.mark.slow
+@pytest.mark.further_case  # test_kills.py resumes such a run at many moments
 @pytest.mark.parametrize("more", [["reward.branches=rows"], pytest.param(FULL, marks=pytest.mark.slow)])
 def test_an_interrupted_run_makes_the_same_rollouts(folder, monkeypatch, more):
     name = f"whole-{len(more)}"

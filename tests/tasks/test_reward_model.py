@@ -64,6 +64,7 @@ def test_it_is_evaluated_again_if_the_scores_are_missing(folder, whole, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.further_case  # test_kills.py resumes such a run at many moments
 def test_a_resumed_run_is_bitwise_equal(folder, whole, capsys):
     shutil.copytree(whole, folder / "again")
     for name in ("final", "checkpoints/20"):

@@ -55,7 +55,15 @@ def run(folder, kind, name, vmapped, *more):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "more"), [*((kind, []) for kind in KINDS), ("classify", ["lora.miss=true"])])
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [
+        ("classify", []),
+        ("reward_model", []),
+        ("classify", ["lora.miss=true"]),
+        *(pytest.param(kind, [], marks=pytest.mark.further_case) for kind in ("instruct", "prefer")),
+    ],
+)
 def test_vmapped_seeds_equal_sequential_seeds(folder, kind, more, capsys):
     name = "-".join([kind, *more])
     assert run(folder, kind, f"{name}-vmapped", "true", *more) == 0
