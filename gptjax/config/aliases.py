@@ -20,7 +20,7 @@ ALIASES: dict[str, str] = {
     "wd": "optim.weight_decay", "adam_beta1": "optim.beta1", "adam_beta2": "optim.beta2", "adam_epsilon": "optim.eps",
     "betas": "optim.beta1", "grad_clip": "optim.clip_norm", "max_grad_norm": "optim.clip_norm",
     "gradient_clip_val": "optim.clip_norm", "max_norm": "optim.clip_norm",
-    "max_iters": "train.max_steps", "num_iterations": "train.max_steps", "steps": "train.max_steps",
+    "max_iters": "train.max_steps", "steps": "train.max_steps",
     "num_steps": "train.max_steps", "max_steps": "train.max_steps", "lr_decay_iters": "train.max_steps",
     "num_epochs": "train.epochs", "num_train_epochs": "train.epochs", "n_epochs": "train.epochs",
     "micro_batch_size": "train.batch_size", "device_batch_size": "train.batch_size", "bs": "train.batch_size",
@@ -58,11 +58,18 @@ ALIASES: dict[str, str] = {
     "dataset_text_field": "data.text_field", "shuffle": "data.order", "tokenizer_name": "tokenizer.name",
     "tok": "tokenizer.name", "start": "sample.prompt", "prompts": "sample.prompt", "num_samples": "sample.n",
     "lora_r": "lora.rank", "lora_rank": "lora.rank", "lora_alpha": "lora.alpha", "lora_dropout": "lora.dropout",
+    "use_dora": "lora.dora", "target_modules": "lora.targets", "num_generations": "reward.group",
+    "epsilon": "reward.clip", "epsilon_high": "reward.clip_high", "reward_funcs": "reward.functions",
+    "reward_weights": "reward.weights", "max_completion_length": "reward.max_new_tokens", "lmbda": "distill.on_policy",
+    "teacher_model_name_or_path": "distill.teacher",
     "max_tokens": "sample.max_new_tokens", "temp": "sample.temperature",
 }  # fmt: skip
 
 # Maps the name of a setting that another tool has, but not gptjax, to a text that says what gptjax does instead.
 NOT_HERE: dict[str, str] = {
+    "num_iterations": "train.max_steps is the number of training steps, reward.updates the number of steps on the same "
+    "answers (num_iterations in TRL)",
+    "use_rslora": "lora.scaling=alpha/sqrt(r) is rsLoRA",
     "use_peft": "gptjax finetune trains a LoRA adapter; finetune.trainable=all trains all weights",
     **dict.fromkeys(
         ("device", "device_type", "accelerator"),
