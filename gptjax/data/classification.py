@@ -1,5 +1,6 @@
 """Reads, encodes and packs text classification data, and computes each batch as a pure function of (seed, step).
 
+Example:
     data   = read("SMSSpamCollection.tsv")              texts, labels [n] and the class names ("ham", "spam")
     splits = split_labelled(data, seed=0)               train, val, test; duplicates removed
     train  = encode(splits.train, tokenizer, 120)       token ids and labels
@@ -48,6 +49,7 @@ class Examples(NamedTuple):
 class Rows(NamedTuple):
     """A classification data set as n rows of T tokens; each row holds up to K texts.
 
+    Arrays:
         tokens       [n, T] int32
         segment_ids  [n, T] int32: k + 1 for the tokens of text k of the row, 0 for padding
         texts        [n, K] int32: indices of the row's texts in the data set, -1 where a row has fewer than K texts

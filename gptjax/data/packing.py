@@ -27,6 +27,7 @@ from gptjax.types import Batch
 class Encoded(NamedTuple):
     """Examples as token ids.
 
+    Attributes:
         rows     token ids of each example, [n] int32
         weights  loss weight of each id as a target, [n] float32; the first weight is not used, as the first id is no
                  target
