@@ -71,8 +71,8 @@ class Conversation(NamedTuple):
 
 
 class Span(NamedTuple):
-    """Consecutive token ids of a conversation that have the same loss weight as targets. The weight is `learn`; a
-    weight of 0 excludes the token ids from the loss."""
+    """Consecutive token ids of a conversation that have the same loss weight as targets. The field `learn` holds the
+    loss weight; a loss weight of 0 excludes the token ids from the loss."""
 
     ids: list[int]
     learn: float
@@ -82,7 +82,7 @@ class Turn(NamedTuple):
     """An answer of a conversation and the prompt for this answer, both as text or both as token ids."""
 
     prompt: Any
-    answer: Any  # Ends with the token that ends the answer.
+    answer: Any  # The answer includes its end token.
     weight: float  # Loss weight of the answer.
 
 
@@ -446,7 +446,7 @@ def _pair(question: str, answer: str, extra: str = "") -> Callable[[tables.Recor
 def turns(key: str) -> Callable[[tables.Record], Parsed]:
     """Returns a parser for records that have a list of messages under `key`.
 
-    A message is {"role": .., "content": ..} or {"from": .., "value": ..}.
+    A message of the list is a dict {"role": .., "content": ..} or {"from": .., "value": ..}.
     """
 
     def parse(record: tables.Record) -> Parsed:
@@ -627,8 +627,8 @@ def _encode_turns(turns: list[Turn], tokenizer: Tokenizer) -> list[Turn]:
 
     At the beginning of the input and after some special tokens, SentencePiece encodes a text differently than in the
     middle of the input. The token ids of an answer are therefore found by encoding the prompt and the answer together
-    and removing the token ids of the prompt from the front. If the encoding of both does not begin with the token ids
-    of the prompt, the answer is encoded separately.
+    and removing the token ids of the prompt from the front. If the encoding of prompt and answer does not begin with
+    the token ids of the prompt, the answer is encoded separately.
 
         <s>[INST] Hi [/INST] | Hello</s>     two spans, separated by "|": Hello is encoded as "▁Hello" together with
                                              the first span, but as "▁ ▁Hello" on its own
@@ -916,8 +916,8 @@ def encode(
         weights   0  0  0  1  1  1     with loss_on="all": 1 everywhere
 
     If the chat template renders a turn differently once later turns follow, no single sequence of token ids has every
-    answer directly after its prompt. A conversation without such a sequence is encoded as a token tree or, if the tree
-    does not fit in the context, as one example per answer.
+    answer directly after its prompt. A conversation with differently rendered turns is encoded as a token tree or, if
+    the tree does not fit in the context, as one example per answer.
 
     Args:
         style: the chat style, see `chat.styled`.

@@ -116,7 +116,7 @@ def _with_prompt(prompt: str, record: Record, response: str) -> Parsed:
     """Returns the messages of the prompt followed by the messages of the response.
 
     A response that does not begin with an answer must include the prompt, and is returned unchanged. Returns an error
-    message if such a response does not include the prompt.
+    message if the response neither begins with an answer nor includes the prompt.
     """
     response_turns = conversations.turns(response)(record)
     if isinstance(response_turns, str) or not response_turns:

@@ -144,7 +144,7 @@ def _shingles(text: str) -> frozenset[str]:
     return frozenset(" ".join(words[i : i + WORDS]) for i in range(max(1, len(words) - WORDS + 1)))
 
 
-# --- secrets and personal data
+# --- sensitive data
 
 
 def _luhn(text: str) -> bool:
@@ -168,8 +168,8 @@ def _public(address: str) -> bool:
 
 
 # Maps each kind of secret or personal data to a regular expression and a function that checks whether a match is valid;
-# None means that every match is valid. Every repetition in an expression is bounded, so that the time to search a text
-# is linear in the length of the text.
+# None means that every match is valid. Every repetition in a regular expression is bounded, so that the time to search
+# a text is linear in the length of the text.
 PATTERNS: dict[str, tuple[str, Callable[[str], bool] | None]] = {
     "AWS key": (r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b", None),
     "GitHub token": (r"\bgh[pousr]_[A-Za-z0-9]{36,80}\b|\bgithub_pat_\w{40,100}\b", None),

@@ -83,7 +83,8 @@ def tree_batch(
     """
     shape = len(groups), len(groups[0]), longest
     index, weights, old = np.zeros(shape, np.int32), np.zeros(shape, np.float32), np.zeros(shape, np.float32)
-    rows = np.zeros((5, len(groups), length), np.int32)  # tokens, targets, segment_ids, positions and subtree_end
+    # The five arrays are tokens, targets, segment_ids, positions and subtree_end.
+    rows = np.zeros((5, len(groups), length), np.int32)
     rows[4] = length
     for g, (tree, paths) in enumerate(trees):
         n = len(tree.tokens)

@@ -294,7 +294,7 @@ READERS: dict[str, Callable[[Path, str, str], Iterator[Document]]] = {
 }
 
 
-# --- the Hugging Face hub
+# --- Hugging Face hub
 
 
 def _open_hub(name: str, cfg: DataConfig) -> Source:

@@ -5,7 +5,7 @@
     split_records     instructions, pairs   splits the records of a file in their order; without a file, makes synthetic
                                             questions, and splits them by `is_held_out`
 
-The book is "Build a Large Language Model (From Scratch)" by Sebastian Raschka.
+The splits named after a book follow "Build a Large Language Model (From Scratch)" by Sebastian Raschka.
 """
 
 from __future__ import annotations
@@ -97,8 +97,8 @@ def split_documents(
         file      whole files, chosen in the same way as documents
         auto      as document for a source with 10 or more documents, else as tail
 
-    If data.val_source is set, `val` must contain the documents of data.val_source. In this case `val` is the validation
-    split, and all of `documents` are for training.
+    If data.val_source is set, `val` must contain the documents of data.val_source. If `val` is given, `val` is the
+    validation split, and all of `documents` are for training.
 
     The list `how` has one dict per data source with the keys source, split, documents and bytes. The value of the key
     split is tail, document or file, or none if `val` is given. If the split is not none, the dict also has the key
@@ -373,9 +373,9 @@ def split_records(
 ) -> Splits[T]:
     """Split the records of the file settings.source, in file order, into training, test and validation records.
 
-    The order train, test, validation is the order in the book. If settings.source is None, synthetic records are made
-    instead of reading a file. The subjects of the synthetic records for validation and test (a word, "3 + 4", "7
-    meters") never occur in training.
+    As in "Build a Large Language Model (From Scratch)", the test records come before the validation records in the
+    file. If settings.source is None, synthetic records are made instead of reading a file. The subjects of the
+    synthetic records for validation and test (a word, "3 + 4", "7 meters") never occur in training.
 
     Args:
         read: function (source, notes) that returns the records in the file `source`, and appends lines of text about

@@ -265,13 +265,12 @@ def _publish(partial: Path, folder: Path, manifest: dict) -> tuple[Path, dict]:
         except OSError:
             if not folder.exists():
                 raise
-        # The folder exists already. The existing folder is either complete, because another process was faster, or
-        # damaged.
+        # The cache folder exists already, and is either complete, because another process was faster, or damaged.
         existing, _ = verify(folder)
         if existing:
             return folder, existing
         trash = Path(tempfile.mkdtemp(prefix=".partial-damaged-", dir=folder.parent))
-        with contextlib.suppress(FileNotFoundError):  # This error is raised if another process moved the folder.
+        with contextlib.suppress(FileNotFoundError):  # FileNotFoundError is raised if another process moved the folder.
             # Renaming is atomic, and a process that has opened files of this folder can still read the files.
             os.rename(folder, trash / "tokens")
         shutil.rmtree(trash, ignore_errors=True)

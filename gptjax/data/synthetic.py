@@ -1,14 +1,14 @@
-"""Synthetic questions with exact answers, used for instruction fine-tuning if `instruct.source` is not set.
+"""Makes synthetic questions with exact answers, which instruction fine-tuning uses if `instruct.source` is not set.
 
     skills(4, seed=0)[2]                user: "What is g i r l backwards?"   assistant: "l r i g"
     skills(4, seed=0, held_out=True)    similar questions, about other words and sums than the training data
     wrong_answer(talk, rng)             a wrong answer to such a question: "l i r g", "r i g", "g i r l", ..
 
-A skill is a type of question, such as forming a plural. A question is about words, a sum, a difference, three numbers
-to sort, or a measure such as 7 meters. A hash of the subject (such as the word or the sum) decides, independently of
-the seed, whether the subject occurs only in training questions or only in held-out questions. In a question about
-spelling, the letters of the word are separated by spaces or hyphens. A word that is a single token would not show its
-letters, and a small model cannot infer the letters from other words.
+A skill is a type of question, such as forming a plural. A synthetic question is about words, a sum, a difference, three
+numbers to sort, or a measure such as 7 meters. A hash of the subject (such as the word or the sum) decides,
+independently of the seed, whether the subject occurs only in training questions or only in held-out questions. In a
+question about spelling, the letters of the word are separated by spaces or hyphens. A word that is a single token would
+not show its letters, and a small model cannot infer the letters from other words.
 """
 
 from __future__ import annotations
@@ -74,9 +74,9 @@ class Task(NamedTuple):
 
 
 class Skill(NamedTuple):
-    """A type of question: a function that draws a random `Task`, different wordings of the question, and a function
-    (question, answer, rng) that returns wrong answers, such as a small model gives. The returned wrong answers may
-    include the right answer.
+    """A type of question. The function `make` draws a random `Task`, `phrasings` holds different wordings of the
+    question, and the function `mistakes` returns wrong answers to the question, such as a small model gives. The wrong
+    answers that `mistakes` returns may include the right answer.
     """
 
     make: Callable[[random.Random, list[str]], Task]

@@ -3,8 +3,8 @@
     tree = merge([(ids_1, weights_1), (ids_2, weights_2)])
 
 A chat template may render an earlier turn differently once later turns follow; for example, Qwen3's template drops the
-reasoning of earlier answers. In this case, the token sequence that trains an answer is not a prefix of the token
-sequence that trains the next answer:
+reasoning of earlier answers. If earlier turns are rendered differently, the token sequence that trains an answer is not
+a prefix of the token sequence that trains the next answer:
 
     sequences      u 1 < t > a E            user turn "u1", answer "<t>aE" with reasoning t; E is only a target
                    u 1 a E v 2 b E          the same turn without the reasoning, a second turn "v2", answer "bE"
@@ -29,13 +29,14 @@ import numpy as np
 
 
 class TokenTree(NamedTuple):
-    """An example of n tokens as a token tree in depth-first order; every array has the shape [n]."""
+    """An example of n tokens as a token tree in depth-first order; every array has the shape [n]. The array weights is
+    float32, and all other arrays are int32."""
 
-    tokens: np.ndarray  # int32
-    targets: np.ndarray  # int32
-    weights: np.ndarray  # Loss weight of each target, float32.
-    positions: np.ndarray  # int32
-    subtree_end: np.ndarray  # Index just after the last token of the subtree that begins at each token, int32.
+    tokens: np.ndarray
+    targets: np.ndarray
+    weights: np.ndarray  # Loss weight of each target.
+    positions: np.ndarray  # Number of earlier tokens on the path from the root.
+    subtree_end: np.ndarray  # Index just after the last token of the subtree that begins at each token.
 
 
 class _Node:
