@@ -18,14 +18,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Scheme:
-    """A pre-tokenizer.
+    """A pre-tokenizer, which splits a text into words with a regular expression.
 
-    pattern: the regular expression for tiktoken, with possessive quantifiers where these do not change the result.
-    split: the equivalent regular expression of the Split step in a Hugging Face tokenizer.json, spelled exactly as in
-        the files of published models, because `hf.py` recognises a pre-tokenizer by comparing this string with the
-        string in the file. None: the tokenizer.json has no Split step.
-    cut: function (last, after) that returns True if a long run of whitespace may be split before its last character.
-        `last` is the last character of the run, and `after` is the character that follows the run.
+    Attributes:
+        pattern: the regular expression for tiktoken, with possessive quantifiers where these do not change the result.
+        split: the equivalent regular expression of the Split step in a Hugging Face tokenizer.json, spelled exactly as
+            in the files of published models, because `hf.py` recognises a pre-tokenizer by comparing this string with
+            the string in the file. None: the tokenizer.json has no Split step.
+        cut: function (last, after) that returns True if a long run of whitespace may be split before its last
+            character. `last` is the last character of the run, and `after` is the character that follows the run.
     """
 
     pattern: str
