@@ -41,10 +41,10 @@ PATTERN = SCHEMES["gpt2"].pattern
 MAX_VOCAB = 1 << 24
 
 # The regular expressions of tiktoken fail on a run of a million whitespace characters before a letter. Therefore a text
-# is split before the last character of each run of BLANKS or more whitespace characters. The split does not change the
-# ids: a word includes at most the last of the whitespace characters before the word, so that a word begins before the
-# last whitespace character anyway. `Scheme.cut` returns False for runs of whitespace that must not be split, such as
-# whitespace before a digit with the pre-tokenizer smollm.
+# is split before the last character of each run of BLANKS or more whitespace characters. The token ids stay the same,
+# because a word includes at most the last of the whitespace characters before the word, so that the text has a word
+# boundary before the last whitespace character anyway. `Scheme.cut` returns False for runs of whitespace that must not
+# be split, such as whitespace before a digit with the pre-tokenizer smollm.
 BLANKS = 512
 _BLANK_RUN = re.compile(rf"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]{{{BLANKS},}}")
 

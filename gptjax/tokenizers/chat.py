@@ -74,7 +74,7 @@ BUILTIN: dict[str, str] = {
     ),
 }
 
-BEGIN = "{{ bos_token }}"  # This code is prepended to a built-in template if add_bos is true.
+BEGIN = "{{ bos_token }}"  # This Jinja code is prepended to a built-in template if add_bos is true.
 
 # This Jinja code appends eos_token to every answer except tool calls. The code is prepended to a template that writes
 # no token after an answer.
@@ -133,9 +133,9 @@ def end_of_answer(tokenizer: Tokenizer) -> str | None:
     answer.
 
     If several tokens follow an answer, the first of these tokens that ends generation (`stop_ids`) is returned, or the
-    first token if none of these tokens ends generation. Some templates write a different token or no token after the
-    last answer of a conversation, or end an answer with the token that begins the next turn. For such a template, the
-    token that ends generation is returned.
+    first token if none of these tokens ends generation. If a template writes a different token or no token after the
+    last answer of a conversation, or ends an answer with the token that begins the next turn, the token that ends
+    generation is returned.
 
         ..<|im_start|>assistant\\nHello!<|im_end|>\\n                       "<|im_end|>"
         ..<|assistant|>\\nHello!<|end|>\\n<|endoftext|>                     "<|end|>"; <|endoftext|> ends the whole text

@@ -201,7 +201,7 @@ def from_data(
     data = _with_special(data, special & ids.keys(), ids)
     tokenizer = _byte_level(data, ids) or HF(data)
     template = config.get("chat_template")
-    if isinstance(template, list):  # the template named `default` in a list is used
+    if isinstance(template, list):  # Use the template named `default` from a list of templates.
         template = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}.get("default")
     eos = generation_config.get("eos_token_id")
     eos_ids = [ids[roles["eos_token"]]] if "eos_token" in roles else []

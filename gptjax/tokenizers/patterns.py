@@ -4,8 +4,9 @@
                              smollm  We |  have |   | 2 | 0 | 2 | 4 |  reasons
                              llama3  We |  have |   | 202 | 4 |  reasons
 
-`bpe.py` runs these regular expressions in tiktoken, `hf.py` reads and writes them in a tokenizer.json, and `gguf.py`
-maps llama.cpp's names of pre-tokenizers (`tokenizer.ggml.pre`) to keys of SCHEMES.
+The module `bpe.py` runs the regular expressions of the pre-tokenizers in tiktoken, `hf.py` reads and writes the regular
+expressions in a tokenizer.json, and `gguf.py` maps llama.cpp's names of pre-tokenizers (`tokenizer.ggml.pre`) to keys
+of SCHEMES.
 """
 
 from __future__ import annotations

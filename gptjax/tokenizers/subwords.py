@@ -7,9 +7,9 @@ encodes and decodes texts.
                                                            "lower" -> lo wer   if log p(lo) + log p(wer) is the largest
 
 The WordPiece and Unigram tokenizers work on bytes in GPT-2's printable alphabet (`bpe.alphabet`). Every single byte is
-a piece, so every text can be encoded and decoding is exact. In contrast, the tokenizers of BERT (WordPiece) and
-T5 (Unigram) drop whitespace and have an unknown token. Words have at most 64 characters, plus the space before them, so
-that encoding takes linear time even for a text without spaces.
+a piece, so every text can be encoded and decoding is exact. In contrast to the tokenizers in this module, the
+tokenizers of BERT (WordPiece) and T5 (Unigram) drop whitespace and have an unknown token. A word has at most 64
+characters plus the space before the word, so that encoding takes linear time even for a text without spaces.
 
 Source: Schuster and Nakajima 2012 (WordPiece); Kudo 2018, arXiv:1804.10959 (Unigram).
 """

@@ -8,7 +8,7 @@ special tokens, the word-level tokenizer equals SimpleTokenizerV1 of the book, w
 word. With the special tokens `<|endoftext|>` and `<|unk|>`, the word-level tokenizer equals SimpleTokenizerV2 of the
 book. By default, the special tokens are [BOS], [EOS], [PAD] and [UNK].
 
-Source: S. Raschka, Build a Large Language Model (From Scratch), chapter 2.
+Source: Sebastian Raschka, "Build a Large Language Model (From Scratch)", chapter 2.
 """
 
 from __future__ import annotations
