@@ -33,7 +33,7 @@ from gptjax.errors import UserError, did_you_mean, did_you_mean_path
 from gptjax.files import one_line_end, replacing, sha256, user_path
 from gptjax.formats import tables
 
-MAX_FILES = 1_000_000  # maximum number of files in a folder of text
+MAX_FILES = 1_000_000  # maximum number of files that a folder may contain
 
 
 class Document(NamedTuple):

@@ -5,7 +5,8 @@
             tokenizer.json      the tokenizer
 
 Instead of model.safetensors, a folder may hold adapter.safetensors, which contains a LoRA adapter and all other trained
-parameters, such as the head of a classifier. For such a folder, the file model.json names the base model.
+parameters, such as the head of a classifier. In a folder with adapter.safetensors, the file model.json names the base
+model.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from gptjax.weights.rules import Out, Rule, read
 
 FORMAT, VERSION = "gptjax model", 1
 WEIGHTS, ADAPTER, MODEL = "model.safetensors", "adapter.safetensors", "model.json"
-_UNLISTED = (  # The model.json of version 0.1.0 does not list the files of the model folder, which are these files.
+_UNLISTED = (  # These are the files of a model folder of version 0.1.0, whose model.json does not list its files.
     WEIGHTS, "tokenizer.json", "config.yaml", "result.json", "adapter/adapter_config.json",
     "adapter/adapter_model.safetensors",
 )  # fmt: skip
@@ -93,7 +94,7 @@ def save(
             add(new)
         written = sorted(path for path in new.rglob("*") if path.is_file())
         hashes = {path.relative_to(new).as_posix(): sha256(path) for path in written}
-        if twin not in (None, folder):  # do not link to a file of `folder`, which `new` replaces
+        if twin not in (None, folder):  # Do not link to a file of `folder`, which `new` replaces.
             _hard_link(new / weights, hashes[weights], twin / weights)
         model = json.loads(json.dumps(flat(cfg)))
         body = {
@@ -113,7 +114,7 @@ def save(
 
 def check_vocabulary(tokenizer: Tokenizer, cfg: ModelConfig, location: str = "") -> None:
     """Raises UserError if the embedding of the model has no row for some ids of the tokenizer. The error message begins
-    with `location`, if given."""
+    with `location` if `location` is not empty."""
     if tokenizer.vocab_size > cfg.vocab_size:
         raise UserError(
             f"{location}{': ' * bool(location)}the tokenizer has {tokenizer.vocab_size} ids, the model "

@@ -1,5 +1,6 @@
 """Reads and writes adapters in the folder format of the PEFT library: adapter_config.json and
-adapter_model.safetensors. In addition, gptjax writes gptjax_sha256.json, which holds the hashes of both files.
+adapter_model.safetensors. In addition, gptjax writes gptjax_sha256.json, which holds the hashes of adapter_config.json
+and adapter_model.safetensors.
 
     gptjax  blocks/attn/q/kernel: a [L, in, R], b [L, R, out]
     PEFT    base_model.model.model.layers.{i}.self_attn.q_proj: lora_A.weight [R, in], lora_B.weight [out, R]
@@ -8,8 +9,8 @@ A MiSS adapter has one matrix, d [L, R, out] in gptjax and miss_block [R, out] i
 
 PEFT adapts GPT-2's q, k and v as one matrix, whereas gptjax adapts q, k and v as three matrices. The three adapters of
 gptjax are exported as one PEFT adapter of three times the rank with a block-diagonal B. A GPT-2 adapter that PEFT
-trained is read as three adapters with the same matrix a. If the three adapters still have the same matrix a, the
-adapters are exported as one PEFT adapter of the original rank.
+trained is read as three adapters with the same matrix a. If the adapters of q, k and v have the same matrix a, the
+three adapters are exported as one PEFT adapter of the original rank.
 
 Source: PEFT's tuners/lora and tuners/miss, version 0.21 (names and shapes of the tensors, attributes that change the
 result).
@@ -44,7 +45,7 @@ from gptjax.weights.native import fingerprint
 from gptjax.weights.rules import Out, Rule, Tensor, identity, is_float, tensors_of
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-HASHES = "gptjax_sha256.json"  # holds the SHA-256 hashes of CONFIG and WEIGHTS; other tools ignore this file
+HASHES = "gptjax_sha256.json"  # This file holds the SHA-256 hashes of CONFIG and WEIGHTS; other tools ignore the file.
 _PREFIX = "base_model.model."
 _SUFFIXES = {"a": "lora_A.weight", "b": "lora_B.weight", "m": "lora_magnitude_vector", "d": "miss_block"}
 _HEAD = f"{_PREFIX}score.weight"  # Name of the head of a classifier in transformers.
@@ -118,7 +119,8 @@ def export_peft(
         if module.layer is not None:
             layers.setdefault(inside_layer, []).append(module.layer)
     power = 0.5 if lora.scaling == "alpha/sqrt(r)" else 1
-    patterns: dict[str, int] = {}  # one entry in PEFT's rank_pattern if all layers have equal ranks
+    # If all layers have the same rank, one entry in PEFT's rank_pattern is enough.
+    patterns: dict[str, int] = {}
     for name, by_name in ranks.items():
         equal = len(set(by_name.values())) == 1
         patterns |= {name: max(by_name.values())} if equal else by_name
@@ -390,7 +392,7 @@ def _config(body: dict[str, Any], location: str) -> tuple[LoraConfig, Callable[[
     if miss:
         rank, alpha, dropout = a.take("r", int, 64), 1.0, a.take("miss_dropout", float, 0.0)
         a.must("init_weights", True, False)  # The values bat and mini select methods other than MiSS.
-        a.left.pop("mini_r", None)  # The attribute mini_r has no effect without mini.
+        a.left.pop("mini_r", None)  # The attribute mini_r has no effect without the method mini.
     else:
         rank, alpha = a.take("r", int, 8), a.take("lora_alpha", float, 8.0)
         ranks, alphas = a.take("rank_pattern", dict, {}), a.take("alpha_pattern", dict, {})
@@ -444,7 +446,7 @@ def _is_simple(pattern: str) -> bool:
         re.compile(pattern)
     except (re.error, RecursionError, OverflowError):
         return False
-    operators = re.sub(r"\\.|\[[^]]*\]", "_", pattern)  # Replace escapes and character classes.
+    operators = re.sub(r"\\.|\[[^]]*\]", "_", pattern)  # Replace escapes and character classes by underscores.
     few = len(re.findall(r"[*+{]", operators)) <= 4
     return len(pattern) <= 200 and few and not re.search(r"\)[*+?{]", operators)
 

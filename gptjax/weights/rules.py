@@ -31,8 +31,8 @@ _CHUNK_SIZE = 1 << 22  # number of elements of a large matrix that are read at o
 
 
 class Source(Protocol):
-    """The named tensors of a file, which are read one at a time. An optional method `rows(name, start, stop)` reads
-    rows of a matrix."""
+    """The named tensors of a file, which are read one at a time. A source may also have a method `rows(name, start,
+    stop)` that reads rows of a matrix."""
 
     def shapes(self) -> dict[str, Shape]: ...
     def array(self, name: str) -> np.ndarray: ...
@@ -80,7 +80,7 @@ class Rule(NamedTuple):
     # If `slice` is (k, n), the array that `form.read` returns is divided into n equal slices along the last axis, and
     # the parameter is slice k, counted from 0.
     slice: tuple[int, int] | None = None
-    fill: float | None = None  # value to write if the model lacks the parameter; None skips the rule
+    fill: float | None = None  # Value to write if the model lacks the parameter; None skips the rule.
 
 
 class Tensor(NamedTuple):

@@ -115,7 +115,8 @@ def model_config(fields: dict[str, Any], location: str) -> ModelConfig:
 
 
 # `_stored` omits these fields of ModelConfig. Most of these fields are for initialisation, training or computation,
-# which no file format stores. The effect of the remaining fields is expressed by other fields that `_stored` returns.
+# which no file format stores. The other omitted fields, such as sliding_window, are expressed by fields that `_stored`
+# returns, such as windows.
 _NOT_STORED = {
     "arch", "init", "embed_std", "zero_init_proj", "zero_init_head", "dropout", "dtype", "precision", "remat",
     "unroll", "sliding_window", "window_pattern", "d_head",
@@ -149,7 +150,7 @@ def _stored(cfg: ModelConfig) -> dict[str, Any]:
 def differences(cfg: ModelConfig, other: ModelConfig, allowed: frozenset[str] = frozenset()) -> list[str]:
     """Returns the fields of `cfg` that have a different value in `other`, as strings such as "model.qk_gain=1.2".
 
-    Fields in `allowed` that are False in `cfg` are not listed.
+    Fields in `allowed` that are False in `cfg` are not returned.
     """
     ours, theirs = _stored(cfg), _stored(other)
     return [

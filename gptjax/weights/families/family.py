@@ -11,7 +11,7 @@ from gptjax.weights.rules import Form, Rule, identity, transposed
 
 
 class Gguf(NamedTuple):
-    """The llama.cpp architecture of a family.
+    """The llama.cpp architecture of a model family.
 
     Attributes:
         name          value of `general.architecture`
@@ -47,7 +47,7 @@ class Family(NamedTuple):
     name: str  # model_type
     architecture: str
     defaults: Mapping[str, Any]
-    to_config: Callable[[Attributes], dict[str, Any]]  # converts config.json to ModelConfig fields
+    to_config: Callable[[Attributes], dict[str, Any]]  # Converts config.json to fields of ModelConfig.
     to_hf: Callable[[ModelConfig], dict[str, Any]]
     rules: Sequence[Rule]
     gguf: Gguf | None = None

@@ -30,7 +30,7 @@ def _to_config(a: Attributes) -> dict[str, Any]:
     # Every n-th layer has full attention, where n is the attribute sliding_window_pattern. If the attribute layer_types
     # is present, layer_types overrides sliding_window_pattern.
     every = a.take("sliding_window_pattern", int) if "sliding_window_pattern" in a.left else 6
-    a.left.pop("_sliding_window_pattern", None)  # transformers writes this attribute but never reads it
+    a.left.pop("_sliding_window_pattern", None)  # The library transformers writes this attribute but never reads it.
     if not 1 <= every <= 1000:
         a.problems.append(f"sliding_window_pattern: expected a number of layers, got {every}")
         every = 6
