@@ -189,7 +189,7 @@ Parse = Callable[[tables.Record], Parsed | tuple[Parsed, ...]]
 # Maps the keys that a record of a format must have to an example of such a record and the parser of the format.
 Formats = dict[tuple[str, ...], tuple[str, Parse]]
 
-# These keys of a record are ignored without a message, because metadata is part of neither the prompt nor the answer.
+# The keys in METADATA are ignored without a message, because metadata is part of neither the prompt nor the answer.
 _METADATA = """
 id idx index uid uuid guid conversation_id conv_id dialogue_id prompt_id question_id message_id parent_id source dataset
 origin subset split category categories topic subject domain task task_type task_name type tags tag keywords language
@@ -326,9 +326,10 @@ def _with_context(turns: Turns, record: dict, single_turn: bool) -> Parsed:
     return start + turns
 
 
-# OpenAI's fine-tuning API, axolotl and ms-swift use these keys to include an answer in the loss or to exclude it.
+# OpenAI's fine-tuning API, axolotl and ms-swift use the keys in LOSS_FLAGS to include an answer in the loss or to
+# exclude it.
 LOSS_FLAGS = ("weight", "train", "training", "loss")
-REASONING = ("reasoning_content", "reasoning", "thinking")  # An answer may have its reasoning under any of these keys.
+REASONING = ("reasoning_content", "reasoning", "thinking")  # keys under which an answer may have its reasoning
 TURN_KEYS = ("role", "content", "input", "tool_calls", *REASONING, *LOSS_FLAGS)
 TOOL_KEYS = ("name", "tool_call_id")  # Keys that a tool message may have in addition to TURN_KEYS.
 
@@ -675,7 +676,7 @@ def _row(turns: list[Turn]) -> list[Span]:
 class _Job(NamedTuple):
     where: str
     messages: list[dict[str, Any]]
-    begin: bool  # whether to append the generation prompt, after which the answer begins
+    begin: bool  # True if the generation prompt, after which the answer begins, is appended.
     tools: list[dict[str, Any]] | None = None
 
 

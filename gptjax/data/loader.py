@@ -23,13 +23,13 @@ from gptjax.types import Batch
 
 MASK_64 = (1 << 64) - 1
 ROUNDS = 3
-FEW = 256  # Permutations of at most this many indices are computed by sorting.
+FEW = 256  # Permutations of at most FEW indices are computed by sorting.
 GOLDEN = 0x9E3779B97F4A7C15
 # Version number of the order in which windows are read. The version is increased when a change of the code gives
 # different batches for the same seed, so that a run is not resumed from a checkpoint of an older version.
 ORDER_OF_WINDOWS = "2"
-# The loader computes the start indices of at least this many windows at once. If the loader computed only the few
-# windows of a single batch, numpy's overhead per call would dominate the time.
+# The loader computes the start indices of at least AHEAD windows at once. If the loader computed only the few windows
+# of a single batch, numpy's overhead per call would dominate the time.
 AHEAD = 512
 # Each purpose of random numbers has an integer that is hashed with the seed, so that different purposes use different
 # random numbers.
@@ -42,7 +42,7 @@ class Lane(NamedTuple):
     begin: int
     n_windows: int
     stride: int
-    n_offsets: int  # each epoch draws its offset from range(n_offsets)
+    n_offsets: int  # Each epoch starts at a random offset from range(n_offsets).
 
 
 class Loader:
@@ -196,8 +196,8 @@ def eval_batches(
 ) -> Iterator[Batch]:
     """Yields batches for evaluation, in which every token of the store except the first is a target exactly once.
 
-    The windows do not overlap. The arrays of a batch have the shape [B, T], and `weights` is never None. The last
-    window and the last batch are padded with tokens of weight 0 if they are incomplete.
+    The windows of the evaluation batches do not overlap. The arrays of a batch have the shape [B, T], and `weights` is
+    never None. The last window and the last batch are padded with tokens of weight 0 if they are incomplete.
         6 tokens, T 3, B 1    targets [1 2 3], [4 5 .]    weights [1 1 1], [1 1 0]
     """
     t, n = context_length, len(store)
@@ -333,7 +333,7 @@ def _lane(begin: int, end: int, cfg: DataConfig, t: int) -> Lane:
         return Lane(begin, windows.count(n, t, cfg.stride), cfg.stride, 1)
     if cfg.order == "sequential" or n <= t:
         return Lane(begin, max(n - 1, 0) // t, t, 1)
-    # An epoch of n tokens has n // t - 1 windows of t tokens, but at least one window. If n >= 2 * t, the first window
-    # can therefore start at any of at least t offsets.
+    # For n tokens, an epoch has n // t - 1 windows of t tokens, but at least one window. If n >= 2 * t, the first
+    # window of an epoch can therefore start at any of at least t offsets.
     n_windows = max(1, (n - t) // t)
     return Lane(begin, n_windows, t, n - n_windows * t)

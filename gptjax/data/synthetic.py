@@ -28,8 +28,8 @@ VOWELS = "aeiou"
 LETTERS = 5  # Length of the longest word in a question that asks for the number of letters.
 LARGEST = 12  # Largest number in a question that asks for a sum or difference.
 
-# The synthetic questions use these nouns of 3 to 8 letters whose plural is regular. Words that occur in the wording of
-# the questions, such as "letter", are left out.
+# The synthetic questions use nouns of 3 to 8 letters whose plural is regular. Words that occur in the wording of the
+# questions, such as "letter", are left out.
 NOUNS = """
 ant army artist aunt baby badge bag baker ball banana basket bath bay beach bean bear beaver bed bee bell belt bench
 berry bike bird boat book boot bottle bowl box boy branch brick bridge broom brush bucket bug bus bush button cabin

@@ -25,8 +25,8 @@ def windows(
         targets  [[367, 2885, 1464, 1807], [2885, 1464, 1807, 3619]]
 
     If `drop_last` is False and tokens remain after the last window, one more window of full length is added, which ends
-    at the last token and overlaps the previous window. If no additional window is added, the two returned arrays are
-    read-only, and if `ids` is an array, both are views of `ids`.
+    at the last token and overlaps the previous window. Unless an additional window was added, the two returned arrays
+    are read-only, and are views of `ids` if `ids` is an array.
 
     Raises:
         UserError: there are fewer than length + 1 ids, or length or stride is below 1.

@@ -130,8 +130,8 @@ def loads(text: str, location: str = "tokenizer") -> Tokenizer:
 
 
 def extend(tokenizer: Tokenizer, names: Sequence[str]) -> Tokenizer:
-    """Return a copy of the tokenizer with additional special tokens, which get the next free ids. The existing tokens
-    keep their ids.
+    """Return a copy of the tokenizer with additional special tokens, which get the next free ids. The tokens that the
+    tokenizer already has keep their ids.
 
     Raises:
         UserError: a name is a special or added token already, is an ordinary token of a `words` tokenizer or of one

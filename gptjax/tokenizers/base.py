@@ -36,7 +36,7 @@ FORMAT = "gptjax-tokenizer"
 VERSION = 1
 MAX_FILE_BYTES = 256 << 20
 END_OF_TEXT = "<|endoftext|>"
-END_OF_DOCUMENT = (END_OF_TEXT, "<|end_of_text|>")  # These tokens end a document, not a turn of a chat.
+END_OF_DOCUMENT = (END_OF_TEXT, "<|end_of_text|>")  # tokens that end a document, not a turn of a chat
 
 Special = Collection[str] | Literal["all"]
 
@@ -56,7 +56,7 @@ class Tokenizer(Protocol):
     bos_id: int | None  # Id of the beginning-of-sequence token, which `encode` never adds.
     eos_ids: tuple[int, ...]  # Ids of the end-of-sequence tokens, each of which ends generation.
     pad_id: int | None
-    add_bos: bool  # Whether the model expects bos_id before every text.
+    add_bos: bool  # True if the model expects bos_id before every text.
     chat_template: str | None  # Jinja template that renders a conversation as text, see chat.py.
 
     @property
@@ -391,8 +391,9 @@ def parse_json(text: str, location: str) -> Any:
 def begin_id(tokenizer: Tokenizer) -> int | None:
     """Return the id of the begin token, which starts a document in training and replaces an empty prompt in generation.
 
-    The begin token is bos_id if add_bos is true and bos_id is not None. Otherwise the begin token is eot_id, which may
-    be None: as in GPT-2's training data, the token that ends a document also precedes the next document.
+    The begin token is bos_id if add_bos is true and bos_id is not None. If add_bos is false or bos_id is None, the
+    begin token is eot_id, which may be None: as in GPT-2's training data, the token that ends a document also precedes
+    the next document.
     """
     return tokenizer.bos_id if tokenizer.add_bos and tokenizer.bos_id is not None else tokenizer.eot_id
 

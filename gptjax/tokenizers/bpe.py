@@ -13,8 +13,9 @@ vocabulary of a loaded model may have another order; such a tokenizer is saved a
 their ids, instead of the list of its merges.
 
 The library tiktoken encodes the text without a list of merges. If a word is itself a token, tiktoken does not split the
-word. Otherwise tiktoken splits the word into bytes, and repeatedly merges the adjacent pair whose concatenation is the
-token with the smallest id. `hf.py` states the conditions under which tiktoken and a list of merges give the same ids.
+word. If a word is not a token, tiktoken splits the word into bytes, and repeatedly merges the adjacent pair whose
+concatenation is the token with the smallest id. `hf.py` states the conditions under which tiktoken and a list of merges
+give the same ids.
 
 Source: Sennrich et al. 2016, arXiv:1508.07909; Radford et al. 2019 (GPT-2).
 """

@@ -74,10 +74,10 @@ BUILTIN: dict[str, str] = {
     ),
 }
 
-BEGIN = "{{ bos_token }}"  # This Jinja code is prepended to a built-in template if add_bos is true.
+BEGIN = "{{ bos_token }}"  # The Jinja code BEGIN is prepended to a built-in template if add_bos is true.
 
-# This Jinja code appends eos_token to every answer except tool calls. The code is prepended to a template that writes
-# no token after an answer.
+# The Jinja code END appends eos_token to every answer except tool calls. END is prepended to a template that writes no
+# token after an answer.
 END = (
     "{% set with_ends = namespace(messages=[]) %}"
     "{% for message in messages %}"
@@ -88,7 +88,7 @@ END = (
     "{% endfor %}"
     "{% set messages = with_ends.messages %}\n"
 )
-# These are the contents of the messages of a test conversation. The rendered text after `_ANSWER` shows which token a
+# The messages of a test conversation have the following contents. The rendered text after `_ANSWER` shows which token a
 # template writes after an answer.
 _QUESTION, _ANSWER, _NEXT = "first-question", "first-reply", "second-question"
 _PARAMETERS = {"type": "object", "properties": {"word": {"type": "string", "description": "word"}}}
@@ -397,7 +397,8 @@ def render(
     _check(template, messages, tools)
     context: dict[str, Any] = {"messages": list(messages), "tools": tools, "documents": None}
     context |= {"add_generation_prompt": add_generation_prompt}
-    context |= {"bos_token": bos_token} if bos_token else {}  # if it is "": undefined variable, as in transformers
+    # An empty bos_token or eos_token is left undefined in the template, as in transformers.
+    context |= {"bos_token": bos_token} if bos_token else {}
     context |= {"eos_token": eos_token} if eos_token else {}
     if is_builtin(template):
         try:

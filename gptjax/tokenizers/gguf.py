@@ -30,11 +30,11 @@ from gptjax.tokenizers.chars import Chars
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # token types
 SPECIAL = (UNKNOWN, CONTROL, UNUSED)
 BLANK = "▁"
-# These constants limit the number of characters in one token and the number of characters in all tokens together. The
-# limit on all tokens is twice the size of a large vocabulary: 262,144 tokens of 8 characters are 2 million characters.
+# MAX_TOKEN limits the number of characters in one token, and MAX_TEXT limits the number of characters in all tokens
+# together. MAX_TEXT is twice the size of a large vocabulary: 262,144 tokens of 8 characters are 2 million characters.
 MAX_TOKEN, MAX_TEXT = 512, 4 << 20
 MAX_PAIRS = 1 << 20  # Largest number of pairs of tokens that make a token; Gemma has 0.6 million.
-# In llama.cpp, special tokens with these names end generation even if the metadata do not list the tokens.
+# In llama.cpp, the special tokens in END_OF_TURN end generation even if the metadata do not list the tokens.
 END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>")
 
 
@@ -43,7 +43,7 @@ class Pre(NamedTuple):
     fields are settings that a GGUF file does not store."""
 
     scheme: str
-    nfc: bool = False  # whether the original tokenizer normalises texts to Unicode NFC, unlike llama.cpp
+    nfc: bool = False  # True if the original tokenizer, unlike llama.cpp, normalises texts to Unicode NFC.
     ignore_merges: bool = False
 
 
@@ -101,7 +101,7 @@ def from_metadata(metadata: Mapping[str, Any]) -> Base:
     )
 
 
-# For these pre-tokenizers, add_bos is true if the metadata have no key tokenizer.ggml.add_bos_token.
+# For the pre-tokenizers in _ADD_BOS, add_bos is true if the metadata have no key tokenizer.ggml.add_bos_token.
 _ADD_BOS = [name for name, pre in PRE.items() if pre.ignore_merges]
 
 
@@ -121,7 +121,7 @@ def _tokens(metadata: Mapping[str, Any]) -> tuple[list[str], list[int]]:
     return tokens, [NORMAL] * len(tokens) if types is None else types
 
 
-_PADDING = "[PAD{i}]"  # llama.cpp's converters give this name to padding rows of the embedding matrix
+_PADDING = "[PAD{i}]"  # llama.cpp's name for padding rows of the embedding matrix
 _PER_TOKEN = ("tokens", "token_type", "scores")
 
 

@@ -309,7 +309,7 @@ def _steps(chain: Any, key: str) -> tuple[list[Any], int]:
     """Return all steps of a normalizer, pre-tokenizer, decoder or post-processor, and the nesting depth of its
     sequences.
 
-    The traversal stops beyond MAX_STEPS steps or MAX_DEPTH levels.
+    The search for steps stops beyond MAX_STEPS steps or MAX_DEPTH levels.
 
     Args:
         chain: a single step, or a Sequence of steps, some of which may be sequences themselves.
@@ -658,7 +658,7 @@ def _file(tokenizer: Base, body: dict[str, Any]) -> dict[str, Any]:
     tokens = [added_token(name, i, True) for name, i in tokenizer.special_tokens.items()]
     tokens += [added_token(name, i, False) for name, i in tokenizer.added_tokens.items()]
     after = None
-    if tokenizer.add_bos and tokenizer.bos_id is not None:  # This post-processor adds bos_id before a text.
+    if tokenizer.add_bos and tokenizer.bos_id is not None:  # The post-processor adds bos_id before a text.
         name = tokenizer.decode([tokenizer.bos_id])
         bos = {"SpecialToken": {"id": name, "type_id": 0}}
         first, second = ({"Sequence": {"id": letter, "type_id": i}} for i, letter in enumerate("AB"))

@@ -23,7 +23,8 @@ from gptjax.weights.rules import Source
 
 ARCHITECTURES: dict[str, Gguf] = {family.gguf.name: family.gguf for family in families.FAMILIES.values() if family.gguf}
 
-# These metadata keys, written without the prefix of the architecture, do not change the outputs of a model in gptjax.
+# The metadata keys in _NEUTRAL, written without the prefix of the architecture, do not change the outputs of a model in
+# gptjax.
 _NEUTRAL = ("vocab_size", "attention.value_length", "rope.dimension_count", "attention.causal", "tensor_data_layout")
 
 

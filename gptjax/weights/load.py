@@ -34,7 +34,7 @@ from gptjax.weights.native import check_vocabulary
 from gptjax.weights.rules import Source, read, shardings_by_path
 
 CONFIG = "config.json"
-LABELS = "labels.json"  # This file describes a classifier: class names, pooling, maximum length and prompt template.
+LABELS = "labels.json"  # labels.json describes a classifier: class names, pooling, maximum length and prompt template.
 MAX_CONFIG_BYTES = 16 << 20
 _DTYPES = ("float32", "bfloat16", "float16")
 

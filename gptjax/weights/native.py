@@ -37,7 +37,7 @@ from gptjax.weights.rules import Out, Rule, read
 
 FORMAT, VERSION = "gptjax model", 1
 WEIGHTS, ADAPTER, MODEL = "model.safetensors", "adapter.safetensors", "model.json"
-_UNLISTED = (  # These are the files of a model folder of version 0.1.0, whose model.json does not list its files.
+_UNLISTED = (  # files in a model folder of version 0.1.0, whose model.json does not list its files
     WEIGHTS, "tokenizer.json", "config.yaml", "result.json", "adapter/adapter_config.json",
     "adapter/adapter_model.safetensors",
 )  # fmt: skip

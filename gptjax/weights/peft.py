@@ -45,7 +45,7 @@ from gptjax.weights.native import fingerprint
 from gptjax.weights.rules import Out, Rule, Tensor, identity, is_float, tensors_of
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-HASHES = "gptjax_sha256.json"  # This file holds the SHA-256 hashes of CONFIG and WEIGHTS; other tools ignore the file.
+HASHES = "gptjax_sha256.json"  # SHA-256 hashes of CONFIG and WEIGHTS; other tools ignore this file
 _PREFIX = "base_model.model."
 _SUFFIXES = {"a": "lora_A.weight", "b": "lora_B.weight", "m": "lora_magnitude_vector", "d": "miss_block"}
 _HEAD = f"{_PREFIX}score.weight"  # Name of the head of a classifier in transformers.

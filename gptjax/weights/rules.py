@@ -50,10 +50,10 @@ class Form(NamedTuple):
 
 identity = Form(lambda a: a, lambda a: a, lambda shape: shape)
 transposed = Form(lambda a: a.T, lambda a: a.T, lambda shape: shape[::-1])
-# This form is for files that store norm scales as scale - 1. The 1 is added in float32, because an addition in bfloat16
-# would lose the last bits of the scale.
+# The form `plus_one` is for files that store norm scales as scale - 1. The 1 is added in float32, because an addition
+# in bfloat16 would lose the last bits of the scale.
 plus_one = Form(lambda a: a.astype(np.float32) + 1, lambda a: a.astype(np.float32) - 1, lambda shape: shape)
-# This form is for files that store weight matrices as kernels [1, in, out] of convolutions of width 1.
+# The form `squeeze_leading` is for files that store weight matrices as kernels [1, in, out] of convolutions of width 1.
 squeeze_leading = Form(lambda a: a[0], lambda a: a[None], lambda shape: (1, *shape))
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from gptjax.errors import refuse
 
-# These attributes do not affect the logits in inference.
+# The attributes in NEUTRAL do not affect the logits in inference.
 NEUTRAL = {
     "architectures", "model_type", "transformers_version", "dtype", "torch_dtype", "use_cache",
     "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "_name_or_path",

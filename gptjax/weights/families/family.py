@@ -51,8 +51,8 @@ class Family(NamedTuple):
     to_hf: Callable[[ModelConfig], dict[str, Any]]
     rules: Sequence[Rule]
     gguf: Gguf | None = None
-    # These boolean fields of ModelConfig may be False in an exported model. The biases and norm scales that such a
-    # model lacks are written as zeros and ones.
+    # `fills` names boolean fields of ModelConfig that may be False in an exported model. The biases and norm scales
+    # that the exported model lacks are written as zeros and ones.
     fills: frozenset[str] = frozenset()
     ignored: tuple[str, ...] = ()  # Name suffixes of tensors that hold no parameters.
     prefix: str = ""  # Common prefix of the names in `rules`, which the tensor names in a file may lack.

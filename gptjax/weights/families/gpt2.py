@@ -89,7 +89,7 @@ _TENSORFLOW_NAMES = {
 }  # fmt: skip
 _HEAD = [Rule("lm_head/kernel", "lm_head.weight", transposed)]
 
-# These rules are for OpenAI's TensorFlow checkpoints, in which kernels have the shape [1, in, out].
+# OPENAI_RULES are the rules for OpenAI's TensorFlow checkpoints, in which kernels have the shape [1, in, out].
 OPENAI_RULES = _rules("model/", _TENSORFLOW_NAMES, squeeze_leading, [], ("w", "b", "g"))
 
 

@@ -10,10 +10,11 @@ from gptjax.weights.families.attributes import Attributes
 from gptjax.weights.families.family import biases, kernels, scales
 from gptjax.weights.rules import Form, Rule, identity, transposed
 
-# The window pattern is computed for at most this number of layers, because a file may give a huge num_hidden_layers.
+# The window pattern is computed for at most MAX_LAYERS layers, because a file may give a huge num_hidden_layers.
 MAX_LAYERS = 1 << 12
 
-# These are the default values of transformers' config classes. A value of None is computed from other attributes.
+# SIZES holds the default values of transformers' config classes. The value of an attribute with the default None is
+# computed from other attributes.
 SIZES: dict[str, Any] = dict(
     vocab_size=32_000, hidden_size=4096, intermediate_size=11_008, num_hidden_layers=32, num_attention_heads=32,
     num_key_value_heads=None, rms_norm_eps=1e-6, tie_word_embeddings=False,
