@@ -42,12 +42,13 @@ class Encoded(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Packed or padded examples as n rows of T tokens; every array has the shape [n, T]."""
+    """Packed or padded examples as n rows of T tokens; every array has the shape [n, T]. The array weights is float32,
+    and all other arrays are int32."""
 
-    tokens: np.ndarray  # int32
-    targets: np.ndarray  # int32
-    weights: np.ndarray  # float32
-    segment_ids: np.ndarray  # int32: number of the example within its row, counted from 1, and 0 for padding
+    tokens: np.ndarray
+    targets: np.ndarray
+    weights: np.ndarray
+    segment_ids: np.ndarray  # Number of the example within its row, counted from 1, or 0 for padding.
 
 
 class TreeRows(NamedTuple):

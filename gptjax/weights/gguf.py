@@ -166,7 +166,7 @@ def _has_rope(gguf: Gguf) -> bool:
 def to_metadata(cfg: ModelConfig, name: str) -> dict[str, Any]:
     """Returns the GGUF metadata that describe a model in llama.cpp's architecture `name`.
 
-    The metadata of the tokenizer are not included.
+    The returned metadata do not include the metadata of the tokenizer.
     """
     gguf = ARCHITECTURES[name]
     values: dict[str, Any] = {
