@@ -1,9 +1,11 @@
-"""The data pipeline, from text to tokens to batches. This package uses numpy only and does not import jax.
+"""The data pipeline reads text, encodes the text as token ids, and arranges the token ids in batches.
 
-prepared = data.prepare(cfg)                      the tokenizer, token stores of train and val, and a manifest
-loader   = data.Loader(prepared.train, cfg.data, batch_size=12, context_length=64, seed=0, vocab_size=81)
-batch    = loader.batch(step)                     a pure function of (seed, step)
-for batch in data.eval_batches(prepared.val, context_length=64, batch_size=12): ...
+The package gptjax.data uses numpy only and does not import jax.
+
+    prepared = data.prepare(cfg)                      the tokenizer, token stores of train and val, and a manifest
+    loader   = data.Loader(prepared.train, cfg.data, batch_size=12, context_length=64, seed=0, vocab_size=81)
+    batch    = loader.batch(step)                     a pure function of (seed, step)
+    for batch in data.eval_batches(prepared.val, context_length=64, batch_size=12): ...
 """
 
 from gptjax.data.loader import Loader, eval_batches, permute

@@ -1,10 +1,11 @@
-"""Text classification data: reading, encoding, packing, and batches as a pure function of (seed, step).
+"""Reads, encodes and packs text classification data, and computes each batch as a pure function of (seed, step).
 
-data   = read("SMSSpamCollection.tsv")              texts, labels [n] and the class names ("ham", "spam")
-splits = split_labelled(data, seed=0)               train, val, test; duplicates removed
-train  = encode(splits.train, tokenizer, 120)       token ids and labels
-train  = rows(train)                                tokens [n, T], up to K texts per row, one segment each
-batch(train, 7, batch_size=8, seed=0)               tokens [8, T], segment_ids [8, T], labels and weights [8, K]
+Example:
+    data   = read("SMSSpamCollection.tsv")              texts, labels [n] and the class names ("ham", "spam")
+    splits = split_labelled(data, seed=0)               train, val, test; duplicates removed
+    train  = encode(splits.train, tokenizer, 120)       token ids and labels
+    train  = rows(train)                                tokens [n, T], up to K texts per row, one segment each
+    batch(train, 7, batch_size=8, seed=0)               tokens [8, T], segment_ids [8, T], labels and weights [8, K]
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ MOST_CLASSES = 1000
 
 
 class Labelled(NamedTuple):
-    """Texts with their classes: the class of texts[i] is named names[labels[i]]; labels is [n] int32."""
+    """Labelled texts: `labels` [n] int32 holds class indices, and names[labels[i]] is the class name of texts[i]."""
 
     texts: list[str]
     labels: np.ndarray
@@ -38,20 +39,21 @@ class Labelled(NamedTuple):
 
 
 class Examples(NamedTuple):
-    """Encoded texts: ids[i] int32 holds the token ids of text i, and labels[i] is its class."""
+    """Texts as token ids: ids[i] int32 holds the token ids of text i, and labels[i] is the class index of text i."""
 
     ids: list[np.ndarray]
     labels: np.ndarray
-    cut: int  # number of texts that were truncated
+    cut: int  # number of texts that were truncated to the maximum length
 
 
 class Rows(NamedTuple):
-    """n rows of T tokens; each row holds up to K texts.
+    """A classification data set as n rows of T tokens; each row holds up to K texts.
 
-    tokens       [n, T] int32
-    segment_ids  [n, T] int32: k + 1 for the tokens of text k of the row, 0 for padding
-    texts        [n, K] int32: indices of the row's texts in the data set, -1 where a row has fewer than K texts
-    labels       [n, K] int32: labels of these texts
+    Arrays:
+        tokens       [n, T] int32
+        segment_ids  [n, T] int32: k + 1 for the tokens of text k of the row, 0 for padding
+        texts        [n, K] int32: indices of the row's texts in the data set, -1 where a row has fewer than K texts
+        labels       [n, K] int32: labels of these texts
     """
 
     tokens: np.ndarray
@@ -61,8 +63,9 @@ class Rows(NamedTuple):
 
 
 class LabelledBatch(NamedTuple):
-    """A batch of B rows: tokens and segment_ids [B, T] and labels [B, K] mean the same as in `Rows`; weights [B, K]
-    float32 are 1 for a text and 0 where a row has fewer than K texts.
+    """A batch of B rows of classification data. The arrays tokens and segment_ids [B, T] and labels [B, K] have the
+    same meaning as in `Rows`. The array weights [B, K] float32 is 1 for a text, and 0 where a row has fewer than K
+    texts.
     """
 
     tokens: np.ndarray
@@ -84,7 +87,8 @@ def read(
 ) -> Labelled:
     """Read labelled texts from a .csv, .tsv, .json (array), .jsonl or .parquet file, or from hf:org/name.
 
-    A .tsv without a header has two columns, label and text. "NA" and "null" are read as texts, not as missing values.
+    A .tsv file without a header must have two columns, the label and the text. The cells "NA" and "null" are read as
+    texts, not as missing values.
 
     Args:
         text: name of the column with the text. None: the column whose name is in `tables.TEXT`; there must be exactly
@@ -103,7 +107,7 @@ def read(
     """
     rows = tables.tsv(source, quoted) if source.lower().endswith(".tsv") else tables.read(source)
     texts: list[str] = []
-    classes: list[str] = []  # name of the class of each text
+    classes: list[str] = []  # class name of each text
     problems: list[str] = []
     for location, row in rows:
         if len(problems) >= MAX_PROBLEMS:
@@ -140,7 +144,8 @@ def read(
 def _columns(row: dict[str, Any], text: str | None, label: str | None, source: str) -> tuple[str, str]:
     """Returns the names of the text column and the label column.
 
-    If `text` or `label` is None, finds the column whose name is in `tables.TEXT` or `tables.LABEL`, respectively.
+    If `text` is None, the text column is the column whose name is in `tables.TEXT`. If `label` is None, the label
+    column is the column whose name is in `tables.LABEL`.
     """
     find_text = partial(_column, row, tables.TEXT, "text", "classify.text_field", source)
     find_label = partial(_column, row, tables.LABEL, "label", "classify.label_field", source)
@@ -177,9 +182,9 @@ def _name(label: str | int) -> str:
 
 
 def balanced(data: Labelled, seed: int) -> Labelled:
-    """Undersample every class, without replacement, to the size of the rarest class.
+    """Undersample the texts of every class, without replacement, to the size of the rarest class.
 
-    The remaining texts keep their order.
+    The texts that are kept stay in the order of `data`.
     """
     rng = np.random.default_rng(seed)
     size = np.min(np.bincount(data.labels, minlength=len(data.names)))
@@ -191,10 +196,10 @@ def balanced(data: Labelled, seed: int) -> Labelled:
 
 
 def encode(data: Labelled, tokenizer: Tokenizer, max_length: int, prompt: str = "{text}") -> Examples:
-    """Inserts each text in place of "{text}" in `prompt` and encodes the result.
+    """Encodes each text as token ids, after inserting the text in place of "{text}" in `prompt`.
 
-    A text is truncated if the result would exceed `max_length` tokens. Each example begins with the beginning-of-text
-    token if `tokenizer.add_bos` is set.
+    A text is truncated if the prompt with the text would exceed `max_length` tokens. Each example begins with the
+    beginning-of-text token if `tokenizer.add_bos` is set.
 
     Raises:
         UserError: the prompt does not contain "{text}" exactly once, or is too long to leave space for a text, or a
@@ -217,9 +222,10 @@ def encode(data: Labelled, tokenizer: Tokenizer, max_length: int, prompt: str = 
 
 
 def rows(examples: Examples, packed: bool = True) -> Rows:
-    """Arranges the texts in rows that are as long as the longest text.
+    """Arranges the encoded texts in rows of tokens; every row is as long as the longest text.
 
-    If `packed`, several texts share a row (first-fit decreasing); otherwise each row has one text, in input order.
+    If `packed` is True, first-fit decreasing packs several texts into each row; otherwise each row holds one text, in
+    input order.
     """
     lengths = np.array([len(text_ids) for text_ids in examples.ids])
     width = int(lengths.max())
@@ -236,7 +242,8 @@ def rows(examples: Examples, packed: bool = True) -> Rows:
 
 
 def batch(rows: Rows, step: int, *, batch_size: int, seed: int) -> LabelledBatch:
-    """Returns the batch for training step `step`. Every epoch contains each row once, in a new order.
+    """Returns the batch for training step `step`. Every epoch contains each row once, in a random order that changes
+    from epoch to epoch.
 
     A batch may contain the last rows of one epoch and the first rows of the next.
     """
@@ -261,12 +268,13 @@ def _batch(rows: Rows, index: np.ndarray) -> LabelledBatch:
 
 
 def majority(train: Labelled, test: Labelled) -> float:
-    """Returns the accuracy on `test` of always predicting the most frequent class of `train`."""
+    """Returns the accuracy on `test` of a classifier that always predicts the most frequent class of `train`."""
     return float((test.labels == np.argmax(np.bincount(train.labels))).mean())
 
 
 def naive_bayes(train: Labelled, test: Labelled, tokenizer: Tokenizer) -> float:
-    """Returns the accuracy on `test` of multinomial naive Bayes over tokens, with Laplace (add-one) smoothing."""
+    """Returns the accuracy on `test` of a multinomial naive Bayes classifier over tokens, with Laplace (add-one)
+    smoothing."""
     counts = [Counter[int]() for _ in train.names]
     for text, k in zip(train.texts, train.labels, strict=True):
         counts[k].update(tokenizer.encode(text))

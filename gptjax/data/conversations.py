@@ -1,16 +1,17 @@
-"""Conversations for supervised fine-tuning: reading, chat templates, token ids and the loss mask.
+"""Reads conversations for supervised fine-tuning, and encodes them with a chat template as token ids and loss weights.
 
     talks   = read("instruction-data.json")
     spans   = render(talks[0], tok)      [Span(ids of the prompt, 0), Span(ids of the answer and its end, 1)]
     encoded = encode(talks, tok, context_length=256)
     rows    = packing.packed(encoded, 256)
 
-The loss mask depends on the position of a token in the conversation, not on its id: the token that ends an answer is a
-target, but the same token id in the padding or in a user turn is not.
+The loss mask depends on the position of a token in the conversation, not on the token id: the token that ends an answer
+is a target, but the same token id in the padding or in a user turn is not a target.
 
-Every answer is trained after exactly the tokens that the model gets as its prompt at that point of the conversation. A
-chat template may render earlier turns differently once later turns follow (Qwen3's drops the reasoning of earlier
-answers). Such a conversation is encoded as a token tree (`data.token_tree`), or as one row per answer.
+In training, every answer follows exactly the token ids that the model would get as the prompt for this answer. A chat
+template may render a turn differently once later turns follow; for example, Qwen3's template drops the reasoning of
+earlier answers. A conversation with turns that are rendered differently is encoded as a token tree (`data.token_tree`),
+or as one row per answer.
 """
 
 from __future__ import annotations
@@ -35,16 +36,16 @@ from gptjax.formats import tables
 from gptjax.tokenizers import chat
 from gptjax.tokenizers.base import Tokenizer, found_in, stop_ids, whole_tokens
 
-# usual names of ShareGPT's roles
+# Maps the role names of ShareGPT data to the role names of chat templates.
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "observation": "tool"}
-THINK, END_THINK = "<think>", "</think>"  # the tags around the reasoning of an answer
-# ends the prompts of Qwen, Gemma 4 and Command R7B if they are not to reason
+THINK, END_THINK = "<think>", "</think>"  # Tags around the reasoning of an answer.
+# Matches the empty reasoning that ends the prompts of Qwen, Gemma 4 and Command R7B if the model is told not to reason.
 EMPTY_THOUGHT = re.compile(
     r"(<think>|<\|channel>thought|<\|START_THINKING\|>)\s*(</think>|<channel\|>|<\|END_THINKING\|>)\s*\Z"
 )
 MAX_PROBLEMS = 20
-MAX_WEIGHT = 1000.0  # largest loss weight of an answer
-# number of texts rendered per subprocess: starting a subprocess takes 0.1 s, rendering a text less than 1 ms
+MAX_WEIGHT = 1000.0  # Largest loss weight that an answer may have.
+# Number of texts rendered per subprocess: starting a subprocess takes 0.1 s, and rendering a text takes less than 1 ms.
 RENDER_BATCH = 2048
 COLOUR, PLAIN = "\x1b[32m", "\x1b[0m"
 
@@ -52,14 +53,15 @@ COLOUR, PLAIN = "\x1b[32m", "\x1b[0m"
 class Conversation(NamedTuple):
     """One conversation.
 
-    messages     messages {"role": .., "content": ..}, with the roles [system,] user, assistant, user, assistant, ..
-                 in this order; tool messages may stand between an answer that calls tools and the next answer. If an
-                 Alpaca record has a non-empty "input", its user message has the key "input", too. An answer may have
-                 "tool_calls" [{"type": "function", "function": {"name": .., "arguments": {..}}}, ..],
-                 "reasoning_content" (text), and "weight" (its loss weight; 1 if it is missing).
-    where        location of the conversation in its source, such as rows.jsonl:3
-    constraints  verifiable constraints on the answer, see `evaluation.generation_metrics`
-    tools        JSON schemas of functions, for chat templates that support tools
+    Attributes:
+        messages     messages {"role": .., "content": ..}, with the roles [system,] user, assistant, user, assistant, ..
+                     in this order; tool messages may stand between an answer that calls tools and the next answer. If
+                     an Alpaca record has a non-empty "input", its user message has the key "input", too. An answer may
+                     have "tool_calls" [{"type": "function", "function": {"name": .., "arguments": {..}}}, ..],
+                     "reasoning_content" (text), and "weight" (its loss weight; 1 if it is missing).
+        where        location of the conversation in its source, such as rows.jsonl:3
+        constraints  verifiable constraints on the answer, see `evaluation.generation_metrics`
+        tools        JSON schemas of functions, for chat templates that support tools
     """
 
     messages: tuple[dict[str, Any], ...]
@@ -69,26 +71,28 @@ class Conversation(NamedTuple):
 
 
 class Span(NamedTuple):
-    """Consecutive token ids of a conversation. `learn` is their loss weight as targets; 0 excludes them."""
+    """Consecutive token ids of a conversation that have the same loss weight as targets. The field `learn` holds the
+    loss weight; a loss weight of 0 excludes the token ids from the loss."""
 
     ids: list[int]
     learn: float
 
 
 class Turn(NamedTuple):
-    """An answer and its prompt, as texts or as token ids."""
+    """An answer of a conversation and the prompt for this answer, both as text or both as token ids."""
 
     prompt: Any
-    answer: Any  # up to and including the token that ends the answer
-    weight: float  # loss weight of the answer
+    answer: Any  # The answer includes its end token.
+    weight: float  # Loss weight of the answer.
 
 
 class Unused(NamedTuple):
-    """For one ignored key, the number of records that have it, and the locations of the first and last of them."""
+    """The number of records that contain an ignored key, and the locations of the first and the last of these
+    records."""
 
-    first: str  # location of the first record with the key
-    records: int  # number of records with the key
-    last: str  # location of the last record with the key
+    first: str  # Location of the first record with the key.
+    records: int  # Number of records with the key.
+    last: str  # Location of the last record with the key.
 
 
 # --- records
@@ -100,9 +104,10 @@ def read(source: str, notes: list[str] | None = None) -> list[Conversation]:
     Each record has one of the formats in `FORMATS`. Optional keys of a record are system (or system_prompt or
     system_message), tools, constraints, and history, which is [[question, answer], ..]. Optional keys of an answer are
     tool_calls, reasoning_content (or reasoning or thinking), weight (its loss weight), and train (or training or loss;
-    true or false), which includes it in the loss or excludes it. If the prompt is a list of messages, the answers in
-    the prompt are excluded from the loss. Keys in METADATA and keys with empty values are ignored. Keys in UNUSABLE
-    raise an error, because they would change the prompt or the loss in an unsupported way.
+    true or false), which includes the answer in the loss or excludes the answer from the loss. If the prompt is a list
+    of messages, the answers in the prompt are excluded from the loss. Keys in METADATA and keys with empty values are
+    ignored. A key in UNUSABLE raises an error, because the key would change the prompt or the loss in an unsupported
+    way.
 
     Args:
         notes: list to which a line of text is appended if keys that are not in METADATA were ignored; the line names
@@ -118,10 +123,11 @@ def read(source: str, notes: list[str] | None = None) -> list[Conversation]:
 def read_as(
     source: str, formats: Formats, notes: list[str] | None = None, rows: tables.Records | None = None
 ) -> list[tuple[Conversation, ...]]:
-    """Returns the conversations of each record: two if the records are preference pairs, otherwise one.
+    """Returns the conversations of each record: two conversations if the records are preference pairs, otherwise one
+    conversation.
 
     Args:
-        rows: the locations and records of the source. None: they are read.
+        rows: the locations and records of the source. None: the records are read from the source.
 
     Raises the same errors as `read`.
     """
@@ -161,7 +167,8 @@ def read_as(
 
 
 def _report_unused(unused: dict[str, Unused], n: int, notes: list[str] | None) -> None:
-    """Reports the ignored keys of n records in one line of text, which is appended to `notes` or printed to stderr."""
+    """Reports the ignored keys of n records in a line of text, which is appended to `notes` or, if `notes` is None,
+    printed to stderr."""
     if not unused:
         return
     shown = [f"{key} ({use.records:,} of {n:,}, first {use.first})" for key, use in list(unused.items())[:10]]
@@ -176,13 +183,13 @@ def _keys(record: dict) -> str:
     return (tables.names(list(record)[:10]) or "(none)") + ", .." * (len(record) > 10)
 
 
-Turns = list[tuple[str, dict[str, Any]]]  # for each turn, its location in the record and the unvalidated message
-Parsed = Turns | str  # the turns of one conversation, or an error message
+Turns = list[tuple[str, dict[str, Any]]]  # Location in the record and unvalidated message of each turn.
+Parsed = Turns | str  # Turns of one conversation, or an error message.
 Parse = Callable[[tables.Record], Parsed | tuple[Parsed, ...]]
-# maps the keys that a record of a format must have to an example of such a record, and the parser of the format
+# Maps the keys that a record of a format must have to an example of such a record and the parser of the format.
 Formats = dict[tuple[str, ...], tuple[str, Parse]]
 
-# Keys that are ignored silently, because metadata is part of neither the prompt nor the answer.
+# The keys in METADATA are ignored without a message, because metadata is part of neither the prompt nor the answer.
 _METADATA = """
 id idx index uid uuid guid conversation_id conv_id dialogue_id prompt_id question_id message_id parent_id source dataset
 origin subset split category categories topic subject domain task task_type task_name type tags tag keywords language
@@ -226,7 +233,7 @@ def _conversations(
 ) -> tuple[Conversation, ...] | list[str]:
     """Returns the conversations of a record, or a list of error messages if the record is invalid.
 
-    Adds the ignored keys of the record to the counts in `unused`.
+    Also adds the ignored keys of the record to the counts in `unused`.
     """
     parsed = parse(record)
     parsed = parsed if isinstance(parsed, tuple) else (parsed,)
@@ -263,8 +270,8 @@ def _unused_keys(
 ) -> list[str]:
     """Returns error messages about the keys of a record or message that are in UNUSABLE.
 
-    Adds the ignored keys that are not in METADATA to the counts in `unused`. Keys in `known` are skipped, because the
-    caller reads them.
+    Also adds the ignored keys that are not in METADATA to the counts in `unused`. Keys in `known` are skipped, because
+    the caller reads these keys.
     """
     problems = []
     for key, value in record.items():
@@ -292,9 +299,10 @@ def _tools(value: Any) -> list[dict[str, Any]] | str:
 
 
 def _with_context(turns: Turns, record: dict, single_turn: bool) -> Parsed:
-    """Returns the record's system message and history, if it has them, followed by the turns.
+    """Returns the turns of a conversation, preceded by the system message and the history of the record if there are
+    any.
 
-    If the system message or history is invalid, returns an error message instead.
+    Returns an error message if the system message or the history is invalid.
     """
     start: Turns = []
     if history := record.get("history"):
@@ -318,17 +326,18 @@ def _with_context(turns: Turns, record: dict, single_turn: bool) -> Parsed:
     return start + turns
 
 
-# keys by which OpenAI's fine-tuning API, axolotl and ms-swift set whether an answer is in the loss
+# OpenAI's fine-tuning API, axolotl and ms-swift use the keys in LOSS_FLAGS to include an answer in the loss or to
+# exclude it.
 LOSS_FLAGS = ("weight", "train", "training", "loss")
-REASONING = ("reasoning_content", "reasoning", "thinking")  # synonymous keys of an answer
+REASONING = ("reasoning_content", "reasoning", "thinking")  # keys under which an answer may have its reasoning
 TURN_KEYS = ("role", "content", "input", "tool_calls", *REASONING, *LOSS_FLAGS)
-TOOL_KEYS = ("name", "tool_call_id")  # keys of a tool message, besides TURN_KEYS
+TOOL_KEYS = ("name", "tool_call_id")  # Keys that a tool message may have in addition to TURN_KEYS.
 
 
 def _check_loss_flags(turns: Turns) -> list[str]:
     """Returns error messages about invalid values of the keys in LOSS_FLAGS.
 
-    If all values are valid, but exclude all answers from the loss, returns an error message that says so.
+    Returns one error message if all values are valid but exclude every answer of the conversation from the loss.
     """
     problems = []
     for place, message in turns:
@@ -356,7 +365,8 @@ def _is_weight(value: Any) -> bool:
 
 
 def _weight(message: dict[str, Any]) -> float:
-    """Returns the loss weight of an answer: 0 if one of its flags is false, otherwise its weight, or 1."""
+    """Returns the loss weight of an answer: 0 if a flag such as `train` is false, otherwise the key `weight`, by
+    default 1."""
     flags = _loss_flags(message)
     return float(flags.pop("weight", 1)) if all(flags.values()) else 0.0
 
@@ -364,7 +374,7 @@ def _weight(message: dict[str, Any]) -> float:
 def _messages(turns: Turns) -> tuple[dict[str, Any], ...]:
     """Returns the messages up to and including the last answer that is in the loss.
 
-    Later messages are left out, because they do not change the loss.
+    Messages after the last answer in the loss are left out, because these messages do not change the loss.
     """
     last = max(i for i, (_, m) in enumerate(turns) if m["role"] == "assistant" and _weight(m))
     messages = []
@@ -388,10 +398,10 @@ def _reasoning(message: dict[str, Any]) -> Any:
 
 
 def _calls(value: Any) -> list[dict[str, Any]]:
-    """Returns the tool calls of an answer as chat templates expect them, with the arguments as an object.
+    """Returns the tool calls of an answer in the form that chat templates expect, with the arguments as a dict.
 
-    A call is {"type": "function", "function": {"name": .., "arguments": ..}}, or {"name": .., "arguments": ..}, with an
-    optional "id". The arguments may be JSON text, as in OpenAI's API.
+    A tool call of the data is {"type": "function", "function": {"name": .., "arguments": ..}}, or {"name": ..,
+    "arguments": ..}, with an optional "id". The arguments of a tool call may be JSON text, as in OpenAI's API.
 
     Raises:
         UserError: the calls have another form.
@@ -423,7 +433,7 @@ def _pair(question: str, answer: str, extra: str = "") -> Callable[[tables.Recor
             prompt, response = turns(question)(record), turns(answer)(record)
             if isinstance(prompt, str) or isinstance(response, str):
                 return prompt if isinstance(prompt, str) else response
-            # exclude the answers within a prompt from the loss by setting their weight to 0
+            # Exclude the answers within a prompt from the loss by setting the weight of these answers to 0.
             prompt = [(place, m | {"weight": 0} if m["role"] == "assistant" else m) for place, m in prompt]
             return [*prompt, *response]
         user = {"role": "user", "content": record[question]}
@@ -437,7 +447,7 @@ def _pair(question: str, answer: str, extra: str = "") -> Callable[[tables.Recor
 def turns(key: str) -> Callable[[tables.Record], Parsed]:
     """Returns a parser for records that have a list of messages under `key`.
 
-    A message is {"role": .., "content": ..} or {"from": .., "value": ..}.
+    A message of the list is a dict {"role": .., "content": ..} or {"from": .., "value": ..}.
     """
 
     def parse(record: tables.Record) -> Parsed:
@@ -459,9 +469,9 @@ def turns(key: str) -> Callable[[tables.Record], Parsed]:
 
 
 def _one_of(turn: dict, names: tuple[str, str]) -> str | None:
-    """Returns which of two synonymous keys a message has.
+    """Returns the key that a message has, out of the two synonymous keys in `names`.
 
-    If the message has both keys, returns the one whose value is not null. Returns None if the message has neither key,
+    If the message has both keys, returns the key whose value is not null. Returns None if the message has neither key,
     or both keys with values that are not null.
     """
     present = [name for name in names if name in turn]
@@ -526,9 +536,9 @@ def _answer_keys(message: dict[str, Any]) -> list[str]:
 
 
 def _in_order(messages: list[dict[str, Any]]) -> bool:
-    """Returns whether the messages are [system,] user, assistant, user, .., assistant.
+    """Returns whether the roles of the messages are [system,] user, assistant, user, .., assistant, in this order.
 
-    One or more tool messages must stand between an answer with tool_calls and the next message, which is an answer.
+    An answer with tool_calls must be followed by one or more tool messages and then by another answer.
     """
     expected: tuple[str, ...] = ("user",)
     for message in messages[1:] if messages and messages[0]["role"] == "system" else messages:
@@ -558,9 +568,10 @@ def _text_problem(text: Any) -> str | None:
 def render(conversation: Conversation, tokenizer: Tokenizer, style: chat.Style | None = None) -> list[Span]:
     """Returns the token ids of a conversation as spans, each of which has one loss weight.
 
-    The last span is the last answer with its end token. The ids before it are exactly the prompt that the model gets
-    when it generates this answer. If the template renders earlier turns as the model generated them, each earlier
-    answer is a span of its own. Otherwise the spans are the last prompt and the last answer; `encode` adds the others.
+    The last span is the last answer with its end token. The token ids before the last span are exactly the prompt that
+    the model gets when it generates the last answer. If the chat template renders earlier turns as the model generated
+    them, each earlier answer is a separate span. If the chat template renders earlier turns differently, the spans are
+    only the last prompt and the last answer; `encode` also encodes the earlier answers.
 
     Args:
         style: the chat style, see `chat.styled`.
@@ -577,7 +588,7 @@ def render(conversation: Conversation, tokenizer: Tokenizer, style: chat.Style |
 def render_all(
     conversations: Sequence[Conversation], tokenizer: Tokenizer, style: chat.Style | None = None
 ) -> list[list[Span]]:
-    """Renders several conversations as `render` does, but faster, because one subprocess renders many of them."""
+    """Renders several conversations like `render`, but faster, because one subprocess renders many conversations."""
     return [_row(turns) for turns in turns_of(conversations, tokenizer, style)]
 
 
@@ -586,11 +597,13 @@ def turns_of(
 ) -> list[list[Turn]]:
     """Returns a `Turn` of token ids for each answer of each conversation. Raises the same errors as `render`.
 
-    The prompt is the text that the template renders of the messages before the answer, encoded as a whole.
+    The prompt of an answer is the text that the chat template renders for the messages before the answer, encoded as a
+    whole.
     """
     tokenizer = chat.styled(tokenizer, style)
     template, end = tokenizer.chat_template, chat.end_of_answer(tokenizer)
-    assert template is not None and end is not None  # `chat.styled` refuses tokenizers without a template or end token
+    # `chat.styled` raises an error for a tokenizer without a chat template or without an end token.
+    assert template is not None and end is not None
     _refuse(problem for talk in conversations if (problem := _unfit(talk, tokenizer, template, end)))
     return [_encode_turns(turns, tokenizer) for turns in _chat(conversations, tokenizer, end)]
 
@@ -611,19 +624,21 @@ def _unfit(talk: Conversation, tokenizer: Tokenizer, template: str, end: str) ->
 
 
 def _encode_turns(turns: list[Turn], tokenizer: Tokenizer) -> list[Turn]:
-    """Encodes the prompt of each turn as a whole, as for generation, and the answer as its continuation.
+    """Encodes the prompt of each turn as a whole, as for generation, and the answer as the continuation of the prompt.
 
-    SentencePiece encodes a text differently at the beginning of its input, or after some special tokens, than in the
-    middle. The ids of an answer are therefore found by encoding prompt and answer together and removing the ids of the
-    prompt from the front. If the encoding does not begin with the ids of the prompt, the answer is encoded on its own.
+    At the beginning of the input and after some special tokens, SentencePiece encodes a text differently than in the
+    middle of the input. The token ids of an answer are therefore found by encoding the prompt and the answer together
+    and removing the token ids of the prompt from the front. If the encoding of prompt and answer does not begin with
+    the token ids of the prompt, the answer is encoded separately.
 
         <s>[INST] Hi [/INST] | Hello</s>     two spans, separated by "|": Hello is encoded as "▁Hello" together with
                                              the first span, but as "▁ ▁Hello" on its own
     """
-    in_context = getattr(tokenizer, "kind", "") == "hf"  # other tokenizers encode a text regardless of its context
+    # Tokenizers of other kinds than "hf" encode a text independently of the text around it.
+    in_context = getattr(tokenizer, "kind", "") == "hf"
 
     def encode(text: str) -> list[int]:
-        # all special tokens come from the template, because `_unfit` refuses messages that contain special tokens
+        # All special tokens come from the chat template, because `_unfit` rejects messages that contain special tokens.
         return tokenizer.encode(text, allowed_special="all")
 
     encoded = []
@@ -637,7 +652,8 @@ def _encode_turns(turns: list[Turn], tokenizer: Tokenizer) -> list[Turn]:
 
 
 def _spans(turns: list[Turn]) -> list[Span]:
-    """Returns the spans of a conversation, or [] if the prompt of a turn does not begin with the turn before it."""
+    """Returns the spans of a conversation, or [] if the prompt of a turn does not begin with the prompt and the answer
+    of the previous turn."""
     spans: list[Span] = []
     before: list[int] = []
     for prompt, answer, weight in turns:
@@ -649,7 +665,8 @@ def _spans(turns: list[Turn]) -> list[Span]:
 
 
 def _row(turns: list[Turn]) -> list[Span]:
-    """Returns the spans of a conversation, or those of its last turn if the prompts do not begin with earlier turns."""
+    """Returns the spans of a conversation, or only the spans of the last turn if a prompt does not begin with the
+    previous turn."""
     return _spans(turns) or [Span(turns[-1].prompt, 0.0), Span(turns[-1].answer, turns[-1].weight)]
 
 
@@ -659,22 +676,23 @@ def _row(turns: list[Turn]) -> list[Span]:
 class _Job(NamedTuple):
     where: str
     messages: list[dict[str, Any]]
-    begin: bool  # whether to add the generation prompt, after which the answer begins
+    begin: bool  # True if the generation prompt, after which the answer begins, is appended.
     tools: list[dict[str, Any]] | None = None
 
 
 def _chat(conversations: Sequence[Conversation], tokenizer: Tokenizer, end: str) -> list[list[Turn]]:
-    """Returns, for each conversation, the texts of its turns.
+    """Returns the turns of each conversation as text.
 
-    An answer is the text that the template adds to the prompt, up to and including the end token.
+    The text of an answer is the text that the chat template appends to the prompt, up to and including the end token.
 
-    prompt       <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n
-    with answer  <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\nHello!<|im_end|>\\n
-    answer                                                              Hello!<|im_end|>
+        prompt       <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n
+        with answer  <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\nHello!<|im_end|>\\n
+        answer                                                              Hello!<|im_end|>
     """
     jobs = []
     template = tokenizer.chat_template or ""
-    # message.thinking, message["thinking"] or "thinking" in message, but not the variable enable_thinking
+    # The pattern matches message.thinking, message["thinking"] and "thinking" in message, but not the variable
+    # enable_thinking.
     used = (key for key in REASONING if re.search(rf"[.'\"]{key}\b", template))
     reasoning_key = next(used, REASONING[0])
     for talk in conversations:
@@ -704,7 +722,8 @@ def _chat(conversations: Sequence[Conversation], tokenizer: Tokenizer, end: str)
 
 
 def _template_message(message: dict[str, Any], tokenizer: Tokenizer, reasoning_key: str) -> dict[str, Any]:
-    """Returns a message as the chat template reads it, with the reasoning under the key that the template uses."""
+    """Returns a message in the form that the chat template reads, with the reasoning under the key that the template
+    uses."""
     kept = {key: value for key, value in message.items() if key not in ("input", "weight", REASONING[0])}
     if REASONING[0] in message:
         kept[reasoning_key] = message[REASONING[0]]
@@ -716,7 +735,8 @@ def _answers(talk: Conversation) -> list[int]:
 
 
 def _refuse_lost(message: dict[str, Any], prompt: str, name: str) -> None:
-    """Raises UserError if the template leaves the result of a tool, the last message of the prompt, out of it."""
+    """Raises UserError if the last message is the result of a tool and the chat template left this result out of the
+    prompt."""
     text = message["content"].strip()
     if message["role"] == "tool" and not _written(text, prompt):
         raise UserError(
@@ -725,7 +745,7 @@ def _refuse_lost(message: dict[str, Any], prompt: str, name: str) -> None:
 
 
 def _written(part: str, text: str) -> bool:
-    """Returns whether a text contains another one, as it is or as JSON, apart from whitespace."""
+    """Returns whether `text` contains `part`, either unchanged or as a JSON string, if whitespace is ignored."""
     forms = (part, json.dumps(part.strip(), ensure_ascii=False)[1:-1])
     return any(_squeezed(form) in _squeezed(text) for form in forms)
 
@@ -737,7 +757,7 @@ def _squeezed(text: str) -> str:
 def _answer_text(
     message: dict[str, Any], question: str, prompt: str, full: str, ends: Sequence[str], tokenizer: Tokenizer
 ) -> str:
-    """Returns the text of an answer, up to and including the token that ends it.
+    """Returns the text of an answer, up to and including the token that ends the answer.
 
     Args:
         question: the text of the message before the answer.
@@ -750,19 +770,21 @@ def _answer_text(
     if full.startswith(prompt):
         text = full[len(prompt) :]
     elif empty and full.startswith(prompt[: empty.start()]) and not full.startswith(empty[1], empty.start()):
-        # The prompt tells the model not to reason, and the template leaves the empty thought out of finished answers.
+        # The prompt ends with empty reasoning, which the chat template leaves out of finished answers.
         text = full[empty.start() :]
     elif full.startswith(before) and prompt.rstrip() != before:
-        # The prompt begins the reasoning (DeepSeek-R1), and the template leaves the reasoning out of finished answers.
+        # The prompt of DeepSeek-R1 ends with the tag that begins the reasoning, and the chat template leaves the
+        # reasoning out of finished answers.
         thought = reasoning or message["content"].rpartition(END_THINK)[0].removeprefix(THINK)
         rest = full[len(before) :]
         between = "" if rest.startswith(END_THINK) else f"\n{END_THINK}\n\n"
         text = thought.strip("\n") + between + rest
     elif since := _common_end(prompt, full, {question, *tokenizer.special_tokens}):
-        # The template writes something around the last question only while it is the last message (Mistral's tools).
+        # The chat template writes text around a question only while the question is the last message, as Mistral's
+        # template writes the tools.
         text = full[full.rfind(since) + len(since) :]
     else:
-        n = len(os.path.commonprefix([prompt, full]))  # noqa: RUF071  # of characters, not of paths
+        n = len(os.path.commonprefix([prompt, full]))  # noqa: RUF071
         raise UserError(
             f"the chat template of {name} does not render an answer after its prompt: after {prompt[:n][-60:]!r} comes "
             f"{prompt[n : n + 60]!r} in the prompt and {full[n : n + 60]!r} in the finished turn; choose style chatml, "
@@ -772,7 +794,9 @@ def _answer_text(
     if not found:
         end = (chat.end_of_call(tokenizer) if message.get("tool_calls") else None) or ends[0]
     body, end = (text[: min(found)[0]], min(found)[1]) if found else (text, end)
-    # A name or reasoning that the content quotes must also be written beside it: the name after, reasoning before it.
+    # The names of called tools and the reasoning must be written outside the content, even if the content quotes them.
+    # The content is therefore removed before the search: its first occurrence for names, its last occurrence for
+    # reasoning.
     text, content = _squeezed(body), _squeezed(message["content"]) or None
     after, before = "".join(text.split(content, 1)), "".join(text.rsplit(content, 1))
     names = [call["function"]["name"] for call in message.get("tool_calls", ())]
@@ -790,26 +814,28 @@ def _answer_text(
 
 
 def _common_end(prompt: str, full: str, marks: Collection[str]) -> str:
-    """Returns the longest end of the prompt that occurs in the other text, after the point where the texts part.
+    """Returns the longest suffix of `prompt` whose last occurrence in `full` ends after the common prefix of both
+    texts.
 
-    Returns "" if it contains none of the marks, because a few characters occur anywhere.
+    Returns "" if this suffix contains none of the texts in `marks`, because a suffix of a few characters may occur
+    anywhere.
     """
     lengths = range(len(prompt) + 1)
     n = bisect.bisect_left(lengths, True, key=lambda n: prompt[len(prompt) - n :] not in full) - 1
     since = prompt[len(prompt) - n :]
-    parted = len(os.path.commonprefix([prompt, full]))  # noqa: RUF071  # of characters, not of paths
+    parted = len(os.path.commonprefix([prompt, full]))  # noqa: RUF071
     return since if n and full.rfind(since) + n > parted and found_in(since, set(marks) - {""}) else ""
 
 
 def _render_all(tokenizer: Tokenizer, jobs: list[_Job]) -> list[str]:
-    """Returns the text of each job: its messages, rendered with `chat.apply`, many jobs per subprocess.
+    """Renders the messages of each job with `chat.apply`, many jobs per subprocess, and returns the texts.
 
     A job is a list of messages to render. Each answer of a conversation needs two jobs: the messages before the answer,
     and the messages up to and including the answer. If rendering a batch of jobs fails, the batch is halved repeatedly,
     to find the jobs that cause the error.
     """
     problems: dict[str, None] = {}
-    # built-in templates are trusted, so `chat.apply` renders them without a subprocess, and batching saves no time
+    # Built-in templates are trusted: `chat.apply` renders them without a subprocess, so that batching saves no time.
     builtin = chat.is_builtin(tokenizer.chat_template or "")
 
     def render_or_bisect(jobs: list[_Job]) -> list[str]:
@@ -840,7 +866,8 @@ def _render_all(tokenizer: Tokenizer, jobs: list[_Job]) -> list[str]:
 def _limits(jobs: list[_Job]) -> dict[str, Any]:
     """Returns limits on the rendering time in seconds and on the number of characters of the output.
 
-    Both limits grow with the number of jobs. The limit on the characters also grows with the length of the messages
+    Both the time limit and the limit on characters grow with the number of jobs. The limit on characters also grows
+    with the length of the messages
     and tools of the jobs.
     """
     n_chars = sum(len(text) + 64 for job in jobs for text in chat.strings([job.messages, job.tools]))
@@ -848,10 +875,11 @@ def _limits(jobs: list[_Job]) -> dict[str, Any]:
 
 
 def _render_together(tokenizer: Tokenizer, jobs: list[_Job]) -> list[str]:
-    """Renders all jobs at once, with one template that loops over the jobs and contains the tokenizer's own template.
+    """Renders all jobs in one call, with an outer template that loops over the jobs and contains the tokenizer's
+    template.
 
-    The jobs are passed to this template in the variable `tools`, because `chat.apply` passes no other variable that can
-    hold a list of jobs. The template writes the text of each job as a line of JSON.
+    The jobs are passed to the outer template in the variable `tools`, because `chat.apply` passes no other variable
+    that can hold a list of jobs. The outer template writes the text of each job as a line of JSON.
     """
     wrapper = (
         "{% for job_ in tools %}"
@@ -881,14 +909,16 @@ def encode(
 ) -> Encoded:
     """Encodes each conversation as one training example. Conversations longer than the context are dropped and counted.
 
-    An example of n ids has n - 1 inputs, each with the next id as its target. The last id, the end of the answer, is
-    only a target, never an input. An example therefore fits in the context if n <= context_length + 1.
+    An example of n token ids has n - 1 inputs, and the target of each input is the next token id. The last token id,
+    which ends the answer, is only a target and never an input. An example of n token ids therefore fits in the context
+    if n <= context_length + 1.
 
         ids      10 11 12 20 21  1     prompt 10 11 12, answer 20 21, end token 1; fits a context of 5 tokens
         weights   0  0  0  1  1  1     with loss_on="all": 1 everywhere
 
-    If the chat template renders earlier turns differently later, no single sequence of ids has every answer after its
-    prompt. The example is then a token tree or, if the tree does not fit in the context, one example per answer.
+    If the chat template renders a turn differently once later turns follow, no single sequence of token ids has every
+    answer directly after its prompt. A conversation with differently rendered turns is encoded as a token tree or, if
+    the tree does not fit in the context, as one example per answer.
 
     Args:
         style: the chat style, see `chat.styled`.
@@ -936,8 +966,8 @@ def encode(
 
 
 def _sequences(turns: list[Turn], loss_on: str = "response") -> list[tuple[np.ndarray, np.ndarray]]:
-    """Returns token ids and loss weights: one pair of arrays, or one for each answer in the loss if no single sequence
-    of ids has every answer after its prompt."""
+    """Returns the token ids and loss weights of a conversation as one pair of arrays, or as one pair of arrays per
+    answer in the loss if no single sequence of token ids has every answer directly after its prompt."""
     whole = _spans(turns)
     by_answer = [[Span(prompt, 0.0), Span(answer, weight)] for prompt, answer, weight in turns if weight]
     return [
@@ -950,20 +980,21 @@ def _sequences(turns: list[Turn], loss_on: str = "response") -> list[tuple[np.nd
 
 
 def tree_of(turns: list[Turn]) -> TokenTree | None:
-    """Returns the token tree of a conversation, or None if one row holds all answers that are in the loss."""
+    """Returns the token tree of a conversation, or None if one sequence of token ids holds all answers that are in the
+    loss."""
     sequences = _sequences(turns)
     return token_tree.merge(sequences) if len(sequences) > 1 else None
 
 
 def show_turns(turns: list[Turn], tokenizer: Tokenizer, trees: bool = True) -> str:
-    """Returns the text of a conversation for a terminal: `show_tree` if it is a tree and `trees` is True, else `show`
-    of its last row."""
+    """Formats a conversation for a terminal: with `show_tree` if `trees` is True and the conversation is encoded as a
+    token tree, else with `show`."""
     tree = tree_of(turns) if trees else None
     return show(_row(turns), tokenizer) if tree is None else show_tree(tree, tokenizer)
 
 
 def show(spans: Sequence[Span], tokenizer: Tokenizer) -> str:
-    """Returns the text of one example for a terminal, in which the spans that are in the loss are green.
+    """Formats one example for a terminal as text in which the spans that are in the loss are green.
 
     Control characters are escaped.
     """
@@ -971,10 +1002,10 @@ def show(spans: Sequence[Span], tokenizer: Tokenizer) -> str:
 
 
 def show_tree(tree: TokenTree, tokenizer: Tokenizer) -> str:
-    """Returns the text of a token tree for a terminal: one paragraph per stretch of tokens without a branch.
+    """Formats a token tree for a terminal as text with one paragraph per run of tokens without a branch.
 
-    A line before each paragraph tells the positions of its tokens. Paragraphs are indented by the number of branches
-    before them. Tokens in the loss are green.
+    The line before each paragraph states the positions of the tokens in the paragraph. The indentation of a paragraph
+    is the number of branches before the paragraph. The tokens that are in the loss are green.
     """
     children = token_tree.children(tree)
     lines: list[str] = []
@@ -989,7 +1020,7 @@ def show_tree(tree: TokenTree, tokenizer: Tokenizer) -> str:
             node = following[0]
             runs.append((learn, [int(tree.tokens[node])]))
         if learn and all(tree.tokens[child] != tree.targets[node] for child in following):
-            runs.append((True, [int(tree.targets[node])]))  # the end of an answer, which is only a target
+            runs.append((True, [int(tree.targets[node])]))  # the end token of an answer is only a target
         grouped = [(learn, [i for _, ids in run for i in ids]) for learn, run in groupby(runs, lambda item: item[0])]
         text = "".join(_coloured(tokenizer.decode(ids), learn) for learn, ids in grouped)
         header = f"-- positions {tree.positions[first]} to {tree.positions[node]}"
@@ -1001,7 +1032,7 @@ def show_tree(tree: TokenTree, tokenizer: Tokenizer) -> str:
 
 def _coloured(text: str, learn: bool) -> str:
     plain = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
-    # one colour code per line, so that lines can be indented
+    # Each line gets its own colour code, so that lines can be indented.
     return "\n".join(f"{COLOUR}{line}{PLAIN}" if learn and line else line for line in plain.split("\n"))
 
 

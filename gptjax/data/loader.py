@@ -1,8 +1,8 @@
-"""Training batches as a pure function of (seed, step), so that there is no iterator state to checkpoint.
+"""Computes training batches as a pure function of (seed, step), so that no iterator state has to be checkpointed.
 
 With n windows per epoch, window i of a run (i = step * batch_size + row) is window i % n of epoch i // n. A stateless
 permutation keyed by (seed, epoch) maps i % n to the window's start in the token array. The batch of any step can
-therefore be computed directly, without the batches before it.
+therefore be computed directly, without computing the batches of earlier steps.
 """
 
 from __future__ import annotations
@@ -23,15 +23,16 @@ from gptjax.types import Batch
 
 MASK_64 = (1 << 64) - 1
 ROUNDS = 3
-FEW = 256  # permutations of at most this many indices are computed by sorting
+FEW = 256  # Permutations of at most FEW indices are computed by sorting.
 GOLDEN = 0x9E3779B97F4A7C15
-# Version of the order of the windows. It is increased when a change of the code gives other batches for the same seed,
-# so that a run is not resumed from a checkpoint with an older version.
+# Version number of the order in which windows are read. The version is increased when a change of the code gives
+# different batches for the same seed, so that a run is not resumed from a checkpoint of an older version.
 ORDER_OF_WINDOWS = "2"
-# The starts of at least this many windows are computed at once. For the few windows of a single batch, numpy's overhead
-# per call would dominate the time.
+# The loader computes the start indices of at least AHEAD windows at once. If the loader computed only the few windows
+# of a single batch, numpy's overhead per call would dominate the time.
 AHEAD = 512
-# purposes of the random numbers; the purpose is hashed with the seed, so that each purpose has its own random numbers
+# Each purpose of random numbers has an integer that is hashed with the seed, so that different purposes use different
+# random numbers.
 ORDER, OFFSET, POSITION, TOKEN = range(4)
 
 
@@ -41,25 +42,25 @@ class Lane(NamedTuple):
     begin: int
     n_windows: int
     stride: int
-    n_offsets: int  # each epoch draws its offset from range(n_offsets)
+    n_offsets: int  # Each epoch starts at a random offset from range(n_offsets).
 
 
 class Loader:
     """Computes training batches from one `TokenStore`.
 
-    order=shuffle     Every epoch contains each window once, in a new order. With stride=None windows do not
-                      overlap, and every epoch starts at a random offset, so that tokens that are not targets in one
-                      epoch can be targets in another.
-    order=sequential  Windows are read from the first to the last, then again from the first.
-    stride=n          Windows start every n tokens. If the last batch of an epoch is incomplete, it is dropped, unless
-                      the sources are interleaved or an epoch is smaller than a batch.
-    weights, temperature   If weights are given or the temperature is not 1, several sources are interleaved
-                      deterministically (`mixture.assign`), and each source has its own epochs. Otherwise an epoch is
-                      one pass over all sources.
+        order=shuffle     Every epoch contains each window once, in a new order. With stride=None windows do not
+                          overlap, and every epoch starts at a random offset, so that tokens that are not targets in
+                          one epoch can be targets in another.
+        order=sequential  Windows are read from the first to the last, then again from the first.
+        stride=n          Windows start every n tokens. If the last batch of an epoch is incomplete, it is dropped,
+                          unless the sources are interleaved or an epoch is smaller than a batch.
+        weights, temperature   If weights are given or the temperature is not 1, several sources are interleaved
+                          deterministically (`mixture.assign`), and each source has its own epochs. Otherwise an
+                          epoch is one pass over all sources.
 
-    The arrays of a batch are [B, T]. segment_ids, positions and weights are None if there is a single document or
-    document_mask=False. In all other cases segment_ids, positions and weights are arrays in every batch, so that shapes
-    never change during a run.
+    Each array of a batch has the shape [B, T]. The arrays segment_ids, positions and weights are None if there is a
+    single document or document_mask=False. In all other cases segment_ids, positions and weights are arrays in every
+    batch, so that shapes never change during a run.
 
     Raises:
         UserError: a source with a sampling probability above 0 has fewer tokens than one window needs, or mask_tokens,
@@ -105,7 +106,7 @@ class Loader:
 
     @property
     def n_windows(self) -> int:
-        """The number of windows per epoch, summed over the sources whose sampling probability is above 0."""
+        """Returns the number of windows per epoch, summed over the sources whose sampling probability is above 0."""
         return sum(lane.n_windows for k, lane in enumerate(self.lanes) if self.shares[k] > 0)
 
     @property
@@ -125,21 +126,21 @@ class Loader:
         return Batch(*(x if x is None else x.reshape(k, -1, x.shape[-1]) for x in flat))
 
     def starts(self, step: int, k: int = 1) -> np.ndarray:
-        """Returns the index in `store.tokens` at which each row of k batches begins, [k * B] int64.
+        """Returns the indices in `store.tokens` at which the rows of k consecutive batches begin, [k * B] int64.
 
-        The first of the k batches is that of training step `step`.
+        The first of the k batches is the batch of training step `step`.
         """
         first, n = step * self.batch_size, k * self.batch_size
         begin, starts = self._ahead
         if not begin <= first <= first + n <= begin + len(starts):
             begin, starts = first, self._starts(np.arange(first, first + max(n, AHEAD), dtype=np.int64))
-            # a single assignment of a tuple, so that another thread never reads an old `begin` with new `starts`
+            # Assign one tuple, so that another thread never reads an old `begin` together with new `starts`.
             self._ahead = (begin, starts)
         return starts[first - begin : first - begin + n]
 
     def _starts(self, samples: np.ndarray) -> np.ndarray:
         if len(self.lanes) == 1:
-            if self._whole_batches:  # skip the windows at the end of an epoch that do not fill a batch
+            if self._whole_batches:  # Skip the windows at the end of an epoch that do not fill a batch.
                 n = self.lanes[0].n_windows
                 used = n - n % self.batch_size
                 samples = samples // used * n + samples % used
@@ -161,7 +162,8 @@ class Loader:
         return start
 
     def _random(self, purpose: int, counters: np.ndarray) -> np.ndarray:
-        """Returns a random uint64 value per counter, a hash of (seed, purpose, counter), in the shape of `counters`."""
+        """Returns pseudorandom uint64 values in the shape of `counters`: the hash of (seed, purpose, counter) for each
+        counter."""
         return _mix(counters.astype(np.uint64) + np.uint64(_mix_int(self.seed ^ _mix_int(purpose + 1))))
 
     def _rows(self, step: int, k: int, rows: slice) -> Batch:
@@ -174,7 +176,8 @@ class Loader:
         return batch
 
     def _mask(self, tokens: np.ndarray, samples: np.ndarray) -> None:
-        """Replaces k = `mask_tokens` input tokens of every row, in place, each with a random token different from it.
+        """Replaces k = `mask_tokens` input tokens of every row in place by random tokens that differ from the replaced
+        tokens.
 
         Each row is divided into k sections, whose lengths differ by at most one token. In each section one input token
         at a random position is replaced.
@@ -191,10 +194,10 @@ class Loader:
 def eval_batches(
     store: TokenStore, *, context_length: int, batch_size: int, document_mask: bool = True
 ) -> Iterator[Batch]:
-    """Yields batches for evaluation. The windows do not overlap, and every token but the first is a target once.
+    """Yields batches for evaluation, in which every token of the store except the first is a target exactly once.
 
-    The arrays of a batch are [B, T], and `weights` is never None. The last window and the last batch are padded with
-    tokens of weight 0 if they are incomplete.
+    The windows of the evaluation batches do not overlap. The arrays of a batch have the shape [B, T], and `weights` is
+    never None. The last window and the last batch are padded with tokens of weight 0 if they are incomplete.
         6 tokens, T 3, B 1    targets [1 2 3], [4 5 .]    weights [1 1 1], [1 1 0]
     """
     t, n = context_length, len(store)
@@ -214,16 +217,17 @@ def eval_batches(
 
 
 def gather(store: TokenStore, starts: np.ndarray, context_length: int, document_mask: bool) -> Batch:
-    """Returns the batch of the windows that start at `starts` [B].
+    """Returns the batch of the windows that start at the token indices `starts` [B].
 
     If a window extends beyond the end of the store, it is filled with copies of the last token of the store.
 
-    tokens       7 8 9 E 3 4     documents [7 8 9 E] and [3 4 5 E]; the token E ends one document and begins the next
-    targets      8 9 E 3 4 5
-    weights      1 1 1 1 1 1     0 where input and target belong to different documents; here none do, because the E
-                                 belongs to the first document as a target, and to the second as an input
-    segment_ids  1 1 1 2 2 2
-    positions    0 1 2 0 1 2     counted from the start of the document, or of the window if that is later
+        tokens       7 8 9 E 3 4     documents [7 8 9 E] and [3 4 5 E]; the token E ends one document and begins the
+                                     next
+        targets      8 9 E 3 4 5
+        weights      1 1 1 1 1 1     0 where input and target belong to different documents; here none do, because the E
+                                     belongs to the first document as a target, and to the second as an input
+        segment_ids  1 1 1 2 2 2
+        positions    0 1 2 0 1 2     counted from the start of the document, or of the window if that is later
     """
     t = context_length
     index = starts[:, None] + np.arange(t + 1)
@@ -261,9 +265,9 @@ def fingerprint(*arrays: np.ndarray) -> str:
 def epoch_rows(step: int, batch_size: int, n: int, seed: int) -> np.ndarray:
     """Returns the indices [B] int64 of the rows that are in the batch of training step `step`.
 
-    Every epoch contains each of the n rows once, in a new order; `permute` computes the order from the seed and the
-    number of the epoch. Row b of the batch is the i-th row of the run, with i = step * batch_size + b; it is the
-    (i % n)-th row of epoch i // n. A batch may contain the last rows of one epoch and the first rows of the next.
+    Every epoch contains each of the n rows once, in a random order; `permute` computes the order from the seed and the
+    number of the epoch. With i = step * batch_size + b, row b of the batch is the (i % n)-th row of epoch i // n. A
+    batch may contain the last rows of one epoch and the first rows of the next.
     """
     epoch, j = np.divmod(np.arange(step * batch_size, (step + 1) * batch_size, dtype=np.int64), n)
     key = _mix(epoch.astype(np.uint64) + np.uint64(_mix_int((seed & MASK_64) ^ _mix_int(ORDER + 1))))
@@ -271,14 +275,15 @@ def epoch_rows(step: int, batch_size: int, n: int, seed: int) -> np.ndarray:
 
 
 def permute(index: np.ndarray, n: int, key: np.ndarray) -> np.ndarray:
-    """Applies to index[i] the pseudorandom permutation of range(n) given by key[i]. Returns int64 indices.
+    """Applies to each index[i] the pseudorandom permutation of range(n) that key[i] determines. Returns int64 indices.
 
     For n <= 256 the permutation is the argsort of n splitmix64 values that are seeded by the key, so that all
-    permutations are equally likely. For n > 256 it is a Feistel network, which needs no array of n values. The network
-    permutes range(a * b), where a is sqrt(n) rounded up, and b is n / a rounded up, so that a * b exceeds n by less
-    than sqrt(n). It splits an index into two digits: left = index // b, which is below a, and right = index % b. Each
-    round adds a hash of `right` to `left` modulo a, and then a hash of `left` to `right` modulo b; a round can be
-    inverted for any hash. If the result is n or more, it is permuted again until it is below n (cycle walking).
+    permutations are equally likely. For n > 256 the permutation is a Feistel network, which needs no array of n values.
+    The network permutes range(a * b), where a is sqrt(n) rounded up, and b is n / a rounded up, so that a * b exceeds n
+    by less than sqrt(n). The network splits an index into two digits: left = index // b, which is below a, and right =
+    index % b. Each round adds a hash of `right` to `left` modulo a, and then a hash of `left` to `right` modulo b; a
+    round can be inverted for any hash. A result of n or more is permuted again until the result is below n (cycle
+    walking).
     Source: Steele et al., "Fast Splittable Pseudorandom Number Generators" (2014); Black and Rogaway,
     "Ciphers with Arbitrary Finite Domains" (2002), methods 2 and 3.
     """
@@ -303,9 +308,10 @@ def _feistel(x: np.ndarray, a: np.uint64, b: np.uint64, key: np.ndarray) -> np.n
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """Applies the splitmix64 finaliser, a hash, to each element of a uint64 array.
+    """Applies the splitmix64 finaliser, which is a hash function, to each element of a uint64 array.
 
-    The argument is always an array, because numpy warns when scalars overflow, but not when arrays do.
+    The argument is always an array, because numpy warns about the overflow of scalars, but not about the overflow of
+    arrays.
     """
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -327,7 +333,7 @@ def _lane(begin: int, end: int, cfg: DataConfig, t: int) -> Lane:
         return Lane(begin, windows.count(n, t, cfg.stride), cfg.stride, 1)
     if cfg.order == "sequential" or n <= t:
         return Lane(begin, max(n - 1, 0) // t, t, 1)
-    # An epoch of n tokens has n // t - 1 windows of t tokens, but at least one window. If n >= 2 * t, the first window
-    # can therefore start at any of at least t offsets.
+    # For n tokens, an epoch has n // t - 1 windows of t tokens, but at least one window. If n >= 2 * t, the first
+    # window of an epoch can therefore start at any of at least t offsets.
     n_windows = max(1, (n - t) // t)
     return Lane(begin, n_windows, t, n - n_windows * t)

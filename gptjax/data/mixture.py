@@ -1,4 +1,4 @@
-"""Mixes several data sources: computes the source of the i-th window of a run in closed form."""
+"""Mixes several data sources by computing in closed form the source from which the i-th window of a run is read."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from gptjax.errors import UserError
 
 
 def shares(weights: Sequence[float] | np.ndarray, temperature: float = 1.0) -> np.ndarray:
-    """Returns sampling probabilities p_i proportional to w_i ** temperature, [n] float64. A weight of 0 gives p_i = 0.
+    """Returns sampling probabilities p_i proportional to w_i ** temperature, where w_i is the weight of source i, [n]
+    float64. A weight of 0 gives p_i = 0.
 
-    temperature  1: p is proportional to the weights; 0: p is uniform; between 0 and 1: sources with small weights get a
-                 larger p than with temperature 1.
+        temperature  1: p is proportional to the weights; 0: p is uniform; between 0 and 1: sources with small weights
+                     get a larger p than with temperature 1.
+
     Source: the exponent alpha of multilingual sampling, arXiv:1911.02116, section 3.1.
     """
     weights = np.asarray(weights, np.float64)
@@ -24,13 +26,13 @@ def shares(weights: Sequence[float] | np.ndarray, temperature: float = 1.0) -> n
 
 
 def assign(samples: np.ndarray, p: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the source of each sample, and the sample's index within that source, both [n] int64.
+    """Returns the data source of each sample, and the index of the sample within that source, both [n] int64.
 
-    `samples` are indices of windows in a run, and p[k] is the probability of source k. By a Beatty sequence, exactly
-    floor(i p[0]) of the first i samples belong to source 0. The samples that do not belong to source 0 are renumbered
-    and divided among the other sources, again by Beatty sequences. Of the first i samples,
-    the number that belong to source k therefore differs from i p[k] by less than the number of sources. A sample is
-    assigned without iterating over earlier samples.
+    The array `samples` holds indices of windows in a run, and p[k] is the probability of source k. A Beatty sequence
+    assigns exactly floor(i p[0]) of the first i samples to source 0. The samples that do not belong to source 0 are
+    renumbered and divided among the other sources, again by Beatty sequences. Among the first i samples, the number of
+    samples of source k therefore differs from i p[k] by less than the number of sources. The source of a sample is
+    computed without iterating over earlier samples.
 
         p .5 .25 .25    samples  0 1 2 3 4 5 6 7
                         source   2 0 1 0 2 0 1 0
@@ -38,7 +40,7 @@ def assign(samples: np.ndarray, p: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
     samples = np.asarray(samples, np.int64)
     source = np.full(samples.shape, -1, np.int64)
-    index = samples.copy()  # index of each sample among the samples that are not assigned yet
+    index = samples.copy()  # index of each sample among the samples that have no source yet
     remaining = 1.0
     last = int(np.flatnonzero(p)[-1])
     for k in np.flatnonzero(p):

@@ -1,14 +1,14 @@
-"""Packing and padding of examples into rows of equal length, and batches as a pure function of (seed, step).
+"""Packs or pads examples into rows of equal length, and computes each batch as a pure function of (seed, step).
 
-Each example is split into inputs and next-token targets before it is packed, so that no target comes from another
-example:
+Each example is split into inputs and next-token targets before packing, so that no target comes from another example:
 
     examples      a b c d E    p q E       lower case: inputs, E: end of the answer
     tokens        a b c d p q . .          both examples in one row of 8 tokens
     targets       b c d E q E . .
     segment_ids   1 1 1 1 2 2 0 0          0: padding, with weight 0
 
-An example may also be a token tree (`data.token_tree`). Rows then have positions and subtree_end, too.
+An example may also be a token tree (`data.token_tree`). Rows that hold token trees also have the arrays positions and
+subtree_end.
 """
 
 from __future__ import annotations
@@ -27,10 +27,12 @@ from gptjax.types import Batch
 class Encoded(NamedTuple):
     """Examples as token ids.
 
-    rows     token ids of each example, [n] int32
-    weights  loss weight of each id as a target, [n] float32; the first weight is not used, as the first id is no target
-    dropped  number of examples left out because they are longer than the context
-    trees    further examples that are token trees; they come after the examples in `rows`
+    Attributes:
+        rows     token ids of each example, [n] int32
+        weights  loss weight of each id as a target, [n] float32; the first weight is not used, as the first id is no
+                 target
+        dropped  number of examples left out because they are longer than the context
+        trees    further examples that are token trees; they come after the examples in `rows`
     """
 
     rows: list[np.ndarray]
@@ -40,35 +42,36 @@ class Encoded(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Packed or padded examples: n rows of T tokens; all arrays are [n, T]."""
+    """Packed or padded examples as n rows of T tokens; every array has the shape [n, T]. The array weights is float32,
+    and all other arrays are int32."""
 
-    tokens: np.ndarray  # int32
-    targets: np.ndarray  # int32
-    weights: np.ndarray  # float32
-    segment_ids: np.ndarray  # int32: 1, 2, .. for the examples of a row, 0 for padding
+    tokens: np.ndarray
+    targets: np.ndarray
+    weights: np.ndarray
+    segment_ids: np.ndarray  # Number of the example within its row, counted from 1, or 0 for padding.
 
 
 class TreeRows(NamedTuple):
-    """`Rows` of which some examples are token trees."""
+    """Rows of T tokens in which at least one example is a token tree; every array has the shape [n, T]."""
 
     tokens: np.ndarray
     targets: np.ndarray
     weights: np.ndarray
     segment_ids: np.ndarray
-    positions: np.ndarray  # int32, the number of earlier tokens on the path to each token
-    subtree_end: np.ndarray  # int32: index in the row after the last token of the subtree that begins at each token
+    positions: np.ndarray  # Number of earlier tokens on the path to each token, int32.
+    subtree_end: np.ndarray  # Index in the row just after the last token of each token's subtree, int32.
 
 
 def packed(encoded: Encoded, context_length: int) -> Rows | TreeRows:
     """Packs several examples per row by first-fit decreasing. No example is split between rows.
 
     The examples are placed from the longest to the shortest, each in the first row with enough space. Examples of equal
-    length keep their order.
+    length keep their input order.
 
     Raises:
         UserError: an example is longer than a row.
-    Source: Johnson (1973). Dosa (2007) proves that the number of rows is at most 11/9 of the smallest possible number,
-    plus 6/9.
+    Source: Johnson (1973). Dosa (2007) proves that first-fit decreasing needs at most 11/9 of the smallest possible
+    number of rows, plus 6/9.
     """
     return _fill(encoded, first_fit(_lengths(encoded, context_length), context_length), context_length)
 
@@ -87,9 +90,9 @@ def padded(encoded: Encoded, context_length: int | None = None) -> Rows | TreeRo
 
 
 def first_fit(lengths: np.ndarray, context_length: int) -> list[tuple[int, int]]:
-    """Returns the row of each example and the position in the row at which the example starts, by first-fit decreasing.
+    """Computes the row and the start position in the row of each example by first-fit decreasing.
 
-    `lengths` [n] are the numbers of inputs of the examples, at most `context_length` each.
+    The array `lengths` [n] holds the number of input tokens of each example, at most `context_length`.
     """
     free = np.full(len(lengths), context_length)
     places = [(0, 0)] * len(lengths)
@@ -97,7 +100,7 @@ def first_fit(lengths: np.ndarray, context_length: int) -> list[tuple[int, int]]
     for i in np.argsort(-lengths, kind="stable"):
         if lengths[i] != last:
             first, last = 0, lengths[i]
-        # search from the row of the previous example of this length, because no row before it has enough space
+        # Start the search at the row of the previous example of this length, because no earlier row has enough space.
         first += int(np.argmax(free[first : n_rows + 1] >= lengths[i]))
         places[i] = (first, context_length - int(free[first]))
         free[first] -= lengths[i]
@@ -106,7 +109,8 @@ def first_fit(lengths: np.ndarray, context_length: int) -> list[tuple[int, int]]
 
 
 def _lengths(encoded: Encoded, context_length: int | None) -> np.ndarray:
-    """Returns the number of inputs of each example: one less than the number of its ids, or the size of its tree."""
+    """Returns the number of input tokens of each example: the number of token ids minus 1, or the size of the token
+    tree."""
     lengths = np.array([len(row) - 1 for row in encoded.rows] + [len(tree.tokens) for tree in encoded.trees])
     if not len(lengths):
         raise UserError("no examples to make rows of")
@@ -121,7 +125,7 @@ def _lengths(encoded: Encoded, context_length: int | None) -> np.ndarray:
 
 
 def members(places: list[tuple[int, int]]) -> list[list[int]]:
-    """Returns, for each row, the indices of its examples, in the order of the positions at which the examples start."""
+    """Returns a list of example indices for each row, sorted by the position at which the example starts."""
     rows: list[list[int]] = [[] for _ in range(1 + max(row for row, _ in places))]
     for i in sorted(range(len(places)), key=lambda i: places[i]):
         rows[places[i][0]].append(i)
@@ -149,7 +153,7 @@ def _fill(encoded: Encoded, places: list[tuple[int, int]], length: int) -> Rows 
 
 
 def _path(ids: np.ndarray, weights: np.ndarray) -> TokenTree:
-    """Returns an example of n + 1 ids as a tree of one path of n tokens."""
+    """Returns an example of n + 1 token ids as a token tree with a single path of n tokens."""
     n = len(ids) - 1
     return TokenTree(ids[:-1], ids[1:], weights[1:], np.arange(n), np.full(n, n))
 
@@ -160,14 +164,14 @@ def empty(n: int, length: int) -> Rows:
 
 
 def empty_trees(n: int, length: int) -> TreeRows:
-    """Returns n rows of padding, among rows with token trees."""
+    """Returns n rows of padding with the same arrays as rows that hold token trees."""
     return TreeRows(*empty(n, length), np.zeros((n, length), np.int32), np.full((n, length), length, np.int32))
 
 
 def batch(rows: Rows | TreeRows, step: int, *, batch_size: int, seed: int) -> Batch:
-    """Returns the batch for training step `step`, with arrays [B, T].
+    """Returns the batch for training step `step`, with arrays of shape [B, T].
 
-    Every epoch contains each row once, in a new order.
+    Every epoch contains each row once, in a random order that changes from epoch to epoch.
     """
     return _batch(rows, epoch_rows(step, batch_size, len(rows.tokens), seed))
 
@@ -186,6 +190,6 @@ def eval_batches(rows: Rows | TreeRows, batch_size: int) -> Iterator[Batch]:
 def _batch(rows: Rows | TreeRows, index: np.ndarray) -> Batch:
     """Returns the batch of the rows with indices `index`.
 
-    Without token trees `positions` is None, because the model derives the positions from segment_ids.
+    If no example is a token tree, `positions` is None, because the model derives the positions from segment_ids.
     """
     return Batch(**{name: leaf[index] for name, leaf in rows._asdict().items()})

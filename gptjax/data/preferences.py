@@ -1,10 +1,10 @@
-"""Preference pairs (a chosen and a rejected answer to the same prompt) for DPO, packed into rows of equal length.
+"""Reads preference pairs (a chosen and a rejected answer to the same prompt), and packs the pairs into rows for DPO.
 
     pairs = read("preferences.jsonl")                 {"prompt": .., "chosen": .., "rejected": ..}
     rows_ = rows(encode(pairs, tok, context_length=256), 256)
     batch(rows_, 7, batch_size=4, seed=0)
 
-Both answers of a pair are in the same row, each as a segment with its own copy of the prompt:
+Both answers of a preference pair are in the same row; each answer is a segment with its own copy of the prompt:
 
     tokens        a b c a b d   e f g h e f h .       pair 0: prompt "ab", answers "cE" and "dE", where E ends an
     segment_ids   1 1 1 2 2 2   3 3 3 3 4 4 4 0       answer and is only a target; pair p of a row has the segment ids
@@ -41,20 +41,21 @@ class Pair(NamedTuple):
     rejected: Conversation
 
 
-# token ids and loss weights; the weights are 1 for the last answer and its end token, else 0
+# Token ids and loss weights of a conversation: the weights are 1 for the last answer and its end token, else 0.
 Example = tuple[np.ndarray, np.ndarray]
 
 
 class EncodedPairs(NamedTuple):
-    """Pairs as token ids: pairs[i] holds the chosen and the rejected example of pair i."""
+    """Preference pairs as token ids: pairs[i] holds the chosen and the rejected example of pair i."""
 
     pairs: list[tuple[Example, Example]]
     dropped: int  # number of pairs left out because they are longer than the context
 
 
 class PairRows(NamedTuple):
-    """Rows that hold up to P pairs each: the first four arrays are [n, T], as in `packing.Rows`; pairs [n, P] int32 has
-    the indices of the pairs in each row, and -1 where a row has fewer than P pairs.
+    """Rows of T tokens that hold up to P preference pairs each. The first four arrays have the shape [n, T], as in
+    `packing.Rows`. The array pairs [n, P] int32 holds the indices of the pairs in each row, and -1 where a row has
+    fewer than P pairs.
     """
 
     tokens: np.ndarray
@@ -65,13 +66,14 @@ class PairRows(NamedTuple):
 
 
 class PairBatch(NamedTuple):
-    """A batch of B rows, each of which holds up to P pairs.
+    """A batch of B rows, each of which holds up to P preference pairs.
 
-    tokens, targets, segment_ids   [B, T] int32
-    weights                        [B, T] float32, the loss weights of the targets
-    present                        [B, P] float32, 1 for a pair, 0 where a row has fewer than P pairs
-    reference                      [B, P, 2] float32, log-probabilities of the chosen and the rejected answer under the
-                                   reference model; 0 if the loss needs no reference model
+    Arrays:
+        tokens, targets, segment_ids   [B, T] int32
+        weights                        [B, T] float32, the loss weights of the targets
+        present                        [B, P] float32, 1 for a pair, 0 where a row has fewer than P pairs
+        reference                      [B, P, 2] float32, log-probabilities of the chosen and the rejected answer under
+                                       the reference model; 0 if the loss needs no reference model
     """
 
     tokens: Any
@@ -111,10 +113,10 @@ def _pair(prompt: str, extra: str = "") -> Parse:
 
 
 def _with_prompt(prompt: str, record: Record, response: str) -> Parsed:
-    """Returns the messages of the prompt followed by those of the response.
+    """Returns the messages of the prompt followed by the messages of the response.
 
-    A response that does not begin with an answer must include the prompt, and is returned as it is. If it does not
-    include the prompt, returns an error message.
+    A response that does not begin with an answer must include the prompt, and is returned unchanged. Returns an error
+    message if the response neither begins with an answer nor includes the prompt.
     """
     response_turns = conversations.turns(response)(record)
     if isinstance(response_turns, str) or not response_turns:
@@ -129,7 +131,7 @@ def _with_prompt(prompt: str, record: Record, response: str) -> Parsed:
         return response_turns
     if contents[0][0] == "assistant":
         return [*prompt_turns, *response_turns]
-    # the response includes the prompt as a later message, for example after a system message
+    # The response includes the prompt as a later message, for example after a system message.
     if as_text and ("user", record[prompt]) in contents:
         return response_turns
     return (
@@ -162,12 +164,12 @@ FORMATS: Formats = {
 def read(source: str, notes: list[str] | None = None, special: Collection[str] = ()) -> list[Pair]:
     """Reads the pairs of a .json (array), .jsonl, .parquet or .csv file, or of hf:org/name[:config][@split].
 
-    Scored answers ({"prompt": .., "answer": .., "reward": ..}, several answers per prompt), such as those in the
-    rollouts.jsonl of a run of `gptjax finetune reward`, become pairs: for each prompt, every answer with less than the
-    highest reward is rejected once, and the answers with the highest reward are chosen in turn. If no answer has a
-    reward above 0 and the records have the expected answer (`expected`), that is the chosen one. Equal answers count as
-    one, with the mean of their rewards. Left out are answers that are empty, whose reward is null, or that contain a
-    special token, as samples of a model may.
+    Scored answers ({"prompt": .., "answer": .., "reward": ..}, several answers per prompt), such as the answers in the
+    rollouts.jsonl of a run of `gptjax finetune reward`, become preference pairs. For each prompt, every answer with
+    less than the highest reward is the rejected answer of one pair, and the answers with the highest reward take turns
+    as the chosen answer. If no answer has a reward above 0 and the records have the expected answer (`expected`), the
+    expected answer is the chosen answer. Equal answers count as one answer with the mean of their rewards. An answer is
+    left out if it is empty, if its reward is null, or if it contains a special token, as samples of a model may.
 
     Args:
         notes: list to which a line of text that names the ignored keys is appended, as in `conversations.read`. None:
@@ -194,9 +196,11 @@ def read(source: str, notes: list[str] | None = None, special: Collection[str] =
 
 
 def _pairs(records: Records, source: str, special: Collection[str]) -> Records:
-    """Yields the records that are not scored answers, and then records of pairs of the scored answers, see `read`."""
+    """Yields the records that are not scored answers, and then the preference pairs that `read` makes of scored
+    answers."""
     others = False
-    prompts: dict[str, tuple[str, Record, dict[str, list[float]]]] = {}  # first location, record; rewards by answer
+    # Each prompt is mapped to its first location, its first record, and the rewards of each answer to the prompt.
+    prompts: dict[str, tuple[str, Record, dict[str, list[float]]]] = {}
     for location, record in records:
         if isinstance(record, UserError) or not {*SCORED} <= record.keys() or {*RESPONSES} & record.keys():
             others = True
@@ -221,7 +225,7 @@ def _pairs(records: Records, source: str, special: Collection[str]) -> Records:
 
 
 def _reward(record: Record) -> float | UserError:
-    """Returns the reward of a scored answer, NaN for null or an empty cell of a table; or an error if it is invalid."""
+    """Returns the reward of a scored answer, NaN for null or an empty cell, or a UserError for an invalid reward."""
     if not all(isinstance(record[key], str) for key in ("prompt", "answer")):
         return UserError("prompt and answer: expected texts")
     try:
@@ -235,10 +239,11 @@ def _reward(record: Record) -> float | UserError:
 
 
 def _of_answers(first: Record, rewards: dict[str, list[float]]) -> list[Record]:
-    """Returns records of pairs of the answers to one prompt, by the mean of their rewards.
+    """Returns preference pairs of the answers to one prompt, chosen and rejected by the mean reward of each answer.
 
     Args:
-        first: a scored answer to the prompt; it gives the system message, the history and the expected answer.
+        first: a scored answer to the prompt, from which the system message, the history and the expected answer are
+            taken.
     """
     means = {answer: sum(values) / len(values) for answer, values in rewards.items()}
     best, expected = max(means.values(), default=0.0), first.get("expected")
@@ -255,9 +260,10 @@ def _of_answers(first: Record, rewards: dict[str, list[float]]) -> list[Record]:
 
 
 def of_skills(n: int, seed: int, held_out: bool = False) -> list[Pair]:
-    """Returns pairs made from synthetic questions and answers (`synthetic.skills`).
+    """Returns preference pairs made from synthetic questions and answers (`synthetic.skills`).
 
-    The rejected answer is taken from the next question of the same type (skill) that has a different answer.
+    The rejected answer of a pair is the answer to the next question of the same type (skill) that has a different
+    answer.
     """
     talks = synthetic.skills(n, seed, held_out)
     of_skill: dict[str, list[Conversation]] = {}
@@ -273,10 +279,11 @@ def of_skills(n: int, seed: int, held_out: bool = False) -> list[Pair]:
 
 
 def of_mistakes(n: int, seed: int, held_out: bool = False) -> list[Pair]:
-    """Returns n pairs made from the same questions as those of `of_skills`.
+    """Returns n preference pairs made from the same questions as the pairs of `of_skills`.
 
-    The rejected answer is a wrong answer to the same question (`synthetic.wrong_answer`), so that a reward model has to
-    learn which answers are right; with `of_skills` it learns which answers belong to a question.
+    The rejected answer of a pair is a wrong answer to the same question (`synthetic.wrong_answer`), so that a reward
+    model has to learn which answers are right. From the pairs of `of_skills`, a reward model learns only which answers
+    belong to a question.
     """
     rng = random.Random(f"{seed} {held_out} mistakes")
     pairs = []
@@ -331,9 +338,11 @@ def encode(
 
 
 def rows(encoded: EncodedPairs, context_length: int | None = None, packed: bool = True) -> PairRows:
-    """Arranges the pairs in rows of `context_length` tokens or, if that is None, in rows as long as the longest pair.
+    """Arranges the pairs in rows of `context_length` tokens or, if `context_length` is None, in rows as long as the
+    longest pair.
 
-    If `packed`, several pairs share a row (first-fit decreasing); otherwise each row has one pair, in input order.
+    If `packed` is True, first-fit decreasing packs several pairs into each row; otherwise each row holds one pair, in
+    input order.
     """
     lengths = np.array([sum(len(ids) - 1 for ids, _ in pair) for pair in encoded.pairs])
     width = context_length or int(lengths.max())
@@ -353,7 +362,8 @@ def rows(encoded: EncodedPairs, context_length: int | None = None, packed: bool 
 
 
 def batch(rows: PairRows, step: int, *, batch_size: int, seed: int, reference: np.ndarray | None = None) -> PairBatch:
-    """Returns the batch for training step `step`. Every epoch contains each row once, in a new order.
+    """Returns the batch for training step `step`. Every epoch contains each row once, in a random order that changes
+    from epoch to epoch.
 
     Args:
         reference: log-probabilities [number of pairs, 2] of the chosen and the rejected answers under the reference
@@ -363,8 +373,8 @@ def batch(rows: PairRows, step: int, *, batch_size: int, seed: int, reference: n
 
 
 def eval_batches(rows: PairRows, batch_size: int, reference: np.ndarray | None = None) -> Iterator[PairBatch]:
-    """Yields batches that contain every row once, in order. If the last batch is incomplete, it is filled with copies
-    of the last row, whose pairs have present = 0."""
+    """Yields batches that contain every row once, in order. If the last batch is incomplete, the batch is filled with
+    copies of the last row, for whose pairs `present` is 0."""
     n = len(rows.tokens)
     for first in range(0, n, batch_size):
         index = np.arange(first, first + batch_size)

@@ -19,7 +19,8 @@ from gptjax.tokenizers import Tokenizer
 
 
 class Prepared(NamedTuple):
-    """The prepared data. `manifest["key"]` is a hash of the text of all sources, the split and the tokenizer."""
+    """The tokenizer, the tokens and the manifest of the prepared data. `manifest["key"]` is a hash of the text of all
+    sources, the split and the tokenizer."""
 
     tokenizer: Tokenizer
     train: TokenStore
@@ -37,8 +38,9 @@ def prepare(
     """Encode the text of `cfg.data` with `tokenizer`, or load the tokens from the cache.
 
     The cache key covers the contents of all sources, the split and the tokenizer. The seed is not part of the cache
-    key, because the tokens do not depend on it. The tokenizer `chars` is fitted on all text, because the characters of
-    the validation text need ids too; the other trained tokenizers are fitted on the training text only.
+    key, because the tokens do not depend on the seed. The tokenizer `chars` is fitted on all text, because the
+    characters of the validation text need token ids too. All other trained tokenizers are fitted on the training text
+    only.
 
     Args:
         tokenizer: the tokenizer to use. None: the tokenizer that `cfg.tokenizer` describes.
@@ -98,9 +100,9 @@ def prepare(
 
 
 def refuse_missing(cfg: Config) -> None:
-    """Check cheaply that the sources and the tokenizer exist, before any text is read or downloaded.
+    """Check that the data sources and the tokenizer exist, before any text is read or downloaded.
 
-    With pretrain.base, the tokenizer of the base model is used, and the tokenizer settings are not checked.
+    If pretrain.base is set, the run uses the tokenizer of the base model, and the tokenizer settings are not checked.
 
     Raises:
         UserError: sources or the tokenizer do not exist; the message names everything that is missing.
@@ -119,7 +121,8 @@ def refuse_missing(cfg: Config) -> None:
 def check(ready: Prepared, cfg: Config) -> None:
     """Checks that there is enough text, and that the embedding table has a row for every token id.
 
-    The training text must have at least one token more than a window, and the validation text at least 2 tokens.
+    The training text must have at least one token more than a window, and the validation text must have at least 2
+    tokens.
 
     Raises:
         UserError: a text is too short, or the embedding table is too small; the message lists all problems.
@@ -201,8 +204,9 @@ def _describe_sources(documents: Documents) -> list[dict]:
 def _key(cfg: Config, train: Documents, val: Documents | None, loaded: Tokenizer | None) -> str:
     """Returns a hash of everything that the token ids depend on.
 
-    If the tokenizer is not trained yet, the hash contains its settings instead of its vocabulary. The settings suffice,
-    because the hash also contains the fingerprint of the text on which the tokenizer will be trained.
+    If the tokenizer is not trained yet, the hash covers the settings of the tokenizer instead of its vocabulary. The
+    settings of the tokenizer suffice, because the hash also covers the fingerprint of the text on which the tokenizer
+    will be trained.
     """
     data = cfg.data
     if loaded:

@@ -1,9 +1,10 @@
-"""Quality checks of a data set before training: duplicates, near duplicates, secrets, personal data and outliers.
+"""Checks a data set before training for duplicates, near duplicates, secrets, personal data and outliers.
 
     files  = [records_of("train.jsonl"), records_of("test.jsonl")]
     report = check(files)                      a dict with all findings and their locations
 
-The text of a record consists of all string values in it, without the keys. In a .txt file each paragraph is a record.
+The text of a record consists of all string values in the record, without the keys. In a .txt file each paragraph is a
+record.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from gptjax.files import user_path
 from gptjax.formats import tables
 
 MAX_PROBLEMS = 20
-EXCERPT = 60  # number of characters of a text that are shown in the report
-PERMUTATIONS, WORDS = 128, 3  # number of hash permutations per MinHash signature; number of words per shingle
-OUTLIER = 3.5  # robust z-score above which a loss is an outlier (Iglewicz and Hoaglin 1993)
+EXCERPT = 60  # Number of characters of a text that are shown in the report.
+PERMUTATIONS, WORDS = 128, 3  # Number of hash permutations per MinHash signature; number of words per shingle.
+OUTLIER = 3.5  # Robust z-score above which a loss is an outlier (Iglewicz and Hoaglin 1993)
 
 
 class Texts(NamedTuple):
@@ -96,7 +97,8 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 def exact(texts: Sequence[Texts]) -> list[list[str]]:
-    """Returns groups of records whose texts differ at most in case and whitespace. A group is a list of locations."""
+    """Returns groups of records whose texts differ at most in case and whitespace. A group is a list of record
+    locations."""
     groups: dict[str, list[str]] = {}
     for file in texts:
         for location, text in file.records:
@@ -105,12 +107,12 @@ def exact(texts: Sequence[Texts]) -> list[list[str]]:
 
 
 def near(texts: Sequence[Texts], threshold: float = 0.8) -> list[tuple[str, str, float]]:
-    """Returns, for each pair of similar records, their two locations and their similarity, most similar pair first.
+    """Returns the two locations and the similarity of each pair of similar records, with the most similar pair first.
 
     The similarity is the Jaccard index of the records' sets of 3-word shingles (runs of 3 words), and a pair is
     returned if this index is at least the threshold. MinHash (Broder 1997) finds candidate pairs, and may miss a few
-    per cent of the similar pairs; the similarity of each candidate is then computed exactly. Pairs of records with the
-    same text are left out.
+    per cent of the similar pairs; the similarity of each candidate is then computed exactly. A pair of records with the
+    same text is left out.
 
     Raises:
         UserError: the datasketch library is not installed.
@@ -142,7 +144,7 @@ def _shingles(text: str) -> frozenset[str]:
     return frozenset(" ".join(words[i : i + WORDS]) for i in range(max(1, len(words) - WORDS + 1)))
 
 
-# --- secrets and personal data
+# --- sensitive data
 
 
 def _luhn(text: str) -> bool:
@@ -165,9 +167,9 @@ def _public(address: str) -> bool:
     return all(octet < 256 for octet in octets) and not private and not (octets[0] == 172 and 16 <= octets[1] < 32)
 
 
-# For each kind of secret or personal data, a regular expression and a function that checks whether a match is valid
-# (None: every match is). Every repetition in an expression is bounded, so that the time to search a text is linear in
-# the length of the text.
+# Maps each kind of secret or personal data to a regular expression and a function that checks whether a match is valid;
+# None means that every match is valid. Every repetition in a regular expression is bounded, so that the time to search
+# a text is linear in the length of the text.
 PATTERNS: dict[str, tuple[str, Callable[[str], bool] | None]] = {
     "AWS key": (r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b", None),
     "GitHub token": (r"\bgh[pousr]_[A-Za-z0-9]{36,80}\b|\bgithub_pat_\w{40,100}\b", None),
@@ -186,11 +188,11 @@ PATTERNS: dict[str, tuple[str, Callable[[str], bool] | None]] = {
 
 
 def sensitive(texts: Sequence[Texts]) -> list[tuple[str, str, str]]:
-    """Finds possible secrets and personal data.
+    """Finds possible secrets and personal data in the texts of records.
 
     Returns a tuple (kind, location, masked text) for each secret or piece of personal data. The kind is a key of
-    PATTERNS; in the masked text, asterisks replace the middle. A version number of four components, such as 1.2.3.4, is
-    reported as an IP address.
+    PATTERNS; in the masked text, asterisks replace the middle of the match. A version number of four components, such
+    as 1.2.3.4, is reported as an IP address.
     """
     findings = []
     for location, text in (record for file in texts for record in file.records):
@@ -208,7 +210,8 @@ def sensitive(texts: Sequence[Texts]) -> list[tuple[str, str, str]]:
 
 
 def outliers(losses: np.ndarray) -> list[int]:
-    """Returns the indices of the losses more than 3.5 robust standard deviations from the median, furthest first.
+    """Returns the indices of the losses that are more than 3.5 robust standard deviations from the median, furthest
+    first.
 
     The robust standard deviation is the median absolute deviation, divided by 0.6745.
     """
@@ -239,7 +242,7 @@ def manifest(texts: Sequence[Texts]) -> list[dict[str, Any]]:
 
 
 def check(texts: Sequence[Texts], *, threshold: float | None = 0.8, losses: np.ndarray | None = None) -> dict[str, Any]:
-    """Run all checks, and return the findings as a dict that can be written as JSON.
+    """Run all quality checks, and return the findings as a dict that can be written as JSON.
 
     Args:
         threshold: smallest similarity at which two records are reported as near duplicates. None: near duplicates are
@@ -253,7 +256,7 @@ def check(texts: Sequence[Texts], *, threshold: float | None = 0.8, losses: np.n
     groups, pairs = exact(texts), [] if threshold is None else near(texts, threshold)
 
     def across(locations: Sequence[str]) -> bool:
-        """Returns whether the locations are in more than one file."""
+        """Returns whether the records at the locations are from more than one file."""
         return len({file_of[location] for location in locations}) > 1
 
     report: dict[str, Any] = {

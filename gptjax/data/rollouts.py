@@ -1,10 +1,10 @@
-"""Questions, and the answers that a model gives to them in reward tuning, as batches.
+"""Builds batches of questions and of the answers that a model samples for the questions in reward tuning.
 
     kept, dropped = questions(conversations, tokenizer, longest=400)
     batch = rollout_batch([Rollout(prompt, tokens, logprobs), ..], advantages, length=464)
 
-A row of `rollout_batch` holds one prompt with its answer, a row of `tree_batch` one prompt with several answers. The
-end token E of an answer is only a target:
+A row of `rollout_batch` holds one prompt with one answer, and a row of `tree_batch` holds one prompt with several
+answers. The end token E of an answer is a target, but never an input:
 
     tokens        a b c d e . .     prompt "abc", answer "deE"
     targets       b c d e E . .
@@ -28,16 +28,17 @@ from gptjax.types import RolloutBatch
 
 
 class Question(NamedTuple):
-    """The token ids of a prompt, and the conversation, which ends with the expected answer."""
+    """A question: the token ids of the prompt, and the conversation, which ends with the expected answer."""
 
     ids: list[int]
     talk: Conversation
 
 
 class Rollout(NamedTuple):
-    """An answer to a prompt, as token ids, and the log-probability of each of its tokens when it was drawn.
+    """An answer to a prompt as token ids, and the log-probability of each token of the answer when the token was
+    sampled.
 
-    The end token is the last token of the answer, if there is one.
+    If the answer has an end token, the end token is its last token.
     """
 
     prompt: Sequence[int]
@@ -49,9 +50,9 @@ GroupTree = tuple[TokenTree, list[np.ndarray]]
 
 
 def questions(talks: Sequence[Conversation], tokenizer: Tokenizer, *, longest: int) -> tuple[list[Question], int]:
-    """Returns the questions whose prompt has at most `longest` tokens, and the number of the others.
+    """Returns the questions whose prompt has at most `longest` tokens, and the number of questions that are left out.
 
-    The prompt is the conversation before its last answer, in the chat template of the tokenizer.
+    The prompt is the conversation before the last answer, rendered with the chat template of the tokenizer.
     """
     rendered = render_all(talks, tokenizer)
     prompts = [[i for span in spans[:-1] for i in span.ids] for spans in rendered]
@@ -60,9 +61,9 @@ def questions(talks: Sequence[Conversation], tokenizer: Tokenizer, *, longest: i
 
 
 def draw(n: int, step: int, size: int, seed: int) -> np.ndarray:
-    """Returns the indices [size] of the questions of draw number `step`, out of n.
+    """Returns the indices [size] of the questions, out of n questions, that draw number `step` selects.
 
-    Every epoch contains each question once, in a new order.
+    Every epoch contains each question once, in a random order that changes from epoch to epoch.
     """
     return epoch_rows(step, size, n, seed)
 
@@ -70,7 +71,8 @@ def draw(n: int, step: int, size: int, seed: int) -> np.ndarray:
 def tree_batch(
     groups: Sequence[Sequence[Rollout]], trees: Sequence[GroupTree], advantages: np.ndarray, length: int, longest: int
 ) -> RolloutBatch:
-    """Returns a batch with a row for each group of N rollouts, as a token tree with their prompt once.
+    """Returns a batch with one row per group of N rollouts; the row is a token tree that holds the prompt of the group
+    once.
 
     Args:
         groups: B groups; the rollouts of a group have the same prompt.
@@ -81,7 +83,8 @@ def tree_batch(
     """
     shape = len(groups), len(groups[0]), longest
     index, weights, old = np.zeros(shape, np.int32), np.zeros(shape, np.float32), np.zeros(shape, np.float32)
-    rows = np.zeros((5, len(groups), length), np.int32)  # tokens, targets, segment_ids, positions, subtree_end
+    # The five arrays are tokens, targets, segment_ids, positions and subtree_end.
+    rows = np.zeros((5, len(groups), length), np.int32)
     rows[4] = length
     for g, (tree, paths) in enumerate(trees):
         n = len(tree.tokens)
@@ -97,14 +100,15 @@ def tree_batch(
 
 
 def group_tree(group: Sequence[Rollout]) -> GroupTree:
-    """Returns the token tree of rollouts with the same prompt, and the indices of the tokens of each in the tree."""
+    """Returns the token tree of rollouts with the same prompt, and the indices in the tree of the tokens of each
+    rollout."""
     return token_tree.merge_paths(
         [(np.array([*prompt, *tokens]), np.array([0] * len(prompt) + [1] * len(tokens))) for prompt, tokens, _ in group]
     )
 
 
 def rollout_batch(rollouts: Sequence[Rollout], advantages: np.ndarray, length: int) -> RolloutBatch:
-    """Returns the batch of B rollouts, without reference log-probabilities.
+    """Returns the batch of B rollouts with one rollout per row, without reference log-probabilities.
 
     Args:
         advantages: [B].

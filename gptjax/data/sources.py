@@ -1,8 +1,9 @@
 """Reads text lazily from files, folders, named assets and the Hugging Face hub; an invalid file raises an error.
 
-A document has a name, a text and a group, which is the name of the file that the document came from. Names are relative
-to the path that the user gave. The same corpus therefore has the same names on every machine and, because the
-validation split depends on the names, the same validation documents. The sources that data.source may name:
+A document has a name, a text and a group, which is the name of the file that the document came from. Document names are
+relative to the path that the user gave. The documents of a corpus therefore have the same names on every machine, and
+because the validation split depends on the document names, every machine holds out the same documents for validation.
+The setting data.source may name these sources:
 
     shakespeare            a named asset (`gptjax.assets.ASSETS`), which takes precedence over a folder of the same
                            name: write ./shakespeare for the folder
@@ -32,11 +33,12 @@ from gptjax.errors import UserError, did_you_mean, did_you_mean_path
 from gptjax.files import one_line_end, replacing, sha256, user_path
 from gptjax.formats import tables
 
-MAX_FILES = 1_000_000  # maximum number of files in a folder
+MAX_FILES = 1_000_000  # maximum number of files that a folder may contain
 
 
 class Document(NamedTuple):
-    """A document: its name within the source, its text, and the name of the file that it came from (`group`)."""
+    """A document: its name within the source, its text, and the name of the file that contains the document
+    (`group`)."""
 
     name: str
     text: str
@@ -45,10 +47,12 @@ class Document(NamedTuple):
 
 @dataclass(frozen=True)
 class Source:
-    """One entry of data.source. Every iteration over a source reads the files again; the text is not kept in memory.
+    """A data source, which is one entry of data.source. Every iteration over a data source reads the files again, so
+    that the text is not kept in memory.
 
-    files        for each file, its name and a function that yields its documents
-    fingerprint  hash of the file names and contents
+    Attributes:
+        files        for each file, its name and a function that yields its documents
+        fingerprint  hash of the file names and contents
     """
 
     name: str
@@ -62,7 +66,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Documents:
-    """All sources of a data set, in the order in which data.source names them."""
+    """All data sources of a data set, in the order of the setting data.source."""
 
     sources: tuple[Source, ...]
 
@@ -71,9 +75,9 @@ class Documents:
 
 
 def documents(cfg: DataConfig, names: Iterable[str] | None = None) -> Documents:
-    """Open the sources that `names` lists, or data.source if `names` is None.
+    """Open the data sources that `names` lists, or the data sources in data.source if `names` is None.
 
-    The files are hashed when they are opened, and their text is read on iteration.
+    The files are hashed when the sources are opened, and the text of the files is read on iteration.
 
     Raises:
         UserError: sources do not exist or cannot be read; the message names all such sources.
@@ -137,7 +141,7 @@ def _open_path(name: str, path: Path, cfg: DataConfig) -> Source:
 
 
 def _is_ours(folder: Path) -> bool:
-    """Returns whether gptjax wrote the folder, as a run directory or a saved model."""
+    """Returns whether the folder is a run directory or a saved model that gptjax wrote."""
     return (folder / "model.json").is_file() or all((folder / f).is_file() for f in ("config.yaml", "metrics.jsonl"))
 
 
@@ -145,7 +149,7 @@ def _folder(name: str, folder: Path) -> list[tuple[str, Path]]:
     """Returns the name (relative to `folder`) and the path of each .txt and .md file in the folder and its subfolders.
 
     If the folder has no .txt or .md file, returns the names and paths of its .jsonl, .csv and .parquet files instead.
-    Skips run directories and saved models of gptjax.
+    Run directories and saved models of gptjax are skipped.
     """
     if _is_ours(folder):
         raise UserError(f"data.source={name} is a run or model of gptjax, not text: give text files or their folder")
@@ -164,9 +168,9 @@ def _folder(name: str, folder: Path) -> list[tuple[str, Path]]:
 
 
 def _walk(name: str, folder: Path, parents: tuple[Path, ...]) -> Iterator[Path]:
-    """Yields the files of a folder at any depth.
+    """Yields the paths of the files in a folder and its subfolders at any depth.
 
-    Follows symbolic links. Skips hidden files, and the run directories and saved models of gptjax.
+    Follows symbolic links. Hidden files, run directories of gptjax and saved models of gptjax are skipped.
 
     Raises:
         UserError: a symbolic link is broken, or leads back to a folder that contains it.
@@ -233,9 +237,10 @@ def _no_field(location: str, field: str, fields: Iterable[str]) -> str:
 
 
 def _read_csv(path: Path, name: str, field: str) -> Iterator[Document]:
-    """Yields a document per row of a CSV file with a header.
+    """Yields one document for each row of a CSV file with a header.
 
-    All values are strings: NA and null are not read as missing values, and numbers are not converted.
+    All values of the CSV file are read as strings: NA and null are not read as missing values, and numbers are not
+    converted.
     """
     header: list[str] = []
     for start, row in tables.delimited(tables.lines(path), strict=True):
@@ -289,14 +294,14 @@ READERS: dict[str, Callable[[Path, str, str], Iterator[Document]]] = {
 }
 
 
-# --- the Hugging Face hub
+# --- Hugging Face hub
 
 
 def _open_hub(name: str, cfg: DataConfig) -> Source:
-    """Open a dataset on the hub, hf:org/name[:config][@split]; the default split is train.
+    """Open a dataset on the Hugging Face hub, hf:org/name[:config][@split]; the default split is train.
 
-    With data.streaming=true only the first data.max_documents rows are downloaded. These rows are stored as .jsonl in
-    the cache folder, so that a rerun reads the same text and needs no network.
+    With data.streaming=true only the first data.max_documents rows are downloaded. The downloaded rows are stored as
+    .jsonl in the cache folder, so that a rerun reads the same text and needs no network.
     """
     repo, config, split = tables.hub_name(name)
     if cfg.streaming:
@@ -313,7 +318,7 @@ def _open_hub(name: str, cfg: DataConfig) -> Source:
 def _load(name: str, repo: str, config: str, split: str, cfg: DataConfig) -> Any:
     try:
         dataset = tables.hub(repo, config, split, streaming=cfg.streaming)
-    # without a network or for an unknown name, `datasets` raises exceptions of many types
+    # The library `datasets` raises exceptions of many types if the network is missing or the name is unknown.
     except Exception as error:
         raise _hub_error(name, error) from error
     columns = getattr(dataset, "column_names", None)
@@ -358,7 +363,8 @@ def _hub_error(name: str, error: Exception) -> UserError:
 
 
 def cache_root(cfg: DataConfig) -> Path:
-    """Returns the folder for encoded tokens and downloaded rows: data.cache_dir, by default the user's cache folder."""
+    """Returns the cache folder for encoded tokens and downloaded rows: data.cache_dir, or by default the user's cache
+    folder."""
     return Path(cfg.cache_dir).expanduser() if cfg.cache_dir else assets.cache_dir()
 
 

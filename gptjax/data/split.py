@@ -1,11 +1,11 @@
-"""Train, validation and test splits for every kind of data.
+"""Splits data of every kind into training, validation and test data.
 
-split_documents   pretraining           holds out the tail of each file, or whole documents or files
-split_labelled    classification        splits stratified by class, grouped by equal texts, or as in the book
-split_records     instructions, pairs   splits the records of a file in their order; without a file, makes synthetic
-                                        questions, and splits them by `is_held_out`
+    split_documents   pretraining           holds out the tail of each file, or whole documents or files
+    split_labelled    classification        splits stratified by class, grouped by equal texts, or as in the book
+    split_records     instructions, pairs   splits the records of a file in their order; without a file, makes synthetic
+                                            questions, and splits them by `is_held_out`
 
-The book is "Build a Large Language Model (From Scratch)" by Sebastian Raschka.
+The splits named after a book follow "Build a Large Language Model (From Scratch)" by Sebastian Raschka.
 """
 
 from __future__ import annotations
@@ -36,9 +36,10 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 MAX_PROBLEMS = 10
 BOOK_SEED = 123
-# maximum numbers of synthetic validation and test questions, kept small because the model takes time to answer them
+# Maximum numbers of synthetic validation and test questions, which are small because a model takes time to answer
+# questions.
 HELD_OUT = 80, 200
-ONE_OF = 5  # one in ONE_OF subjects of synthetic questions (a word, a sum, ..) is held out from training
+ONE_OF = 5  # One in ONE_OF subjects of synthetic questions (a word, a sum, ..) is held out.
 
 
 # --- pretraining
@@ -46,11 +47,12 @@ ONE_OF = 5  # one in ONE_OF subjects of synthetic questions (a word, a sum, ..) 
 
 @dataclass(frozen=True)
 class Subset:
-    """The documents for training, or the documents that are held out from training.
+    """One side of a train/validation split: the text for training, or the text that is held out from training.
 
-    n_documents  number of documents of all sources, before the split
-    cuts         cuts[k][i]: number of characters at the start of document i of source k that are for training, while
-                 the rest is held out; None: the documents are not split
+    Attributes:
+        n_documents  number of documents of all sources, before the split
+        cuts         cuts[k][i]: number of characters at the start of document i of source k that are for training,
+                     while the rest is held out; None: the documents are not split
     """
 
     documents: Documents
@@ -64,10 +66,10 @@ class Subset:
     def source(self, k: int) -> Iterator[tuple[Document, bool, bool]]:
         """Yields the documents of source k that have text in this subset, each with the two flags `begins` and `ends`.
 
-        The flags tell whether the text in this subset starts and ends where the document does. If the tail of a
-        document is held out, `begins` is False for the tail, and `ends` is False for the text before the tail. In a
-        corpus of a single document both flags are False: from one document a model cannot learn how documents begin
-        and end.
+        The flags `begins` and `ends` state whether the text in this subset starts at the start of the document and ends
+        at the end of the document. If the tail of a document is held out, `begins` is False for the tail, and `ends` is
+        False for the text before the tail. In a corpus of a single document both flags are False, because from one
+        document a model cannot learn how documents begin and end.
         """
         for i, document in enumerate(self.documents.sources[k]):
             text, begins = document.text, self.n_documents > 1
@@ -84,23 +86,23 @@ class Subset:
 def split_documents(
     documents: Documents, cfg: DataConfig, val: Documents | None = None
 ) -> tuple[Subset, Subset, list[dict]]:
-    """Returns (train, val, how). Each source is split separately, so that val represents all sources.
+    """Returns (train, val, how). Each data source is split separately, so that val contains text of all sources.
 
-    data.split says what is held out for val:
+    The setting data.split determines which text is held out for validation:
 
-    tail      the last val_fraction of the characters of each file
-    document  whole documents with about val_fraction of the bytes of the source. They are chosen by a hash of their
-              names (see `hold_out`), independently of the seed and of the order of the documents, so that runs with
-              different seeds can be compared.
-    file      whole files, chosen in the same way as documents
-    auto      as document for a source with 10 or more documents, else as tail
+        tail      the last val_fraction of the characters of each file
+        document  whole documents with about val_fraction of the bytes of the source. They are chosen by a hash of their
+                  names (see `hold_out`), independently of the seed and of the order of the documents, so that runs with
+                  different seeds can be compared.
+        file      whole files, chosen in the same way as documents
+        auto      as document for a source with 10 or more documents, else as tail
 
-    If data.val_source is set, `val` must contain its documents: they are the validation split, and all of `documents`
-    are for training.
+    If data.val_source is set, `val` must contain the documents of data.val_source. If `val` is given, `val` is the
+    validation split, and all of `documents` are for training.
 
-    `how` is a list with a dict for each source, which has the keys source, split, documents and bytes. `split` is tail,
-    document or file, or none if `val` is given. If the split is not none, the dict also has the key held_out, with the
-    names of the first 100 documents or files that are held out, at least in part.
+    The list `how` has one dict per data source with the keys source, split, documents and bytes. The value of the key
+    split is tail, document or file, or none if `val` is given. If the split is not none, the dict also has the key
+    held_out, with the names of the first 100 documents or files that are held out, at least in part.
     """
     if val is not None:
         how, counts = [], [0, 0]
@@ -119,7 +121,7 @@ def split_documents(
 
 
 class Sizes(NamedTuple):
-    """The name of each document of a source, its length in characters and in bytes, and the index of its file."""
+    """The name, the length in characters, the length in bytes and the file index of each document of a data source."""
 
     names: list[str]
     characters: np.ndarray
@@ -128,7 +130,7 @@ class Sizes(NamedTuple):
 
 
 def measure(source: Source) -> Sizes:
-    """Read all documents of a source once, to measure them and to find invalid files.
+    """Read all documents of a data source once, to measure the documents and to find invalid files.
 
     Raises:
         UserError: files cannot be read or are invalid (the message lists the first 10 of them).
@@ -182,7 +184,7 @@ def _cut(source: Source, cfg: DataConfig) -> tuple[np.ndarray, dict[str, Any]]:
 def _tail_cuts(sizes: Sizes, fraction: float) -> np.ndarray:
     """Cuts each file after the first int((1 - fraction) * characters) characters, even inside a document.
 
-    Returns the number of characters of each document before the cut, [n] int64.
+    Returns the number of characters before the cut in each document, [n] int64.
     """
     totals = np.bincount(sizes.groups, sizes.characters) if len(sizes.names) else np.zeros(1)
     begin = np.cumsum(sizes.characters) - sizes.characters
@@ -194,10 +196,10 @@ def _tail_cuts(sizes: Sizes, fraction: float) -> np.ndarray:
 def hold_out(names: list[str], sizes: np.ndarray, fraction: float) -> np.ndarray:
     """Returns a mask [n] bool of the documents or files to hold out: at least one of them, and never all of them.
 
-    The items (documents or files) are tried in the order of the hashes of their names. An item is held out if it brings
-    the held-out size closer to `fraction` of the total size. Items that are too large for that are skipped until one
-    item is held out; after that, the first such item ends the search. If no item can be held out in this way, the
-    smallest item is held out.
+    The items (documents or files) are tried in the order of the hashes of their names. An item is held out if holding
+    out the item brings the held-out size closer to `fraction` of the total size. Before the first item is held out,
+    items that are too large are skipped; after the first item is held out, an item that is too large ends the search.
+    If all tried items are too large, the smallest item is held out.
 
     Args:
         names: names of the items.
@@ -225,7 +227,8 @@ def _hash(name: str) -> bytes:
 
 
 class LabelledSplits(NamedTuple):
-    """Training, validation and test texts. `leaked` is the number of texts of val and test that also occur in train."""
+    """Labelled texts for training, validation and test. `leaked` is the number of texts of val and test that also occur
+    in train."""
 
     train: Labelled
     val: Labelled
@@ -241,12 +244,12 @@ def split_labelled(
     seed: int = 0,
     deduplicate: bool = True,
 ) -> LabelledSplits:
-    """Split labelled texts into train, validation and test.
+    """Split labelled texts into training, validation and test texts.
 
-    stratified  each class is split by `fractions`
-    grouped     all texts are split by `fractions`, but equal texts are always in the same split
-    book        as in chapter 6 of the book: the classes are undersampled to equal size, shuffled with pandas and the
-                book's seed, and split by the book's fractions (`fractions` and `seed` are not used)
+        stratified  each class is split by `fractions`
+        grouped     all texts are split by `fractions`, but equal texts are always in the same split
+        book        as in chapter 6 of the book: the classes are undersampled to equal size, shuffled with pandas and
+                    the book's seed, and split by the book's fractions (`fractions` and `seed` are not used)
 
     Args:
         how: the kind of split, one of those listed above: stratified, grouped or book.
@@ -283,7 +286,7 @@ def split_labelled(
 
 
 def normalized(text: str) -> str:
-    """Returns the text in lower case with single spaces: its normalised form.
+    """Returns the normalised form of a text: the text in lower case with single spaces.
 
     Texts with the same normalised form count as duplicates.
     """
@@ -291,9 +294,10 @@ def normalized(text: str) -> str:
 
 
 def _unseen(texts: Sequence[str], seen: set[str]) -> list[int]:
-    """Returns the indices of the texts that are neither in `seen` nor equal to an earlier text, after normalisation.
+    """Returns the indices of the texts whose normalised form is neither in `seen` nor the normalised form of an earlier
+    text.
 
-    The normalised forms of the texts at these indices are added to `seen`.
+    The normalised forms of the texts at the returned indices are added to `seen`.
     """
     rows = []
     for i, text in enumerate(texts):
@@ -328,7 +332,7 @@ def _grouped(data: Labelled, fractions: Sequence[float], rng: np.random.Generato
 
 
 def _book(data: Labelled) -> list[np.ndarray]:
-    """Undersample the common class, append the rare class, shuffle the rows, and cut them at 70 and 80 per cent.
+    """Undersample the common class, append the rare class, shuffle the rows, and split the rows at 70 and 80 per cent.
 
     Source: the code for chapter 6 of "Build a Large Language Model (From Scratch)", with the same pandas calls and
     seed.
@@ -353,7 +357,7 @@ def _book(data: Labelled) -> list[np.ndarray]:
 
 
 class Splits(NamedTuple, Generic[T]):
-    """Records for training, validation and test."""
+    """The records for training, the records for validation and the records for test."""
 
     train: list[T]
     val: list[T]
@@ -367,10 +371,11 @@ def split_records(
     made: Callable[..., list[T]],
     notes: list[str] | None = None,
 ) -> Splits[T]:
-    """Split the records of the file settings.source, in order, into train, test and validation, as the book does.
+    """Split the records of the file settings.source, in file order, into training, test and validation records.
 
-    If settings.source is None, synthetic records are made instead. The subjects of the synthetic records for validation
-    and test (a word, "3 + 4", "7 meters") never occur in training.
+    As in "Build a Large Language Model (From Scratch)", the test records come before the validation records in the
+    file. If settings.source is None, synthetic records are made instead of reading a file. The subjects of the
+    synthetic records for validation and test (a word, "3 + 4", "7 meters") never occur in training.
 
     Args:
         read: function (source, notes) that returns the records in the file `source`, and appends lines of text about

@@ -1,8 +1,8 @@
-"""The on-disk token cache, which holds the token ids of each split as an array that is memory-mapped.
+"""Reads and writes the on-disk token cache, which holds the token ids of each split as a memory-mapped array.
 
     tokens/KEY/  train.bin  train.starts.npy  val.bin  val.starts.npy  tokenizer.json  manifest.json
 
-A finished folder appears atomically, by one rename, so that a reader sees either the complete folder or none.
+A single rename moves a finished cache folder into place, so that a reader sees either the complete folder or no folder.
 """
 
 from __future__ import annotations
@@ -28,8 +28,10 @@ from gptjax.files import json_sha256, sha256, sync, umask, write_text
 from gptjax.tokenizers import Tokenizer
 
 VERSION = 2
-STALE_S = 24 * 3600  # seconds after which an unfinished folder is deleted, because its writer must have died
-# names that `build` gives to unfinished folders; folders with other names may be the user's and are never deleted
+# Seconds after which an unfinished folder is deleted, because the process that wrote the folder must have died.
+STALE_S = 24 * 3600
+# Matches the names that `build` gives to unfinished folders. A folder with another name may be the user's, and is never
+# deleted.
 PARTIAL = re.compile(r"\.partial-([0-9a-f]{12}|damaged)-\w{8}")
 FILES = {f"{split}.{end}" for split in ("train", "val") for end in ("bin", "starts.npy")}
 FILES |= {"tokenizer.json", "manifest.json", "manifest.json.partial"}
@@ -37,17 +39,18 @@ FILES |= {"tokenizer.json", "manifest.json", "manifest.json.partial"}
 
 @dataclass(frozen=True, eq=False)
 class TokenStore:
-    """The token ids of one split, with all sources concatenated.
+    """The token ids of one split of the data, with all data sources concatenated.
 
-    tokens         [N] uint16 or uint32, memory-mapped if loaded from disk
-    doc_starts     [n_docs] int64, index of each document's first token; doc_starts[0] == 0
-    source_starts  [n_sources + 1] int64, source k is tokens[source_starts[k] : source_starts[k + 1]]
-    n_bytes        number of UTF-8 bytes of the text, from which bits per byte are computed
-    fingerprint    hash that identifies the tokens and the boundaries of documents and sources
-    begin_id       id of the begin token, which precedes the text of a document: BOS, or the end-of-text token as in
-                   GPT-2 (see `tokenizers.begin_id`). If the previous document ends with this token, that occurrence
-                   is also the begin token of the document; otherwise the begin token is the document's first token.
-                   None: there is no begin token
+    Attributes:
+        tokens         [N] uint16 or uint32, memory-mapped if loaded from disk
+        doc_starts     [n_docs] int64, index of each document's first token; doc_starts[0] == 0
+        source_starts  [n_sources + 1] int64, source k is tokens[source_starts[k] : source_starts[k + 1]]
+        n_bytes        number of UTF-8 bytes of the text, from which bits per byte are computed
+        fingerprint    hash that identifies the tokens and the boundaries of documents and sources
+        begin_id       id of the begin token, which precedes the text of a document: BOS, or the end-of-text token as
+                       in GPT-2 (see `tokenizers.begin_id`). If the previous document ends with this token, that
+                       occurrence is also the begin token of the document; otherwise the begin token is the document's
+                       first token. None: there is no begin token
     """
 
     tokens: np.ndarray
@@ -65,9 +68,9 @@ class TokenStore:
         return len(self.source_starts) - 1
 
     def begins_before(self, documents: np.ndarray) -> np.ndarray:
-        """Returns a bool for each document, True if its begin token is the last token of the previous document.
+        """Returns whether the begin token of each document is the last token of the previous document.
 
-        `documents` are indices of documents, int64; the result has the same shape.
+        The array `documents` holds document indices, int64; the returned array of bool has the shape of `documents`.
         """
         if self.begin_id is None:
             return np.zeros(documents.shape, bool)
@@ -77,7 +80,8 @@ class TokenStore:
 
     @property
     def n_targets(self) -> int:
-        """The number of tokens for bits per byte: all tokens, except begin tokens that are a document's first token."""
+        """Returns the number of tokens that count for bits per byte: all tokens, except a begin token that is the first
+        token of a document."""
         return len(self) - int(
             (self.tokens[self.doc_starts] == self.begin_id).sum() if self.begin_id is not None else 0
         )
@@ -90,9 +94,9 @@ class TokenStore:
         n_bytes: int = 0,
         begin_id: int | None = None,
     ) -> TokenStore:
-        """Makes a `TokenStore` of arrays in memory, for notebooks and tests.
+        """Makes a `TokenStore` from arrays in memory, for notebooks and tests.
 
-        If `begin_id` is None, there are at least two documents, and all documents end with the same token, then that
+        If `begin_id` is None, there are at least two documents, and all documents end with the same token, this last
         token is also used as the begin token, like the end-of-text token of GPT-2.
         """
         ids = np.asarray(ids)
@@ -107,7 +111,8 @@ class TokenStore:
 
 
 def dtype_for(vocab_size: int) -> np.dtype:
-    """Returns the dtype in which token ids are stored: uint16 if it can hold all `vocab_size` ids, else uint32."""
+    """Returns the dtype in which token ids are stored: uint16 if all ids below `vocab_size` fit in uint16, else
+    uint32."""
     return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
 
 
@@ -173,8 +178,8 @@ def write(
 def open_split(folder: Path, split: str, manifest: dict, tokenizer: Tokenizer) -> TokenStore:
     entry = manifest[split]
     path, dtype = folder / f"{split}.bin", np.dtype(entry["dtype"])
-    # np.asarray makes a plain array that shares the memory map, because indexing an np.memmap costs several
-    # microseconds per call.
+    # The function np.asarray makes a plain array that shares the memory map, because indexing an np.memmap takes
+    # several microseconds per call.
     tokens = np.asarray(np.memmap(path, dtype, "r")) if entry["tokens"] else np.zeros(0, dtype)
     return TokenStore(
         tokens,
@@ -187,14 +192,15 @@ def open_split(folder: Path, split: str, manifest: dict, tokenizer: Tokenizer) -
 
 
 def write_manifest(folder: Path, manifest: dict) -> None:
-    """Write manifest.json atomically, with the keys `version` and `manifest_sha256`, a SHA-256 of the other entries."""
+    """Write manifest.json atomically. The key `manifest_sha256` holds the SHA-256 of all other entries, which include
+    `version`."""
     body = dict(manifest, version=VERSION)
     body["manifest_sha256"] = _manifest_hash(body)
     write_text(folder / "manifest.json", json.dumps(body, indent=1, sort_keys=True))
 
 
 def verify(folder: Path) -> tuple[dict | None, str]:
-    """Returns (manifest, "") if the manifest's version and all its hashes are right, else (None, error message)."""
+    """Returns (manifest, "") if the version and all hashes in the manifest are correct, else (None, error message)."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         if manifest["manifest_sha256"] != _manifest_hash(manifest):
@@ -213,11 +219,10 @@ def verify(folder: Path) -> tuple[dict | None, str]:
 
 
 def build(root: Path, key: str, make: Callable[[Path], dict], log: Callable[[str], None]) -> tuple[Path, dict]:
-    """Returns the folder root/KEY, whose files are verified, and its manifest.
+    """Returns the cache folder root/KEY, after verifying its files, and its manifest.
 
-    If the folder is missing, it is built; if it is damaged, it is built again.
-
-    Several processes may build at once: each fills a temporary folder, and the first rename wins.
+    A cache folder that is missing is built, and a cache folder that is damaged is built again. Several processes may
+    build the same cache folder at once: each process fills a temporary folder, and the first rename wins.
 
     Args:
         make: function that writes all files into the folder it is given, and returns the manifest.
@@ -244,7 +249,7 @@ def build(root: Path, key: str, make: Callable[[Path], dict], log: Callable[[str
         manifest, problem = verify(partial)
         if not manifest:
             raise UserError(f"the tokens just written to {root} cannot be read back ({problem}): check the disk")
-        os.chmod(partial, 0o777 & ~umask())  # mkdtemp makes the folder private, but users may share the cache
+        os.chmod(partial, 0o777 & ~umask())  # mkdtemp makes the folder private, but several users may share the cache
         return _publish(partial, folder, manifest)
     except OSError as error:
         raise _cannot_write(root, error) from error
@@ -260,13 +265,13 @@ def _publish(partial: Path, folder: Path, manifest: dict) -> tuple[Path, dict]:
         except OSError:
             if not folder.exists():
                 raise
-        # the folder exists already: it is either complete, because another process was faster, or damaged
+        # The cache folder exists already, and is either complete, because another process was faster, or damaged.
         existing, _ = verify(folder)
         if existing:
             return folder, existing
         trash = Path(tempfile.mkdtemp(prefix=".partial-damaged-", dir=folder.parent))
-        with contextlib.suppress(FileNotFoundError):  # raised if another process moved the folder
-            # renaming is atomic, and a process that has files of this folder open can still read them
+        with contextlib.suppress(FileNotFoundError):  # FileNotFoundError is raised if another process moved the folder.
+            # Renaming is atomic, and a process that has opened files of this folder can still read the files.
             os.rename(folder, trash / "tokens")
         shutil.rmtree(trash, ignore_errors=True)
     raise UserError(f"{folder} cannot be replaced: delete it and start again")

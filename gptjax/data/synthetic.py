@@ -1,14 +1,14 @@
-"""Synthetic questions with exact answers, used for instruction fine-tuning if `instruct.source` is not set.
+"""Makes synthetic questions with exact answers, which instruction fine-tuning uses if `instruct.source` is not set.
 
     skills(4, seed=0)[2]                user: "What is g i r l backwards?"   assistant: "l r i g"
     skills(4, seed=0, held_out=True)    similar questions, about other words and sums than the training data
     wrong_answer(talk, rng)             a wrong answer to such a question: "l i r g", "r i g", "g i r l", ..
 
-A skill is a type of question, such as forming a plural. A question is about words, a sum, a difference, three numbers
-to sort, or a measure such as 7 meters. A hash of each of these subjects decides, independently of the seed, whether the
-subject occurs only in training or only in held-out questions. In a question about spelling, the letters of the word are
-separated by spaces or hyphens. A word that is a single token would not show its letters, and a small model cannot infer
-them from other words.
+A skill is a type of question, such as forming a plural. A synthetic question is about words, a sum, a difference, three
+numbers to sort, or a measure such as 7 meters. A hash of the subject (such as the word or the sum) decides,
+independently of the seed, whether the subject occurs only in training questions or only in held-out questions. In a
+question about spelling, the letters of the word are separated by spaces or hyphens. A word that is a single token would
+not show its letters, and a small model cannot infer the letters from other words.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ from gptjax.data.conversations import Conversation
 from gptjax.data.split import is_held_out
 from gptjax.errors import UserError
 
-ATTEMPTS = 100  # maximum number of random draws to find a question that is not used yet
+ATTEMPTS = 100  # maximum number of random draws in search of a question that is not used yet
 VOWELS = "aeiou"
-LETTERS = 5  # length of the longest word in a question that asks for the number of letters
-LARGEST = 12  # largest number in a question that asks for a sum or difference
+LETTERS = 5  # Length of the longest word in a question that asks for the number of letters.
+LARGEST = 12  # Largest number in a question that asks for a sum or difference.
 
-# Nouns of 3 to 8 letters whose plural is regular. Words that occur in the questions, such as "letter", are left out.
+# The synthetic questions use nouns of 3 to 8 letters whose plural is regular. Words that occur in the wording of the
+# questions, such as "letter", are left out.
 NOUNS = """
 ant army artist aunt baby badge bag baker ball banana basket bath bay beach bean bear beaver bed bee bell belt bench
 berry bike bird boat book boot bottle bowl box boy branch brick bridge broom brush bucket bug bus bush button cabin
@@ -50,7 +51,7 @@ tube tunnel turkey turtle uncle valley vase vest village violin wagon wall walle
 wing wire witch world worm year zebra
 """
 WORDS = tuple(NOUNS.split())
-MEASURES = (  # larger unit, smaller unit, number of smaller units per larger unit
+MEASURES = (  # Each entry holds a larger unit, a smaller unit, and the number of smaller units per larger unit.
     ("meters", "centimeters", 100),
     ("kilometers", "meters", 1000),
     ("kilograms", "grams", 1000),
@@ -60,10 +61,11 @@ MEASURES = (  # larger unit, smaller unit, number of smaller units per larger un
 
 
 class Task(NamedTuple):
-    """The values that are inserted into the wording of a question, and the answer to the question.
+    """A question and its answer: `slots` holds the values that are inserted into the wording of the question.
 
-    The hash of `key` decides whether the question is held out. If `key` is "", every question is accepted, because its
-    words were drawn from the right list: the words for training, or the held-out words.
+    The hash of `key` decides whether the question is held out. If `key` is "", the question is always accepted, because
+    the words of the question were drawn from the right list, which is either the words for training or the held-out
+    words.
     """
 
     slots: dict[str, str]
@@ -72,8 +74,9 @@ class Task(NamedTuple):
 
 
 class Skill(NamedTuple):
-    """A type of question: a function that draws a random `Task`, different wordings of the question, and a function
-    (question, answer, rng) that returns wrong answers, such as a small model gives. The right one may be among them.
+    """A type of question. The function `make` draws a random `Task`, `phrasings` holds different wordings of the
+    question, and the function `mistakes` returns wrong answers to the question, such as a small model gives. The wrong
+    answers that `mistakes` returns may include the right answer.
     """
 
     make: Callable[[random.Random, list[str]], Task]
@@ -82,7 +85,7 @@ class Skill(NamedTuple):
 
 
 def plural(noun: str) -> str:
-    """Returns the regular plural of a noun, as in cats, boxes, ladies."""
+    """Returns the regular plural of a noun, such as cats, boxes or ladies."""
     if noun.endswith("y") and noun[-2] not in VOWELS:
         return noun[:-1] + "ies"
     return noun + ("es" if noun.endswith(("s", "x", "z", "ch", "sh")) else "s")
@@ -136,8 +139,8 @@ def _convert(rng: random.Random, words: list[str]) -> Task:
 
 
 def _slips(items: list[str], others: list[str], rng: random.Random) -> list[list[str]]:
-    """Returns copies of the items: without one of them, with one twice, with two neighbours swapped, and with one
-    replaced by one of `others`."""
+    """Returns four changed copies of `items`: one item is removed, one item is doubled, two neighbours are swapped, and
+    one item is replaced by an element of `others`."""
     i, j = rng.randrange(len(items)), rng.randrange(len(items) - 1)
     before, item, after = items[:i], items[i], items[i + 1 :]
     swapped = [*items[:j], items[j + 1], items[j], *items[j + 2 :]]
@@ -162,7 +165,7 @@ def _spaced(question: str, answer: str, rng: random.Random) -> list[str]:
 
 
 def _backwards(question: str, answer: str, rng: random.Random) -> list[str]:
-    i = rng.randrange(1, len(answer), 2)  # the place of a space
+    i = rng.randrange(1, len(answer), 2)  # index of a space
     half_reversed = answer[: i + 1] + answer[i + 1 :][::-1]
     return [*_spelled(question, answer, rng), *_spelled(question, answer, rng), answer[::-1], half_reversed]
 
@@ -206,7 +209,7 @@ def _misconverted(question: str, answer: str, rng: random.Random) -> list[str]:
 
 
 def wrong_answer(talk: Conversation, rng: random.Random) -> str:
-    """Returns a random wrong answer to a question of `skills`: never the right one, and often close to it.
+    """Returns a random wrong answer to a question of `skills`, which is often close to the right answer.
 
     Args:
         talk: a conversation of one question, made by `skills(.., turns=1)`.
@@ -294,11 +297,11 @@ SKILLS: dict[str, Skill] = {
 
 
 def skills(n: int, seed: int, held_out: bool = False, turns: int = 1) -> list[Conversation]:
-    """Returns conversations that contain n questions in total, with their answers.
+    """Returns conversations that contain n synthetic questions in total, with the answers to the questions.
 
-    Each skill has the same number of questions, or one more. The attribute `where` of a conversation lists the skill
-    and the index, from 1, of each question: "plural:16" is the 16th question, which asks for a plural. A question is
-    repeated only if `ATTEMPTS` consecutive random draws gave questions that are already used.
+    The numbers of questions of any two skills differ by at most one. The attribute `where` of a conversation lists the
+    skill and the index, from 1, of each question: "plural:16" is the 16th question, which asks for a plural. A question
+    is repeated only if `ATTEMPTS` consecutive random draws gave questions that are already used.
 
     Args:
         held_out: whether to ask about the held-out subjects (words, sums, measures) instead of those for training.

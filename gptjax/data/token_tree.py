@@ -1,9 +1,10 @@
-"""Token trees: several token sequences with common prefixes as one example, which holds each prefix once.
+"""Merges several token sequences with common prefixes into a token tree: one example that holds each prefix once.
 
     tree = merge([(ids_1, weights_1), (ids_2, weights_2)])
 
-A chat template may render an earlier turn differently once later turns follow: Qwen3's drops the reasoning of earlier
-answers. The sequence in which an answer is trained is then no prefix of the sequence of the next answer:
+A chat template may render an earlier turn differently once later turns follow; for example, Qwen3's template drops the
+reasoning of earlier answers. If earlier turns are rendered differently, the token sequence that trains an answer is not
+a prefix of the token sequence that trains the next answer:
 
     sequences      u 1 < t > a E            user turn "u1", answer "<t>aE" with reasoning t; E is only a target
                    u 1 a E v 2 b E          the same turn without the reasoning, a second turn "v2", answer "bE"
@@ -15,8 +16,8 @@ answers. The sequence in which an answer is trained is then no prefix of the seq
     positions      0 1 2 3 4 5 2 3 4 5 6    number of tokens before this one on the path from the root
     subtree_end    11 11 6 6 6 6 11 11 11 11 11
 
-A token attends to the tokens on its own path: the earlier tokens whose `subtree_end` is larger than its index. Losses
-and gradients are therefore those of one row per sequence.
+A token attends to the tokens on its own path: the earlier tokens whose `subtree_end` is larger than its index. The
+losses and gradients of a token tree therefore equal the losses and gradients of one row per sequence.
 """
 
 from __future__ import annotations
@@ -28,17 +29,18 @@ import numpy as np
 
 
 class TokenTree(NamedTuple):
-    """One example of n tokens in depth-first order; all arrays are [n]."""
+    """An example of n tokens as a token tree in depth-first order; every array has the shape [n]. The array weights is
+    float32, and all other arrays are int32."""
 
-    tokens: np.ndarray  # int32
-    targets: np.ndarray  # int32
-    weights: np.ndarray  # float32, the loss weight of each target
-    positions: np.ndarray  # int32
-    subtree_end: np.ndarray  # int32: index after the last token of the subtree that begins at this token
+    tokens: np.ndarray
+    targets: np.ndarray
+    weights: np.ndarray  # Loss weight of each target.
+    positions: np.ndarray  # Number of earlier tokens on the path from the root.
+    subtree_end: np.ndarray  # Index just after the last token of the subtree that begins at each token.
 
 
 class _Node:
-    """A token of the tree, and the target that follows it."""
+    """A token of a token tree, and the target of this token."""
 
     __slots__ = ("children", "depth", "target", "token", "weight")
 
@@ -48,7 +50,7 @@ class _Node:
         self.children: list[_Node] = []
 
     def admits(self, target: int, weight: float) -> bool:
-        """Returns whether the node can have this target, which has no effect on the loss if its weight is 0."""
+        """Returns whether the node can have the target `target`; a target of weight 0 has no effect on the loss."""
         return target == self.target or weight == 0 or self.weight == 0
 
     def add(self, target: int, weight: float) -> None:
@@ -58,10 +60,11 @@ class _Node:
 
 
 def merge(sequences: Sequence[tuple[np.ndarray, np.ndarray]]) -> TokenTree:
-    """Merges the common prefixes of sequences into one tree.
+    """Merges token sequences into one token tree by sharing the common prefixes of the sequences.
 
-    A token has one target. If two sequences agree up to a token, and both have different targets with a weight after
-    it, the tree holds the token twice. The weight of a target that several sequences share is the sum of their weights.
+    A token has one target. If two sequences agree up to a token, but the token has different targets of non-zero weight
+    in both, the tree holds the token twice. The weight of a target that several sequences share is the sum of their
+    weights.
 
     Args:
         sequences: for each sequence its token ids [n] and the loss weight of each id as a target [n], with n >= 2. The
@@ -71,7 +74,7 @@ def merge(sequences: Sequence[tuple[np.ndarray, np.ndarray]]) -> TokenTree:
 
 
 def merge_paths(sequences: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[TokenTree, list[np.ndarray]]:
-    """Returns the tree of `merge`, and for each sequence the indices [n - 1] of its tokens in the tree."""
+    """Returns the token tree of `merge`, and the indices [n - 1] in the tree of the tokens of each sequence."""
     root, paths = _Node(-1, -1), list[list[_Node]]()
     for ids, weights in sequences:
         node = root
@@ -97,7 +100,7 @@ def _depth_first(root: _Node) -> tuple[TokenTree, list[_Node]]:
     stack: list[tuple[_Node, int]] = [(child, -1) for child in reversed(root.children)]
     while stack:
         node, index = stack.pop()
-        if index >= 0:  # all descendants have been visited
+        if index >= 0:  # all descendants of the node have been visited
             ends[index] = len(order)
             continue
         stack.append((node, len(order)))
@@ -116,7 +119,8 @@ def _depth_first(root: _Node) -> tuple[TokenTree, list[_Node]]:
 
 
 def children(tree: TokenTree) -> dict[int, list[int]]:
-    """Returns the indices of the children of each token that has any; those of -1 are the tokens that begin a path."""
+    """Maps the index of each token that has children to the indices of its children; the key -1 holds the indices of
+    the tokens that begin a path."""
     found: dict[int, list[int]] = {}
     path: list[int] = []
     for i in range(len(tree.tokens)):

@@ -10,7 +10,8 @@ from gptjax.errors import UserError
 
 
 def count(n_tokens: int, length: int, stride: int) -> int:
-    """Returns how many windows of `length` + 1 tokens fit in `n_tokens` tokens, if one starts every `stride` tokens."""
+    """Returns the number of windows of `length` + 1 tokens in `n_tokens` tokens, if a window starts every `stride`
+    tokens."""
     return len(range(0, n_tokens - length, stride))
 
 
@@ -23,9 +24,9 @@ def windows(
         inputs   [[40, 367, 2885, 1464], [367, 2885, 1464, 1807]]
         targets  [[367, 2885, 1464, 1807], [2885, 1464, 1807, 3619]]
 
-    With `drop_last=False`, tokens that remain at the end get one more full window, which ends at the last token and
-    overlaps the window before it. Unless this window is added, the two returned arrays are read-only, and they are
-    views of `ids` if `ids` is an array.
+    If `drop_last` is False and tokens remain after the last window, one more window of full length is added, which ends
+    at the last token and overlaps the previous window. Unless an additional window was added, the two returned arrays
+    are read-only, and are views of `ids` if `ids` is an array.
 
     Raises:
         UserError: there are fewer than length + 1 ids, or length or stride is below 1.

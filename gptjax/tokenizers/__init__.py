@@ -1,11 +1,14 @@
-"""Tokenizers, which convert text to token ids and back.
+"""Loads, trains and saves tokenizers, which convert text to token ids and token ids to text.
 
-tok = tokenizers.load("gpt2")               loads a built-in tokenizer: gpt2 or bytes
-tok = tokenizers.train("bpe", texts, 4096)  trains a new tokenizer: chars, words, bpe, wordpiece or unigram
-tok.save("here"); tokenizers.load("here")   saves and loads one file, here/tokenizer.json
-tok = tokenizers.load("SmolLM2-135M")       loads a Hugging Face folder: tokenizer.json, or vocab.json and merges.txt
-tok = tokenizers.load("model.gguf")         loads the tokenizer of a GGUF file: a path, or a model of `gptjax.assets`
-ids = tok.encode("Every effort moves you")  -> [6109, 3626, 6100, 345]
+Examples:
+    tok = tokenizers.load("gpt2")               loads a built-in tokenizer: gpt2 or bytes
+    tok = tokenizers.train("bpe", texts, 4096)  trains a new tokenizer: chars, words, bpe, wordpiece or unigram
+    tok.save("here"); tokenizers.load("here")   saves and loads one file, here/tokenizer.json
+    tok = tokenizers.load("SmolLM2-135M")       loads a Hugging Face folder: tokenizer.json, or vocab.json and
+                                                merges.txt
+    tok = tokenizers.load("model.gguf")         loads the tokenizer of a GGUF file: a path, or a model of
+                                                `gptjax.assets`
+    ids = tok.encode("Every effort moves you")  -> [6109, 3626, 6100, 345]
 """
 
 from __future__ import annotations
@@ -43,7 +46,8 @@ __all__ = [
 
 READY = ("gpt2", "bytes")
 TRAINED = ("chars", "words", "bpe", "wordpiece", "unigram")
-# Maps each kind of tokenizer to the names of its module and its class. A module is imported on first use.
+# Maps each kind of tokenizer to the names of its module and its class. The module of a tokenizer is imported on first
+# use.
 KINDS: dict[str, tuple[str, str]] = {
     "chars": ("chars", "Chars"),
     "bytes": ("chars", "Bytes"),
@@ -56,8 +60,8 @@ KINDS: dict[str, tuple[str, str]] = {
 
 
 def load(name_or_path: str | os.PathLike[str]) -> Tokenizer:
-    """Load a built-in tokenizer, or a tokenizer from a saved file, a run directory, a Hugging Face folder or a GGUF
-    file.
+    """Load a built-in tokenizer, or load a tokenizer from a saved file, a run directory, a Hugging Face folder or a
+    GGUF file.
 
     Args:
         name_or_path: "gpt2", "bytes", the name of an asset, or a path.
@@ -113,8 +117,8 @@ def train(name: str, texts: Iterable[str], vocab_size: int | None = None, **opti
 
 
 def build(cfg: TokenizerConfig, texts: Callable[[], Iterable[str]]) -> Tokenizer:
-    """Load the tokenizer that a config names, or train it on the documents that `texts()` returns. `texts` is called
-    only for training."""
+    """Load the tokenizer that a config names, or train a new tokenizer on the documents that the function `texts`
+    returns. The function `texts` is called only for training."""
     if cfg.name not in TRAINED:
         return load(cfg.name)
     return train(cfg.name, texts(), None if cfg.name in ("chars", "words") else cfg.vocab_size)
@@ -126,8 +130,8 @@ def loads(text: str, location: str = "tokenizer") -> Tokenizer:
 
 
 def extend(tokenizer: Tokenizer, names: Sequence[str]) -> Tokenizer:
-    """Return a copy of the tokenizer with more special tokens, which get the next free ids. The existing tokens keep
-    their ids.
+    """Return a copy of the tokenizer with additional special tokens, which get the next free ids. The tokens that the
+    tokenizer already has keep their ids.
 
     Raises:
         UserError: a name is a special or added token already, is an ordinary token of a `words` tokenizer or of one
@@ -155,7 +159,7 @@ def _from_data(data: Any, location: str) -> Tokenizer:
         _check_header(data)
         tokenizer = getattr(_module(KINDS[data["kind"]][0]), KINDS[data["kind"]][1]).from_data(data)
         tokenizer.grow([name for name in data["special_tokens"] if name not in tokenizer.special_tokens])
-        problems = []  # vocab_size and special_tokens in the file's header must agree with the file's vocabulary
+        problems = []  # The values in the file header must agree with the vocabulary in the file.
         if type(data.get("vocab_size")) is not int or data["vocab_size"] != tokenizer.vocab_size:
             stated = f"{data.get('vocab_size')!r:.40}"
             problems.append(f"vocab_size: the header says {stated}, the entries give {tokenizer.vocab_size}")

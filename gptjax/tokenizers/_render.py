@@ -1,11 +1,12 @@
-"""A program that renders one untrusted Jinja template within limits on time and memory; `chat.py` starts it.
+"""Renders one untrusted Jinja template within limits on time and memory; `chat.py` runs this program in a child
+process.
 
     python -I _render.py FOLDERS..   reads a line of JSON, the request, prints true, then {"text": ..} or {"error": ..}
 
-This program imports only jinja2, which it finds in FOLDERS, and the standard library, so that it starts quickly.
+The program imports only the standard library and jinja2, which it finds in FOLDERS, so that the program starts quickly.
 Jinja's sandbox denies a template access to Python's internals, but does not stop endless loops and does not limit the
-length of strings. Therefore this process limits its own memory and CPU time, and its parent process kills it after the
-time limit.
+length of strings. Therefore the process that renders the template limits its own memory and CPU time, and its parent
+process kills the process after the time limit.
 """
 
 from __future__ import annotations
@@ -49,8 +50,8 @@ def _environment() -> Any:
     from jinja2.utils import Namespace
 
     class Generation(jinja2.ext.Extension):
-        """The Jinja block `{% generation %}..{% endgeneration %}`, which marks the assistant's text; its content is
-        rendered as usual."""
+        """A Jinja extension for the block `{% generation %}..{% endgeneration %}`, which marks the assistant's text;
+        the content of the block is rendered like other text."""
 
         tags = {"generation"}  # noqa: RUF012
 
@@ -60,7 +61,7 @@ def _environment() -> Any:
             return jinja2.nodes.Scope(body, lineno=line)
 
     class PublicNamespace(Namespace):
-        # No parameter is named `self`, so that a template can set an attribute of this name: namespace(self=1).
+        # No parameter is named `self`, so that a template can set an attribute with the name `self`: namespace(self=1).
         def __init__(*args: Any, **attributes: Any) -> None:
             self, *rest = args
             Namespace.__init__(self)
@@ -85,7 +86,8 @@ def _environment() -> Any:
     )
     environment.filters["tojson"] = tojson
     environment.globals = {
-        "range": environment.globals["range"],  # the sandbox's range, which refuses more than 100,000 elements
+        # The range function of Jinja's sandbox raises an error for more than 100,000 elements.
+        "range": environment.globals["range"],
         "dict": lambda *args, **kwargs: dict(*args, **kwargs),
         "namespace": PublicNamespace,
         "cycler": environment.globals["cycler"],
@@ -97,7 +99,7 @@ def _environment() -> Any:
 
 
 def _limit(timeout_s: float) -> None:
-    with suppress(ImportError):  # Windows has no module `resource`
+    with suppress(ImportError):  # The module `resource` does not exist on Windows.
         import resource
 
         seconds = math.ceil(timeout_s) + 1
@@ -106,13 +108,13 @@ def _limit(timeout_s: float) -> None:
             (resource.RLIMIT_CPU, seconds),
             (resource.RLIMIT_CORE, 0),
         ):
-            with suppress(ValueError, OSError):  # macOS has no RLIMIT_AS
+            with suppress(ValueError, OSError):  # The limit RLIMIT_AS does not exist on macOS.
                 resource.setrlimit(kind, (most, most))
 
 
 def main() -> None:
     sys.path += sys.argv[1:]
-    _environment()  # imports jinja2 before `_limit` restricts the memory and CPU time of this process
+    _environment()  # Import jinja2 before `_limit` restricts the memory and CPU time of this process.
     request = json.loads(sys.stdin.buffer.readline())
     _limit(request["timeout_s"])
     print("true", flush=True)

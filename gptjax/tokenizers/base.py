@@ -1,9 +1,10 @@
-"""The tokenizer interface, and the base class of all tokenizers.
+"""Defines the interface `Tokenizer` and the base class `Base` of all tokenizers.
 
-A tokenizer maps text to ids in 0 .. vocab_size-1 and back. Special tokens such as `<|endoftext|>` are never produced
-from ordinary text: `encode` refuses a text that contains one, unless the caller says how to encode it. The vocabulary
-of a loaded model may also have added tokens, which are not special. `encode` accepts a text that contains an added
-token, encodes it as its id, and never splits it into other tokens.
+A tokenizer maps text to token ids in 0 .. vocab_size-1, and maps token ids back to text. Special tokens such as
+`<|endoftext|>` are never produced from ordinary text: `encode` raises an error for a text that contains a special
+token, unless the caller specifies how to encode the special token. The vocabulary of a loaded model may also have added
+tokens, which are not special tokens. If a text contains an added token, `encode` encodes the added token as its id, and
+never splits the added token into other tokens.
 
     encode("a<|endoftext|>b")                                      raises UserError, which names these two options:
     encode("a<|endoftext|>b", allowed_special={"<|endoftext|>"})   encodes <|endoftext|> as its id
@@ -35,31 +36,31 @@ FORMAT = "gptjax-tokenizer"
 VERSION = 1
 MAX_FILE_BYTES = 256 << 20
 END_OF_TEXT = "<|endoftext|>"
-END_OF_DOCUMENT = (END_OF_TEXT, "<|end_of_text|>")  # names of tokens that end a document, not a turn of a chat
+END_OF_DOCUMENT = (END_OF_TEXT, "<|end_of_text|>")  # tokens that end a document, not a turn of a chat
 
 Special = Collection[str] | Literal["all"]
 
-# Settings of a tokenizer besides its vocabulary, with their default values. A saved file holds only the settings that
-# differ from their defaults.
+# Default values of the settings that a tokenizer has in addition to its vocabulary. A saved tokenizer file holds only
+# the settings that differ from the default values.
 SETTINGS = {"bos_id": None, "eos_ids": (), "pad_id": None, "add_bos": False, "chat_template": None}
 
 
 class Tokenizer(Protocol):
-    """The interface of every tokenizer; `tests/contracts/test_tokenizers.py` tests it."""
+    """The interface of every tokenizer, which `tests/contracts/test_tokenizers.py` tests."""
 
-    kind: ClassVar[str]  # a key of `tokenizers.KINDS`
+    kind: ClassVar[str]  # A key of `tokenizers.KINDS`.
     name: str
     vocab_size: int
     special_tokens: dict[str, int]
     added_tokens: Mapping[str, int]
-    bos_id: int | None  # id of the beginning-of-sequence token, which `encode` never adds
-    eos_ids: tuple[int, ...]  # ids of the end-of-sequence tokens, each of which ends generation
+    bos_id: int | None  # Id of the beginning-of-sequence token, which `encode` never adds.
+    eos_ids: tuple[int, ...]  # Ids of the end-of-sequence tokens, each of which ends generation.
     pad_id: int | None
-    add_bos: bool  # whether the model expects bos_id before every text
-    chat_template: str | None  # a Jinja template that writes a conversation as text, see chat.py
+    add_bos: bool  # True if the model expects bos_id before every text.
+    chat_template: str | None  # Jinja template that renders a conversation as text, see chat.py.
 
     @property
-    def eot_id(self) -> int | None: ...  # id of the token that separates documents; None if there is none
+    def eot_id(self) -> int | None: ...  # id of the token that separates documents, or None
     @property
     def dtype(self) -> type[np.unsignedinteger]: ...
     @property
@@ -78,8 +79,9 @@ class Tokenizer(Protocol):
 class Base(ABC):
     """Base class of all tokenizers.
 
-    Every subclass implements `data`. It also implements `_encode`, which encodes ordinary text, or overrides `encode`
-    and `encode_array`; and it implements `_decode`, which decodes ordinary tokens, or overrides `decode`.
+    Every subclass implements `data`. A subclass either implements `_encode`, which encodes ordinary text, or overrides
+    `encode` and `encode_array`. A subclass either implements `_decode`, which decodes ordinary tokens, or overrides
+    `decode`.
     """
 
     _encode: Callable[[str], list[int]]
@@ -97,13 +99,13 @@ class Base(ABC):
 
     @property
     def eot_id(self) -> int | None:
-        """The id of the token that separates documents: the first name in END_OF_DOCUMENT that is a special token,
-        otherwise the first id in eos_ids."""
+        """Returns the id of the token that separates documents: the id of the first name in END_OF_DOCUMENT that is a
+        special token, otherwise the first id in eos_ids, otherwise None."""
         named = [self.special_tokens[name] for name in END_OF_DOCUMENT if name in self.special_tokens]
         return next(iter([*named, *self.eos_ids]), None)
 
     def replace(self, **settings: Any) -> Self:
-        """Return a copy of the tokenizer with other settings: bos_id, eos_ids, pad_id, add_bos, chat_template.
+        """Return a copy of the tokenizer with changed settings: bos_id, eos_ids, pad_id, add_bos or chat_template.
 
         Raises:
             UserError: a setting does not exist or has an invalid value, such as an id outside the vocabulary.
@@ -135,15 +137,15 @@ class Base(ABC):
         return other
 
     def grow(self, names: Iterable[str]) -> None:
-        """Add special tokens to this tokenizer; they get the ids after its last id. Call this only for a tokenizer that
-        has just been constructed; `tokenizers.extend` returns a new tokenizer instead."""
+        """Add special tokens to this tokenizer in place; the new tokens get the ids after the last id. Call `grow` only
+        for a tokenizer that has just been constructed; `tokenizers.extend` returns a new tokenizer instead."""
         new = {name: self.vocab_size + i for i, name in enumerate(names)}
         self.special_tokens = {**self.special_tokens, **new}
         self.vocab_size += len(new)
 
     @abstractmethod
     def data(self) -> dict[str, Any]:
-        """Return the content of the saved file, except its header, as JSON values."""
+        """Return the content of the saved tokenizer file, without the header, as JSON values."""
 
     def _encode_array(self, text: str) -> np.ndarray:
         return np.array(self._encode(text), self.dtype)
@@ -173,7 +175,8 @@ class Base(ABC):
     def encode_array(
         self, text: str, *, allowed_special: Special = (), disallowed_special: Special = "all"
     ) -> np.ndarray:
-        """Encode a text like `encode`, but return an array [N] of `self.dtype`, which is faster for whole files."""
+        """Encode a text like `encode`, but return the ids as an array [N] of `self.dtype`, which is faster for whole
+        files."""
         arrays = [
             self._encode_array(piece) if special is None else np.array([special], self.dtype)
             for piece, special in self._split_special(text, allowed_special, disallowed_special)
@@ -182,13 +185,13 @@ class Base(ABC):
 
     @property
     def dtype(self) -> type[np.unsignedinteger]:
-        """The dtype of arrays of ids: uint16 if it can hold every id, else uint32."""
+        """Returns the dtype of arrays of token ids: uint16 if every id fits in uint16, else uint32."""
         return np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
 
     def _split_special(self, text: str, allowed: Special, disallowed: Special) -> Iterator[tuple[str, int | None]]:
         """Split a text into special tokens, added tokens and the ordinary text between them.
 
-        Yields the parts in order, as pairs: (text, None) for ordinary text, (name, id) for a token.
+        Yields the parts of the text in order as pairs: (text, None) for ordinary text, and (name, id) for a token.
         """
         allowed = self._allowed(text, allowed, disallowed)
         whole = {**{name: self.special_tokens[name] for name in allowed}, **self.added_tokens}
@@ -266,7 +269,7 @@ class Base(ABC):
     # --- to a file
 
     def dumps(self) -> str:
-        """Return the text of the saved file. Equal tokenizers return the same text on every machine."""
+        """Return the text of the saved tokenizer file. Equal tokenizers return the same text on every machine."""
         header = {
             "format": FORMAT,
             "version": VERSION,
@@ -279,7 +282,7 @@ class Base(ABC):
         return json.dumps(header | settings | self.data(), ensure_ascii=False, indent=0) + "\n"
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Save the tokenizer as one file: `path` itself if it ends in .json, else `path`/tokenizer.json."""
+        """Save the tokenizer in the file `path` if `path` ends in .json, else in the file `path`/tokenizer.json."""
         path = Path(path)
         path = path if path.suffix == ".json" else path / FILE
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -288,7 +291,8 @@ class Base(ABC):
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """The sha256 hash of the saved file. Two tokenizers are equal if their fingerprints are equal."""
+        """Returns the SHA-256 hash of the saved tokenizer file. Two tokenizers are equal if their fingerprints are
+        equal."""
         return hashlib.sha256(self.dumps().encode()).hexdigest()
 
     def __eq__(self, other: object) -> bool:
@@ -307,14 +311,14 @@ def _alternatives(names: frozenset[str]) -> re.Pattern[str]:
 
 
 def refuse(kind: str, problems: list[str]) -> None:
-    """Raise one UserError that lists the first ten problems of a tokenizer file and counts the others."""
+    """Raise one UserError that lists the first ten problems of a tokenizer file and the number of further problems."""
     if problems:
         more = [f"... and {len(problems) - 10} more"] if len(problems) > 10 else []
         raise UserError.all([f"{kind} tokenizer: {line}" for line in problems[:10]] + more)
 
 
 def string_list(value: Any, what: str, problems: list[str]) -> list[str]:
-    """Return the value if it is a list of distinct, non-empty, valid UTF-8 strings; otherwise add error messages to
+    """Return `value` if `value` is a list of distinct, non-empty, valid UTF-8 strings; otherwise add error messages to
     `problems` and return []."""
     if not isinstance(value, list):
         problems.append(f"{what}: expected a list of strings, got {type(value).__name__}")
@@ -342,8 +346,8 @@ def _is_utf8(text: str) -> bool:
 
 
 def found_in(text: str, names: Iterable[str]) -> set[str]:
-    """Return the names in `names` that are found in the text, searching from left to right. If several names match at
-    one position, only the longest is found. A name that overlaps an earlier match is not found."""
+    """Return the names in `names` that occur in the text, searching the text from left to right. If several names match
+    at one position, only the longest of these names is found. A name that overlaps an earlier match is not found."""
     names = frozenset(names)
     return set(_alternatives(names).findall(text)) if names else set()
 
@@ -354,14 +358,14 @@ def first_of(text: str, names: Iterable[str]) -> str | None:
 
 
 def all_of(text: str, names: Iterable[str]) -> list[str]:
-    """Return the names in `names` that occur in the text, in order and as often as they occur."""
+    """Return all occurrences of the names in `names` in the text, in the order of the text."""
     names = frozenset(names)
     return [match[0] for match in _alternatives(names).finditer(text)] if names else []
 
 
 def read_text(path: Path) -> str:
-    """Return the text of a tokenizer file, decoded as UTF-8. Raises UserError if the file is larger than MAX_FILE_BYTES
-    or not UTF-8."""
+    """Return the text of a tokenizer file, decoded as UTF-8. Raises UserError if the tokenizer file is larger than
+    MAX_FILE_BYTES or not UTF-8."""
     size = path.stat().st_size
     if size > MAX_FILE_BYTES:
         raise UserError(f"{path}: {size:,} bytes, but a tokenizer file may have at most {MAX_FILE_BYTES:,}")
@@ -385,10 +389,11 @@ def parse_json(text: str, location: str) -> Any:
 
 
 def begin_id(tokenizer: Tokenizer) -> int | None:
-    """Return the id of the token that starts a document in training and replaces an empty prompt.
+    """Return the id of the begin token, which starts a document in training and replaces an empty prompt in generation.
 
-    The id is bos_id if add_bos is true and bos_id is not None. Otherwise the id is eot_id, which may be None: as in
-    GPT-2's training data, the token that ends a document also precedes the next document.
+    The begin token is bos_id if add_bos is true and bos_id is not None. If add_bos is false or bos_id is None, the
+    begin token is eot_id, which may be None: as in GPT-2's training data, the token that ends a document also precedes
+    the next document.
     """
     return tokenizer.bos_id if tokenizer.add_bos and tokenizer.bos_id is not None else tokenizer.eot_id
 
@@ -399,5 +404,5 @@ def stop_ids(tokenizer: Tokenizer) -> list[int]:
 
 
 def whole_tokens(tokenizer: Tokenizer) -> dict[str, int]:
-    """Return a dict from name to id of all special tokens and added tokens."""
+    """Return a dict that maps the names of all special tokens and added tokens to their ids."""
     return {**tokenizer.added_tokens, **tokenizer.special_tokens}

@@ -1,19 +1,21 @@
-"""Byte-level byte-pair encoding (BPE), with the vocabulary of GPT-2 or of a loaded model, or with a trained vocabulary.
+"""Implements byte-level byte-pair encoding (BPE) with the vocabulary of GPT-2, of a loaded model or of a training text.
 
-A regular expression splits the text into words. A word is first split into its bytes. Then the adjacent pair of tokens
-whose merge was learned first is merged, again and again, until no adjacent pair is in the list of merges:
+A regular expression splits the text into words. Each word is first split into its bytes. Among all adjacent pairs of
+tokens, the pair whose merge was learned first is then merged, and this step is repeated until no adjacent pair is in
+the list of merges:
 
     "lower"   l o w e r  ->  lo w e r  ->  low e r  ->  low er  ->  lower
 
-A tokenizer is saved as the list of its merges in the order in which they were learned. Each byte is written as one
-character of GPT-2's printable alphabet; a space is `Ġ`. The first 256 ids are the bytes in the order of that alphabet,
-the next ids are the tokens that the merges make, and the last ids are the special tokens. The vocabulary of a loaded
-model may have another order; the tokenizer is then saved as the list of its tokens, in the order of their ids, instead
-of its merges.
+A tokenizer is saved as the list of its merges in the order in which the merges were learned. Each byte is written as
+one character of GPT-2's printable alphabet; a space is `Ġ`. The first 256 ids are the bytes in the order of GPT-2's
+printable alphabet, the next ids are the tokens that the merges make, and the last ids are the special tokens. The
+vocabulary of a loaded model may have another order; such a tokenizer is saved as the list of its tokens in the order of
+their ids, instead of the list of its merges.
 
-The library tiktoken does the encoding. tiktoken uses no list of merges. It keeps a word that is itself a token; it
-splits any other word into bytes, and repeatedly merges the adjacent pair whose concatenation is the token with the
-smallest id. `hf.py` states the conditions under which this procedure and a list of merges give the same ids.
+The library tiktoken encodes the text without a list of merges. If a word is itself a token, tiktoken does not split the
+word. If a word is not a token, tiktoken splits the word into bytes, and repeatedly merges the adjacent pair whose
+concatenation is the token with the smallest id. `hf.py` states the conditions under which tiktoken and a list of merges
+give the same ids.
 
 Source: Sennrich et al. 2016, arXiv:1508.07909; Radford et al. 2019 (GPT-2).
 """
@@ -39,18 +41,18 @@ from gptjax.tokenizers.patterns import SCHEMES
 PATTERN = SCHEMES["gpt2"].pattern
 MAX_VOCAB = 1 << 24
 
-# tiktoken's regular expressions fail on a run of a million whitespace characters before a letter. Therefore a text is
-# split before the last character of each run of BLANKS or more whitespace characters. This does not change the ids: a
-# word includes at most the last character of the whitespace before it, so the text has a word boundary there anyway.
-# `Scheme.cut` returns False for runs that must not be split, such as whitespace before a digit with the pre-tokenizer
-# smollm.
+# The regular expressions of tiktoken fail on a run of a million whitespace characters before a letter. Therefore a text
+# is split before the last character of each run of BLANKS or more whitespace characters. The token ids stay the same,
+# because a word includes at most the last of the whitespace characters before the word, so that the text has a word
+# boundary before the last whitespace character anyway. `Scheme.cut` returns False for runs of whitespace that must not
+# be split, such as whitespace before a digit with the pre-tokenizer smollm.
 BLANKS = 512
 _BLANK_RUN = re.compile(rf"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]{{{BLANKS},}}")
 
 
 @functools.cache
 def alphabet() -> dict[str, int]:
-    """Return a dict from each character of GPT-2's printable alphabet to its byte, in the order of the ids:
+    """Return a dict that maps each character of GPT-2's printable alphabet to its byte, in the order of the token ids:
     {"!": 33, .., "Ġ": 32, ..}."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in printable]
@@ -64,7 +66,8 @@ def token_bytes(token: str) -> bytes:
 
 
 def printable(token: bytes) -> str:
-    """Return a token, given as bytes, in GPT-2's printable alphabet: b" the" -> `Ġthe`. Inverse of `token_bytes`."""
+    """Convert the bytes of a token to GPT-2's printable alphabet, which is the inverse of `token_bytes`: b" the" ->
+    `Ġthe`."""
     return token.decode("latin-1").translate(_printable())
 
 
@@ -74,18 +77,18 @@ def _printable() -> dict[int, str]:
 
 
 def foreign(tokens: Iterable[str], what: str) -> list[str]:
-    """Return one error message per token that contains a character outside GPT-2's alphabet."""
+    """Return one error message per token that contains a character outside GPT-2's printable alphabet."""
     known = set(alphabet())
     bad = ((i, token) for i, token in enumerate(tokens) if not known >= set(token))
     return [f"{what}[{i}]: {token!r:.60} is not in the byte alphabet" for i, token in bad]
 
 
 def last_merges(ranks: Mapping[bytes, int]) -> dict[bytes, tuple[bytes, bytes]]:
-    """Return a dict from each token to the pair (left, right) of tokens that tiktoken merges last when it builds the
-    token from its bytes. Tokens that tiktoken cannot build by merges are omitted.
+    """Return a dict that maps each token to the pair (left, right) of tokens that tiktoken merges last when it builds
+    the token from bytes. Tokens that tiktoken cannot build by merges are omitted.
 
-    The pairs are sorted by the id of the merged token. Byte-pair encoding with this list of merges gives the same ids
-    as tiktoken, if a word that is itself a token is not split, as in tiktoken.
+    The pairs are sorted by the id of the merged token. Byte-pair encoding with the returned pairs as the list of merges
+    gives the same ids as tiktoken, if a word that is itself a token is not split, as in tiktoken.
     """
     merges = {}
     for token in sorted(ranks, key=ranks.__getitem__):
@@ -102,7 +105,7 @@ def last_merges(ranks: Mapping[bytes, int]) -> dict[bytes, tuple[bytes, bytes]]:
 
 
 def ranks(merges: Sequence[str]) -> dict[bytes, int]:
-    """Return a dict that maps the 256 bytes, and the tokens built by the merges, to their ids. A merge is written as
+    """Return a dict that maps the 256 bytes and the tokens that the merges build to their ids. A merge is written as
     its two tokens, such as `Ġ t`.
 
     Raises:
@@ -125,7 +128,7 @@ def ranks(merges: Sequence[str]) -> dict[bytes, int]:
 
 
 class BPE(Base):
-    """A byte-level BPE tokenizer, given by its merges or by its tokens in the order of their ids."""
+    """A byte-level BPE tokenizer, which is defined by its merges or by its tokens in the order of their ids."""
 
     kind = "bpe"
 
@@ -209,8 +212,8 @@ class BPE(Base):
 
     @functools.cached_property
     def merges(self) -> list[str]:
-        """The merges, each written as its two tokens, such as `Ġ t`, in the order in which they were learned. If the
-        tokenizer was built from tokens, `last_merges` derives its merges from them."""
+        """Returns the merges in the order in which the merges were learned; a merge is written as its two tokens, such
+        as `Ġ t`. If the tokenizer was built from tokens, `last_merges` derives the merges from the tokens."""
         if self._tokens is None:
             return self._merges
         return [f"{printable(left)} {printable(right)}" for left, right in last_merges(self.ranks).values()]
@@ -234,19 +237,20 @@ class BPE(Base):
         return [i for word in words if word for i in self._tiktoken._encode_single_piece(word)]
 
     def _lacks(self, text: str) -> bool:
-        """Return whether the text has bytes that are not in the vocabulary. SmolLM2's vocabulary has 235 of the 256
-        bytes; its tokenizer drops the other bytes from a word."""
+        """Return whether the text has bytes that are not in the vocabulary. For example, SmolLM2's vocabulary has only
+        235 of the 256 bytes, and SmolLM2's tokenizer drops the 21 missing bytes from a word."""
         raw = text.encode() if self._lacking else b""
         return len(raw.translate(None, self._lacking)) < len(raw)
 
     def _chunks(self, text: str) -> list[str]:
-        """Split a text into chunks that tiktoken can encode: long runs of whitespace are split before their last
+        """Split a text into chunks that tiktoken can encode, by splitting long runs of whitespace before their last
         character."""
         if self.nfc:
             text = unicodedata.normalize("NFC", text)
         blocks = (text[i : i + BLANKS // 2] for i in range(0, len(text), BLANKS // 2))
-        # A fast check for long runs: a run of BLANKS whitespace characters always contains at least one of these blocks
-        # entirely. If no block consists of whitespace only, the text has no long run.
+        # This fast check finds texts without long runs of whitespace: a run of BLANKS whitespace characters always
+        # contains at least one of the blocks entirely. If no block consists only of whitespace, the text therefore has
+        # no long run of whitespace.
         if not any(block.isspace() for block in blocks):
             return [text]
         cut = SCHEMES[self.scheme].cut
@@ -267,10 +271,10 @@ def _compiled(scheme: str) -> Any:
 
 @functools.cache
 def gpt2() -> BPE:
-    """Return GPT-2's tokenizer, which has 50,257 ids. The tokenizer is built from the asset `gpt2`; tiktoken downloads
-    nothing."""
+    """Return GPT-2's tokenizer, which has 50,257 ids. GPT-2's tokenizer is built from the asset `gpt2`, so that
+    tiktoken downloads nothing."""
     lines = assets.fetch("gpt2").read_text(encoding="utf-8").splitlines()
-    return BPE(lines[1:], name="gpt2")  # the first line is "#version: 0.2"
+    return BPE(lines[1:], name="gpt2")  # The first line is "#version: 0.2".
 
 
 def train(texts: Iterable[str], vocab_size: int, *, special: Sequence[str] = (END_OF_TEXT,)) -> BPE:
@@ -292,7 +296,7 @@ def train(texts: Iterable[str], vocab_size: int, *, special: Sequence[str] = (EN
     made, merges = set(alphabet()), []
     for merge in json.loads(learner.to_str())["model"]["merges"]:
         left, right = merge.split(" ") if isinstance(merge, str) else merge
-        if left + right not in made:  # the same token can be learned from two pairs; keep the first merge
+        if left + right not in made:  # If two pairs make the same token, keep the first merge.
             made.add(left + right)
             merges.append(f"{left} {right}")
     return BPE(merges, special=special)

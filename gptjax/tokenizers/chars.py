@@ -1,8 +1,9 @@
-"""Character-level and byte-level tokenizers.
+"""Implements a character-level tokenizer and a byte-level tokenizer.
 
-chars  one id per distinct character of the training text, in the order of their code points: a small, lossless
-       vocabulary, but encoding a character that is not in the training text raises an error.
-bytes  one id per byte of UTF-8, and one for <|endoftext|>: encodes any text, with up to four ids per character.
+Tokenizers:
+    chars  one id per distinct character of the training text, in the order of their code points: a small, lossless
+           vocabulary, but encoding a character that is not in the training text raises an error.
+    bytes  one id per byte of UTF-8, and one for <|endoftext|>: encodes any text, with up to four ids per character.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ class Chars(Base):
     name = "chars"
 
     def __init__(self, chars: str) -> None:
-        """`chars`: the distinct characters, in the order of their ids."""
+        """Build the tokenizer from `chars`, a string of the distinct characters in the order of their ids."""
         self.chars = chars
         self.vocab_size = len(chars)
         self.special_tokens = {}
-        self._code_points = _code_points(chars)  # [V] uint32
+        self._code_points = _code_points(chars)  # Code point of each id, [V] uint32.
         # The id of each code point, or -1 if the code point is not in the vocabulary.
         self._ids = np.full(int(self._code_points.max()) + 2, -1, np.int32)
         self._ids[self._code_points] = np.arange(self.vocab_size)
@@ -95,7 +96,7 @@ class Bytes(Base):
 
 
 def train(texts: Iterable[str]) -> Chars:
-    """Return a tokenizer of all distinct characters in the texts, sorted by code point."""
+    """Return a character-level tokenizer of all distinct characters in the texts, sorted by code point."""
     chars: set[str] = set()
     for text in texts:
         chars.update(text)

@@ -1,13 +1,14 @@
-"""Chat templates, which write a conversation in the text format that a chat model was trained on.
+"""Renders conversations with chat templates, which write a conversation in the text format that a chat model expects.
 
     messages = [{"role": "user", "content": "Where is Paris?"}]
     apply(tok, messages)         "<|im_start|>user\\nWhere is Paris?<|im_end|>\\n<|im_start|>assistant\\n"
     encode_chat(tok, messages)   the token ids of that text; special tokens are encoded as their ids
 
-A chat template is a Jinja program that comes with the model, so it is not trusted: `_render.py` renders it in a
-separate process with limits on time and memory. Starting this process and rendering take about 0.1 s. The templates in
-BUILTIN are trusted and rendered in the calling process. Messages are not trusted: `encode_chat` refuses a message that
-contains a special token, since that token could end the user's turn and begin another (prompt injection).
+A chat template is a Jinja program that comes with the model and is therefore not trusted: `_render.py` renders the
+template in a separate process with limits on time and memory. Starting the process and rendering a template take about
+0.1 s. The templates in BUILTIN are trusted and rendered in the calling process. Messages are not trusted: `encode_chat`
+raises an error for a message that contains a special token, because the special token could end the user's turn and
+begin another turn (prompt injection).
 
     end_of_answer(tok)           the token that the template writes after every answer, such as "<|im_end|>"
     with_end(tok)                a copy of the tokenizer whose template ends every answer with one of its eos_ids
@@ -35,7 +36,7 @@ from gptjax.tokenizers.base import Tokenizer, all_of, first_of, found_in, stop_i
 
 ROLES = ("system", "user", "assistant", "tool")
 MAX_TEMPLATE_CHARS = 256 << 10
-START_TIMEOUT_S = 20.0  # seconds that the rendering process may take to start; a busy machine delays it
+START_TIMEOUT_S = 20.0  # time limit in seconds for the start of the rendering process
 
 Message = dict[str, Any]
 STYLES: tuple[Style, ...] = get_args(Style)
@@ -73,9 +74,9 @@ BUILTIN: dict[str, str] = {
     ),
 }
 
-BEGIN = "{{ bos_token }}"  # prepended to a template of BUILTIN if the tokenizer's add_bos is true
+BEGIN = "{{ bos_token }}"  # The Jinja code BEGIN is prepended to a built-in template if add_bos is true.
 
-# Jinja code that appends eos_token to every answer except tool calls. It is prepended to a template that writes no
+# The Jinja code END appends eos_token to every answer except tool calls. END is prepended to a template that writes no
 # token after an answer.
 END = (
     "{% set with_ends = namespace(messages=[]) %}"
@@ -87,8 +88,8 @@ END = (
     "{% endfor %}"
     "{% set messages = with_ends.messages %}\n"
 )
-# Contents of the messages of a test conversation. The rendered text after `_ANSWER` shows how a template ends an
-# answer.
+# The messages of a test conversation have the following contents. The rendered text after `_ANSWER` shows which token a
+# template writes after an answer.
 _QUESTION, _ANSWER, _NEXT = "first-question", "first-reply", "second-question"
 _PARAMETERS = {"type": "object", "properties": {"word": {"type": "string", "description": "word"}}}
 _FUNCTION = {"name": "look_up", "description": "Looks up a word.", "parameters": _PARAMETERS}
@@ -112,27 +113,29 @@ def apply(tokenizer: Tokenizer, messages: Sequence[Message], template: str | Non
 
 
 def _roles(tokenizer: Tokenizer) -> tuple[str, str]:
-    """Return the values of a template's variables bos_token and eos_token: the texts of the two tokens, or "" for a
-    token that the tokenizer lacks."""
+    """Return the values of the template variables bos_token and eos_token: the texts of the tokens, or "" for a token
+    that the tokenizer does not have."""
     names: dict[int | None, str] = {i: name for name, i in whole_tokens(tokenizer).items()}
     eos = next(iter(stop_ids(tokenizer)), None)
     return names.get(tokenizer.bos_id, ""), names.get(eos, "")
 
 
 def is_builtin(template: str) -> bool:
-    """Return whether the template is one of BUILTIN, which are trusted and rendered in this process."""
+    """Return whether the template is a built-in template, which is trusted and rendered in the calling process."""
     return template.removeprefix(END).removeprefix(BEGIN) in BUILTIN.values()
 
 
-# --- where an answer ends
+# --- ends of answers
 
 
 def end_of_answer(tokenizer: Tokenizer) -> str | None:
-    """Return the token that the tokenizer's chat template writes after every answer, or None if it writes none.
+    """Return the token that the tokenizer's chat template writes after every answer, or None if no token follows an
+    answer.
 
-    If several tokens follow an answer, the first one that ends generation (`stop_ids`) is returned, otherwise the first
-    one. Some templates write another token after the last answer of a conversation, or none there, or end an answer
-    with the token that begins the next turn; the token that ends generation is then returned.
+    If several tokens follow an answer, the first of these tokens that ends generation (`stop_ids`) is returned, or the
+    first token if none of these tokens ends generation. If a template writes a different token or no token after the
+    last answer of a conversation, or ends an answer with the token that begins the next turn, the token that ends
+    generation is returned.
 
         ..<|im_start|>assistant\\nHello!<|im_end|>\\n                       "<|im_end|>"
         ..<|assistant|>\\nHello!<|end|>\\n<|endoftext|>                     "<|end|>"; <|endoftext|> ends the whole text
@@ -148,8 +151,8 @@ def end_of_answer(tokenizer: Tokenizer) -> str | None:
 
 
 def end_of_call(tokenizer: Tokenizer) -> str | None:
-    """Return the token that a template writes between the call of a tool and its result, if it ends generation
-    (`stop_ids`), otherwise None."""
+    """Return the token that a template writes between a tool call and the result of the tool, if this token ends
+    generation (`stop_ids`), otherwise None."""
     bos, eos = _roles(tokenizer)
     return _end_of_call(tokenizer.chat_template or "", _stops(tokenizer), bos, eos)
 
@@ -191,7 +194,7 @@ def _end_of_answer(
     def all_after(text: str) -> list[str]:
         return all_of(text.partition(_ANSWER)[2].partition(_NEXT)[0], tokens)
 
-    # some templates require a system message, or tools
+    # Some templates require a system message, and some templates require tools.
     for system, tools in (([], []), ([{"role": "system", "content": "system"}], []), ([], [_TOOL])):
         try:
             last = all_after(write([*system, question, answer], False, tools))
@@ -202,10 +205,10 @@ def _end_of_answer(
         except UserError:  # a single-turn template
             return next(iter(last), None)
         earlier, before = all_after(text), text.partition(_QUESTION)[0]
-        if both := os.path.commonprefix([last, earlier]):  # noqa: RUF071  # of lists, not of paths
+        if both := os.path.commonprefix([last, earlier]):  # noqa: RUF071
             return next((token for token in both if token in stops), both[0])
-        # The template omits the token after the last answer, or writes another one there. A token that is also written
-        # directly before the question marks the beginning of a turn, unless generation ends with it.
+        # The template writes no token or a different token after the last answer. A token that the template also writes
+        # directly before the question marks the beginning of a turn, unless the token ends generation.
         if not earlier:
             return None
         if end := next((token for token in (*last, earlier[0]) if token in stops), None):
@@ -218,10 +221,10 @@ def with_end(tokenizer: Tokenizer) -> Tokenizer:
     """Return a copy of the tokenizer whose chat template ends every answer with a token of eos_ids.
 
     If the template does not use the variable eos_token, the token that ends answers becomes the first of eos_ids. If
-    the template uses eos_token, the first of eos_ids stays the same, because it is the value of this variable; the
-    token that ends answers is then appended to eos_ids, unless it is one of them already. A template that writes no
-    token after answers is prefixed with the Jinja code END, which appends eos_token (the first of `stop_ids`) to every
-    answer except tool calls.
+    the template uses eos_token, the first of eos_ids stays the same, because the first of eos_ids is the value of
+    eos_token; the token that ends answers is appended to eos_ids, unless eos_ids already contains the token. If the
+    template writes no token after answers, the Jinja code END is put before the template; END appends eos_token (the
+    first of `stop_ids`) to every answer except tool calls.
 
     Raises:
         UserError: the template writes no token after answers, and the tokenizer has neither eos_ids nor an eot_id.
@@ -251,17 +254,18 @@ def answer_ends(tokenizer: Tokenizer) -> list[int]:
 
 
 def plain_text(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
-    """Return the text of an answer without special tokens, so that `encode_chat` accepts it as a message."""
+    """Return the text of an answer without special tokens, so that `encode_chat` accepts the text as a message."""
     special = set(tokenizer.special_tokens.values())
     text = tokenizer.decode([i for i in ids if i not in special])
-    # Remove names of special tokens from the text too, because several ordinary tokens together can spell such a name.
+    # Also remove the names of special tokens from the text, because several ordinary tokens together can spell the name
+    # of a special token.
     while names := found_in(text, tokenizer.special_tokens):
         for name in names:
             text = text.replace(name, "")
     return text
 
 
-# --- styles: the tokenizer's own template, or one of BUILTIN
+# --- prompt styles
 
 
 def default_style(tokenizer: Tokenizer) -> Style:
@@ -269,11 +273,11 @@ def default_style(tokenizer: Tokenizer) -> Style:
 
 
 def styled(tokenizer: Tokenizer, style: Style | None = None) -> Tokenizer:
-    """Return a copy of the tokenizer with the chat template of a prompt style. The template ends every answer with a
-    token of the copy's eos_ids.
+    """Return a copy of the tokenizer with the chat template of a prompt style. The chat template of the copy ends every
+    answer with a token of the copy's eos_ids.
 
-    A fine-tuned model is saved with the returned tokenizer, so that `gptjax chat` and exported models use the same
-    template and stop tokens as the training did.
+    A fine-tuned model is saved with the returned tokenizer, so that `gptjax chat` and exported models use the chat
+    template and the stop tokens of the training.
 
     Args:
         style: chat    the tokenizer's own template
@@ -289,8 +293,8 @@ def styled(tokenizer: Tokenizer, style: Style | None = None) -> Tokenizer:
         UserError: the style is unknown, the style is chat but the tokenizer has no chat template, or no token can end
             an answer.
 
-    Source: alpaca: chapter 7.2 of "Build a Large Language Model (From Scratch)"; phi3: the template of
-        microsoft/Phi-3-mini-4k-instruct (exercise 7.1 of the book omits <|end|>).
+    Source: the style alpaca is from chapter 7.2 of "Build a Large Language Model (From Scratch)"; the style phi3 is the
+    template of microsoft/Phi-3-mini-4k-instruct (exercise 7.1 of the book omits <|end|>).
     """
     style = style or default_style(tokenizer)
     if style not in STYLES:
@@ -312,8 +316,8 @@ def styled(tokenizer: Tokenizer, style: Style | None = None) -> Tokenizer:
 
 
 def describe_style(tokenizer: Tokenizer, style: Style | None) -> list[str]:
-    """Return log lines that name the prompt style and the token that ends an answer. `tokenizer` is the base model's
-    own tokenizer, to which `styled` has not been applied."""
+    """Return log lines that name the prompt style and the token that ends an answer. The argument `tokenizer` is the
+    tokenizer of the base model, to which `styled` has not been applied."""
     named: str | None = "the model's own chat template" if style in (None, "chat") else style
     if style is None and tokenizer.chat_template is None:
         named = "alpaca, as the model has no chat template"
@@ -325,9 +329,10 @@ def describe_style(tokenizer: Tokenizer, style: Style | None) -> list[str]:
 
 
 def with_input(tokenizer: Tokenizer, message: Message) -> str:
-    """Return the content of a message. If the message has the key "input", as in an Alpaca record, append its value.
+    """Return the content of a message. If the message has the key "input", as in an Alpaca record, the value of "input"
+    is appended.
 
-    {"content": "Add", "input": "1, 2"}    alpaca "Add\\n\\n### Input:\\n1, 2", other templates "Add\\n1, 2"
+        {"content": "Add", "input": "1, 2"}    alpaca "Add\\n\\n### Input:\\n1, 2", other templates "Add\\n1, 2"
     """
     between = "\n\n### Input:\n" if (tokenizer.chat_template or "").endswith(BUILTIN["alpaca"]) else "\n"
     return between.join(message[key] for key in ("content", "input") if key in message)
@@ -344,7 +349,7 @@ def encode_chat(
     allow_special_in_content: bool = False,
     **options: Any,
 ) -> list[int]:
-    """Return the token ids of the text that `apply` renders; special tokens are encoded as their ids.
+    """Return the token ids of the conversation that `apply` renders as text; special tokens are encoded as their ids.
 
     Args:
         allow_special_in_content: whether messages and tools may contain special tokens. They are encoded as their ids,
@@ -392,7 +397,8 @@ def render(
     _check(template, messages, tools)
     context: dict[str, Any] = {"messages": list(messages), "tools": tools, "documents": None}
     context |= {"add_generation_prompt": add_generation_prompt}
-    context |= {"bos_token": bos_token} if bos_token else {}  # if it is "": undefined variable, as in transformers
+    # An empty bos_token or eos_token is left undefined in the template, as in transformers.
+    context |= {"bos_token": bos_token} if bos_token else {}
     context |= {"eos_token": eos_token} if eos_token else {}
     if is_builtin(template):
         try:
@@ -439,7 +445,7 @@ def _check(template: Any, messages: Any, tools: Any) -> None:
 
 
 def strings(value: Any) -> Iterator[str]:
-    """Yield all strings inside a JSON value, including keys."""
+    """Yield all strings inside a JSON value, including the keys of objects."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict | list | tuple):
@@ -448,7 +454,7 @@ def strings(value: Any) -> Iterator[str]:
 
 
 def _in_child(request: dict[str, Any], timeout_s: float) -> dict[str, Any]:
-    """Run `_render.py` in a child process and return its answer: {"text": ..} or {"error": ..}."""
+    """Run `_render.py` in a child process and return the answer of the process: {"text": ..} or {"error": ..}."""
     specs = [importlib.util.find_spec(name) for name in ("jinja2", "markupsafe")]
     folders = [str(Path(spec.origin).parents[1]) for spec in specs if spec and spec.origin]
     command = [sys.executable, "-I", "-S", _render.__file__, *dict.fromkeys(folders)]
@@ -460,7 +466,7 @@ def _in_child(request: dict[str, Any], timeout_s: float) -> dict[str, Any]:
             raise UserError(
                 "chat template: the process that renders it did not start; is jinja2 installed whole?"
             ) from None
-        max_bytes = 12 * request["max_chars"] + 1000  # a character takes up to 12 bytes in JSON
+        max_bytes = 12 * request["max_chars"] + 1000  # A character takes up to 12 bytes in JSON.
         try:
             return child.ask(None, timeout_s, max_bytes)
         except TimeoutError:

@@ -1,13 +1,13 @@
-"""Import and export of the tokenizer in a GGUF file: the keys `tokenizer.*` of its metadata.
+"""Imports and exports the tokenizer of a GGUF file, which is stored under the keys `tokenizer.*` of the metadata.
 
     tok = from_metadata(gguf.read("model.gguf").metadata)
     gguf.write(path, {**model_metadata, **to_metadata(tok)}, tensors)
 
-Two of llama.cpp's tokenizer models are supported. `gpt2` is byte-level BPE: its metadata hold the tokens in GPT-2's
-alphabet, a list of merges, and the name of a pre-tokenizer (`pre`). `llama` is SentencePiece BPE without a list of
-merges. Of all adjacent pairs that make a token, `llama` first merges the pair whose token has the highest score. A
-`llama` vocabulary writes a space as `▁`, and a character that is not in the vocabulary as tokens for its bytes, such as
-`<0xE2>`.
+Two tokenizer models of llama.cpp are supported. The tokenizer model `gpt2` is byte-level BPE: the metadata hold the
+tokens in GPT-2's alphabet, a list of merges, and the name of a pre-tokenizer (`pre`). The tokenizer model `llama` is
+SentencePiece BPE without a list of merges. Among all adjacent pairs that make a token, the tokenizer model `llama`
+first merges the pair whose token has the highest score. A `llama` vocabulary writes a space as `▁`, and writes a
+character that is not in the vocabulary as tokens for the bytes of the character, such as `<0xE2>`.
 
 Source: docs/gguf.md of ggml; src/llama-vocab.cpp of llama.cpp.
 """
@@ -30,20 +30,20 @@ from gptjax.tokenizers.chars import Chars
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # token types
 SPECIAL = (UNKNOWN, CONTROL, UNUSED)
 BLANK = "▁"
-# Limits on the number of characters in one token, and in all tokens together. The second limit is twice what a large
-# vocabulary needs: 262,144 tokens of 8 characters are 2 million characters.
+# MAX_TOKEN limits the number of characters in one token, and MAX_TEXT limits the number of characters in all tokens
+# together. MAX_TEXT is twice the size of a large vocabulary: 262,144 tokens of 8 characters are 2 million characters.
 MAX_TOKEN, MAX_TEXT = 512, 4 << 20
-MAX_PAIRS = 1 << 20  # limit on the pairs of tokens whose concatenation is a token; Gemma has 0.6 million
-# names of special tokens that end generation in llama.cpp even if the metadata do not list them
+MAX_PAIRS = 1 << 20  # Largest number of pairs of tokens that make a token; Gemma has 0.6 million.
+# In llama.cpp, the special tokens in END_OF_TURN end generation even if the metadata do not list the tokens.
 END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>")
 
 
 class Pre(NamedTuple):
-    """The equivalent of a llama.cpp pre-tokenizer in gptjax: `scheme`, which is a key of `patterns.SCHEMES`, and two
-    settings that a GGUF file does not store."""
+    """The equivalent in gptjax of a llama.cpp pre-tokenizer. `scheme` is a key of `patterns.SCHEMES`, and the other two
+    fields are settings that a GGUF file does not store."""
 
     scheme: str
-    nfc: bool = False  # whether the model's own tokenizer normalises texts to Unicode NFC; llama.cpp does not
+    nfc: bool = False  # True if the original tokenizer, unlike llama.cpp, normalises texts to Unicode NFC.
     ignore_merges: bool = False
 
 
@@ -101,7 +101,7 @@ def from_metadata(metadata: Mapping[str, Any]) -> Base:
     )
 
 
-# Names of the pre-tokenizers for which add_bos is true if the metadata have no key tokenizer.ggml.add_bos_token.
+# For the pre-tokenizers in _ADD_BOS, add_bos is true if the metadata have no key tokenizer.ggml.add_bos_token.
 _ADD_BOS = [name for name, pre in PRE.items() if pre.ignore_merges]
 
 
@@ -121,7 +121,7 @@ def _tokens(metadata: Mapping[str, Any]) -> tuple[list[str], list[int]]:
     return tokens, [NORMAL] * len(tokens) if types is None else types
 
 
-_PADDING = "[PAD{i}]"  # name that llama.cpp's converters give to padding rows of the embedding matrix
+_PADDING = "[PAD{i}]"  # llama.cpp's name for padding rows of the embedding matrix
 _PER_TOKEN = ("tokens", "token_type", "scores")
 
 
@@ -133,7 +133,7 @@ def _without_padding(metadata: Mapping[str, Any]) -> dict[str, Any]:
     flat = all(isinstance(items, list) or (isinstance(items, np.ndarray) and items.ndim == 1) for items in lists[:2])
     n = len(tokens) if flat else 0
     if not flat or any(np.shape(items)[:1] != (n,) for items in lists[1:] if items is not None):
-        # A list has the wrong type or length. `_tokens` and `_per_token` will report this as an error.
+        # One of the lists has the wrong type or length, which `_tokens` and `_per_token` will report as an error.
         return dict(metadata)
     while n and tokens[n - 1] == _PADDING.format(i=n - 1) and types[n - 1] == UNUSED:
         n -= 1
@@ -143,9 +143,11 @@ def _without_padding(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def padded(metadata: dict[str, Any], rows: int) -> dict[str, Any]:
-    """Return the metadata with unused tokens appended, so that there is one token per row of the embedding matrix.
+    """Return the metadata with unused tokens appended, so that the vocabulary has one token per row of the embedding
+    matrix.
 
-    llama.cpp requires as many tokens as the embedding matrix has rows. `metadata` is the result of `to_metadata`.
+    The number of tokens must equal the number of rows of the embedding matrix in llama.cpp. The argument `metadata` is
+    the result of `to_metadata`.
 
     Raises:
         UserError: the vocabulary has a token with the name of a padding token.
@@ -164,7 +166,7 @@ def padded(metadata: dict[str, Any], rows: int) -> dict[str, Any]:
 
 def _per_token(metadata: Mapping[str, Any], key: str, kinds: str, n: int, problems: list[str]) -> list[Any] | None:
     """Return the list tokenizer.ggml.`key`, which has one number per token, or None if the list is missing or invalid.
-    For an invalid list, add an error message to `problems`."""
+    If the list is invalid, an error message is added to `problems`."""
     key = f"tokenizer.ggml.{key}"
     if key not in metadata:
         return None
@@ -223,15 +225,15 @@ def _sentencepiece(metadata: Mapping[str, Any], tokens: list[str], types: list[i
 
 
 def _by_score(pieces: Mapping[str, float]) -> list[list[str]]:
-    """Return the merges that the scores imply: all pairs of tokens whose concatenation is a token, in descending order
-    of the score of the concatenation.
+    """Return the list of merges that the token scores imply: all pairs of tokens whose concatenation is a token, in
+    descending order of the score of the concatenation.
 
     Raises:
         UserError: there are more than MAX_PAIRS pairs of tokens whose concatenation is a token.
     """
     ranked = sorted(pieces, key=lambda piece: -pieces[piece])
     cuts = ((piece[:i], piece[i:]) for piece in ranked for i in range(1, len(piece)))
-    interned = {piece: piece for piece in pieces}  # one string object per piece, to save memory
+    interned = {piece: piece for piece in pieces}  # Share one string object per piece to save memory.
     pairs = ([interned[left], interned[right]] for left, right in cuts if left in interned and right in interned)
     merges = list(itertools.islice(pairs, MAX_PAIRS + 1))
     if len(merges) > MAX_PAIRS:
@@ -263,11 +265,12 @@ def to_metadata(tokenizer: Tokenizer) -> dict[str, Any]:
     """Return GGUF metadata with which llama.cpp encodes a text to the same ids as the tokenizer. Each value of the
     metadata is a list of str, a numpy array, an int, a bool or a str.
 
-    If the tokenizer normalises texts to Unicode NFC, the ids are the same only for texts in NFC, because llama.cpp does
-    not normalise texts to NFC.
+    If the tokenizer normalises texts to Unicode NFC, llama.cpp gives the same ids only for texts in NFC, because
+    llama.cpp does not normalise texts to NFC.
 
-    If the tokenizer has no end-of-text token, llama.cpp stops at the token with id 11, its default for `gpt2`. A chars
-    tokenizer has no end-of-text token, but `tokenizers.extend` can add one.
+    If the tokenizer has no end-of-text token, llama.cpp ends generation at the token with id 11, which is the default
+    of llama.cpp for the tokenizer model `gpt2`. A chars tokenizer has no end-of-text token, but `tokenizers.extend` can
+    add one.
 
     Raises:
         UserError: llama.cpp does not support this tokenizer, or a name is both an ordinary and a special token.
@@ -304,7 +307,7 @@ def to_metadata(tokenizer: Tokenizer) -> dict[str, Any]:
 
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
 
-Vocabulary = tuple[dict[str, Any], dict[str, int]]  # GGUF metadata, and a dict from each ordinary token to its id
+Vocabulary = tuple[dict[str, Any], dict[str, int]]  # GGUF metadata, and the id of each ordinary token
 
 
 def _gpt2(pre: str, merges: list[str], ids: dict[str, int]) -> Vocabulary:
@@ -325,15 +328,15 @@ def _from_bpe(tokenizer: BPE) -> Vocabulary:
 
 
 def _from_chars(tokenizer: Chars) -> Vocabulary:
-    """Return the GGUF metadata and the ids of a chars tokenizer. A character of several bytes becomes a token of
-    several characters of GPT-2's alphabet, and merges are added that build this token from its bytes."""
+    """Return the GGUF metadata and the token ids of a chars tokenizer. A character of several bytes becomes a token of
+    several characters of GPT-2's alphabet, and merges that build the token from its bytes are added."""
     ids = {printable(char.encode()): i for i, char in enumerate(tokenizer.chars)}
     merges = {f"{token[:i]} {token[i]}": None for token in ids for i in range(1, len(token))}
     return _gpt2("gpt-2", list(merges), ids)
 
 
 def _from_hf(tokenizer: hf.HF) -> Vocabulary:
-    """Return the GGUF metadata and the ids of a SentencePiece BPE tokenizer.
+    """Return the GGUF metadata and the token ids of a SentencePiece BPE tokenizer.
 
     The tokens that merges build have the scores 0, -1, -2, .. in the order of the merges; all other tokens have the
     lowest score.
@@ -363,7 +366,7 @@ def _from_hf(tokenizer: hf.HF) -> Vocabulary:
     return {f"tokenizer.ggml.{key}": value for key, value in names.items()}, ordinary
 
 
-# Maps each kind of tokenizer to the function that returns its `Vocabulary`.
+# Maps each kind of tokenizer to the function that returns the `Vocabulary` of the tokenizer.
 MODELS: dict[str, Callable[[Any], Vocabulary]] = {
     "bpe": _from_bpe,
     "bytes": lambda tokenizer: _gpt2("gpt-2", [], dict(alphabet())),
@@ -373,11 +376,11 @@ MODELS: dict[str, Callable[[Any], Vocabulary]] = {
 
 
 def _prefix(data: Mapping[str, Any]) -> bool | None:
-    """Return whether the tokenizer adds a space before a text. Return None if its normalizer and pre-tokenizer have no
+    """Return whether the tokenizer adds a space before a text. Return None if the normalizer and pre-tokenizer have no
     equivalent in llama.cpp, for example because spaces are not replaced by `▁`, or because the text is split at spaces.
 
-    The pre-tokenizer Metaspace differs from llama.cpp and SentencePiece: it adds no space to a text that begins with a
-    space, and with the prepend_scheme "first" it adds no space after a special token.
+    The pre-tokenizer Metaspace differs from llama.cpp and SentencePiece: Metaspace adds no space to a text that begins
+    with a space, and with the prepend_scheme "first" Metaspace adds no space after a special token.
     """
     normalizer, before = data.get("normalizer"), data.get("pre_tokenizer")
     with_blank, without = (_blanks(prefix)["normalizer"] for prefix in (True, False))
@@ -388,7 +391,8 @@ def _prefix(data: Mapping[str, Any]) -> bool | None:
     return None
 
 
-# Gemma's pre-tokenizer splits a text at spaces. It has no effect: the normalizer has already replaced them by `▁`.
+# Gemma's pre-tokenizer splits a text at spaces, which has no effect, because Gemma's normalizer has already replaced
+# all spaces by `▁`.
 _AT_BLANKS = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
 _METASPACE = {"type": "Metaspace", "replacement": BLANK, "split": False}
 _PREFIX = {"never": False, "first": True, "always": True}

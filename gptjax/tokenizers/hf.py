@@ -1,13 +1,13 @@
-"""Import and export of Hugging Face tokenizers (tokenizer.json).
+"""Imports and exports Hugging Face tokenizers (tokenizer.json).
 
     tok = from_folder("SmolLM2-135M-Instruct")     loads the tokenizer in a model's folder
     tok = from_hf(text, tokenizer_config)          loads a tokenizer from the text of its tokenizer.json
     files = to_hf(tok)                             returns {"tokenizer.json": ..., "tokenizer_config.json": ..., ...}
 
 A byte-level BPE tokenizer with a known pre-tokenizer is loaded as a `BPE`, which the library tiktoken runs. Every other
-tokenizer is loaded as an `HF`, which keeps its tokenizer.json and is run by the library `tokenizers`. tiktoken merges
-any adjacent pair that makes a token; `tokenizers` merges only the pairs in the list of merges. Both libraries give the
-same ids under three conditions:
+tokenizer is loaded as an `HF`, which keeps its tokenizer.json and is run by the library `tokenizers`. The library
+tiktoken merges any adjacent pair that makes a token, whereas the library `tokenizers` merges only the pairs in the list
+of merges. The libraries tiktoken and `tokenizers` give the same ids under three conditions:
 
     The tokens that the listed merges make have ascending ids, in the order of the list.
     Encoding a token with the listed merges never gives exactly two pieces: tiktoken would merge two such pieces,
@@ -15,10 +15,10 @@ same ids under three conditions:
     The listed merges make every token, or `ignore_merges` is set, so that a word that is itself a token is not split.
 
 Proof: suppose that both libraries have made the same merges so far, and that tiktoken next merges the adjacent pieces x
-and y to the token t. Both pieces were merged from the bytes of t alone, without a merge across the ends of t. So
-encoding t alone reaches x and y as well. If the merge of x and y were not listed, the encoding of t with the listed
-merges would end with these two pieces, which the second condition excludes. So the merge is listed, and by the first
-condition it is also the next one that `tokenizers` makes.
+and y into the token t. The pieces x and y were merged from the bytes of t alone, without a merge across the ends of t.
+Encoding t alone therefore also produces the pieces x and y. If the merge of x and y were not listed, the encoding of t
+with the listed merges would end with the two pieces x and y, which the second condition excludes. The merge of x and y
+is therefore listed, and by the first condition `tokenizers` also makes this merge next.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ from gptjax.tokenizers.chars import Bytes, Chars
 from gptjax.tokenizers.patterns import SCHEMES
 
 ROLES = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
-FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")  # boolean fields of an added token
+FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")  # boolean fields that an added token may have
 
 
 class HF(Base):
@@ -66,7 +66,7 @@ class HF(Base):
     name = "hf"
 
     def __init__(self, data: dict[str, Any]) -> None:
-        """`data`: the JSON object of a tokenizer.json that passed `check`."""
+        """Build the tokenizer from `data`, the JSON object of a tokenizer.json that passed `check`."""
         self._data = data
         ids = check(data)
         tokens = data["added_tokens"]
@@ -118,7 +118,7 @@ class HF(Base):
             added = [token | {"special": token["content"] in names} for token in self._data["added_tokens"]]
             reader = _runner(self._data | {"added_tokens": added})
             reader.encode_special_tokens = True
-            # Keep only the four most recently built tokenizers, because each of them may take 200 MB.
+            # Keep only the four most recently built tokenizers, because each tokenizer may take 200 MB.
             self._readers = dict([*self._readers.items()][-3:]) | {names: reader}
         return self._readers[names]
 
@@ -136,8 +136,8 @@ def without_last(tokenizer: HF) -> HF:
 def from_folder(folder: str | os.PathLike[str], data: dict[str, Any] | None = None) -> Base:
     """Load the tokenizer in a model's folder from tokenizer.json, or from vocab.json and merges.txt.
 
-    tokenizer_config.json, special_tokens_map.json, generation_config.json, config.json and chat_template.jinja are
-    read if present.
+    The files tokenizer_config.json, special_tokens_map.json, generation_config.json, config.json and
+    chat_template.jinja are read if the files exist.
 
     Args:
         data: the content of tokenizer.json, if the caller has parsed it already.
@@ -188,7 +188,7 @@ def from_data(
     special_tokens_map: Mapping[str, Any] = MappingProxyType({}),
     generation_config: Mapping[str, Any] = MappingProxyType({}),
 ) -> Base:
-    """Load a tokenizer like `from_hf`, but from JSON that is already parsed."""
+    """Load a Hugging Face tokenizer like `from_hf`, but from JSON that is already parsed."""
     ids = check(data)
     named = {**special_tokens_map, **config}
     roles, special = _roles(named)
@@ -201,7 +201,7 @@ def from_data(
     data = _with_special(data, special & ids.keys(), ids)
     tokenizer = _byte_level(data, ids) or HF(data)
     template = config.get("chat_template")
-    if isinstance(template, list):  # a list of named templates, of which `default` is used
+    if isinstance(template, list):  # Use the template named `default` from a list of templates.
         template = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}.get("default")
     eos = generation_config.get("eos_token_id")
     eos_ids = [ids[roles["eos_token"]]] if "eos_token" in roles else []
@@ -217,7 +217,7 @@ def from_data(
 
 
 def check(data: Any) -> dict[str, int]:
-    """Validate a tokenizer.json and return a dict from token to id, added tokens included.
+    """Validate a tokenizer.json and return a dict that maps each token, including added tokens, to its id.
 
     Raises:
         UserError: values have wrong types, ids are missing or duplicate, model.dropout is not 0, or the normalizer, the
@@ -277,10 +277,10 @@ def _id_problems(ids: dict[str, int]) -> list[str]:
     return problems
 
 
-MAX_STEPS, MAX_DEPTH = 32, 4  # limits for each entry in CHAINS: number of steps, and nesting depth of sequences
-# limit on the number of characters that one character may become in the normalizer and pre-tokenizer, or in the decoder
+MAX_STEPS, MAX_DEPTH = 32, 4  # For each entry in CHAINS, the number of steps and the nesting depth are limited.
+# Largest number of characters that one character may become in the normalizer and pre-tokenizer, or in the decoder.
 MAX_GROWTH = 1024
-# Maps each entry of a tokenizer.json that may be a Sequence of steps to the key under which a Sequence lists its steps.
+# Maps each entry of a tokenizer.json that may be a Sequence of steps to the key that lists the steps of the Sequence.
 CHAINS = {
     "normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "decoder": "decoders",
     "post_processor": "processors",
@@ -290,8 +290,8 @@ GROWTH = {"ByteLevel": 2, "Metaspace": 2, "BertNormalizer": 3, "Precompiled": 4}
 
 def _chain_problems(data: dict[str, Any]) -> Iterator[str]:
     """Yield an error message for each normalizer, pre-tokenizer, decoder or post-processor that has too many steps or
-    whose output could be too large: 12 steps that each replace a letter by ten letters make a terabyte from one
-    letter."""
+    could give too large an output. For example, 12 steps that each replace a letter by ten letters make a terabyte from
+    one letter."""
     growth = {}
     for name, key in CHAINS.items():
         steps, depth = _steps(data.get(name), key)
@@ -309,7 +309,7 @@ def _steps(chain: Any, key: str) -> tuple[list[Any], int]:
     """Return all steps of a normalizer, pre-tokenizer, decoder or post-processor, and the nesting depth of its
     sequences.
 
-    Counting stops beyond MAX_STEPS steps or MAX_DEPTH levels.
+    The search for steps stops beyond MAX_STEPS steps or MAX_DEPTH levels.
 
     Args:
         chain: a single step, or a Sequence of steps, some of which may be sequences themselves.
@@ -330,7 +330,8 @@ def _steps(chain: Any, key: str) -> tuple[list[Any], int]:
 
 
 def _growth(step: Any) -> int:
-    """Return the maximum number of characters that a step makes from one input character."""
+    """Return the maximum number of output characters that a step of a normalizer, pre-tokenizer or decoder makes from
+    one input character."""
     kind = _type(step)
     if kind == "Prepend":
         return 1 + len(str(step.get("prepend")))
@@ -340,7 +341,7 @@ def _growth(step: Any) -> int:
     literal = pattern.get("String") if isinstance(pattern, dict) else None
     if isinstance(literal, str) and literal:
         return max(1, -(-len(content) // len(literal)))
-    return 1 + len(content)  # a regular expression may match the empty text before every character
+    return 1 + len(content)  # A regular expression may match the empty text before every character.
 
 
 def _roles(named: Mapping[str, Any]) -> tuple[dict[str, str], set[str]]:
@@ -364,8 +365,8 @@ def _roles(named: Mapping[str, Any]) -> tuple[dict[str, str], set[str]]:
 
 
 def _with_special(data: dict[str, Any], names: set[str], ids: Mapping[str, int]) -> dict[str, Any]:
-    """Return a copy of the tokenizer.json with the tokens `names` marked as special, and without truncation and
-    padding."""
+    """Return a copy of the tokenizer.json in which the tokens `names` are marked as special, and truncation and padding
+    are removed."""
     tokens = {t["content"]: added_token(t["content"], t["id"], False) | t for t in data.get("added_tokens", [])}
     for name in names:
         tokens[name] = tokens.get(name, added_token(name, ids[name], True)) | {"special": True}
@@ -378,14 +379,15 @@ def added_token(name: str, i: int, special: bool) -> dict[str, Any]:
 
 
 def _byte_level(data: dict[str, Any], ids: dict[str, int]) -> BPE | None:
-    """Return the `BPE` that gives the same ids as the tokenizer.json for every text, or None if there is none."""
+    """Return the `BPE` that gives the same ids as the tokenizer.json for every text, or None if no `BPE` gives the same
+    ids."""
     scheme, model, listed = _scheme(data), data["model"], data["added_tokens"]
     if scheme is None or any(token[flag] for token in listed for flag in ("single_word", "lstrip", "rstrip")):
         return None
     late = {char for token in listed if token["normalized"] for char in token["content"]}
     early = {char for token in listed if not token["normalized"] for char in token["content"]}
-    # A `BPE` finds all added tokens in one pass over the raw text. `tokenizers` finds those with the flag `normalized`
-    # in a second pass, over the normalised text.
+    # A `BPE` finds all added tokens in one pass over the raw text. The library `tokenizers` finds the added tokens with
+    # the flag `normalized` in a second pass over the normalised text.
     if late and (data.get("normalizer") is not None or late & early):
         return None
     special = {token["content"]: token["id"] for token in listed if token["special"]}
@@ -430,8 +432,8 @@ def _scheme(data: dict[str, Any]) -> str | None:
 
 
 def _same_in_tiktoken(model: dict[str, Any], ids: dict[str, int], tokens: list[str]) -> bool:
-    """Return whether tiktoken gives the same ids as the library `tokenizers`, that is, whether the three conditions in
-    the module's docstring hold."""
+    """Return whether tiktoken gives the same ids as the library `tokenizers`, which the three conditions in the
+    docstring of this module guarantee."""
     merges = pairs(model.get("merges"), ids)
     ordinary = {token: ids[token] for token in tokens}
     made = [ordinary.get(left + right, -1) for left, right in merges]
@@ -442,7 +444,7 @@ def _same_in_tiktoken(model: dict[str, Any], ids: dict[str, int], tokens: list[s
 
 
 def piece_counts(ids: dict[str, int], merges: list[tuple[str, str]], tokens: Iterable[str]) -> set[int]:
-    """Encode the text of each token with the merges, and count the resulting pieces.
+    """Encode the text of each token with the merges, and count the pieces into which the token is encoded.
 
     Returns:
         The set of the counts that occur; it is {1} if the merges build every token.
@@ -490,18 +492,18 @@ def _adds_bos(data: dict[str, Any], config: Mapping[str, Any], bos_id: int) -> b
     return False
 
 
-# Maps a tokenizer class of transformers to its key in SCHEMES, and to whether it normalises texts to Unicode NFC.
+# Maps a tokenizer class of transformers to a key in SCHEMES, and to whether the class normalises texts to Unicode NFC.
 _SLOW = {"GPT2Tokenizer": ("gpt2", False), "Qwen2Tokenizer": ("qwen2", True)}
-# Maps a model_type to its tokenizer class.
+# Maps the model_type of a model to a tokenizer class of transformers.
 _CLASS_OF = {"gpt2": "GPT2Tokenizer", "qwen2": "Qwen2Tokenizer", "qwen3": "Qwen2Tokenizer"}
 
 
 def _slow_files(folder: Path, named: Mapping[str, Any], model_type: Any) -> dict[str, Any]:
-    """Return the tokenizer.json that is equivalent to vocab.json and merges.txt, with the pre-tokenizer of the
-    tokenizer class.
+    """Return a tokenizer.json that is equivalent to vocab.json and merges.txt with the pre-tokenizer of the tokenizer
+    class.
 
-    The key tokenizer_class of `named` gives the tokenizer class. If this key is absent, `model_type` determines the
-    tokenizer class; if `model_type` is None, the class is GPT2Tokenizer.
+    The key tokenizer_class of `named` gives the tokenizer class. If the key tokenizer_class is absent, `model_type`
+    determines the tokenizer class; if `model_type` is None, the tokenizer class is GPT2Tokenizer.
     """
     kind = named.get("tokenizer_class")
     kind = kind or ("GPT2Tokenizer" if model_type is None else _CLASS_OF.get(str(model_type)))
@@ -515,7 +517,8 @@ def _slow_files(folder: Path, named: Mapping[str, Any], model_type: Any) -> dict
         raise UserError(f"{folder}: add_prefix_space=true is not supported with vocab.json and merges.txt")
     scheme, nfc = _SLOW[str(kind).removesuffix("Fast")]
     vocab, added = _object(folder / "vocab.json"), _object(folder / "added_tokens.json")
-    # str.splitlines would also split at characters such as U+2028, which a merge may contain.
+    # The text is not split with str.splitlines, which would also split at characters such as U+2028 that a merge may
+    # contain.
     lines = one_line_end(read_text(folder / "merges.txt")).split("\n")
     merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
     listed = _listed_tokens(named.get("added_tokens_decoder"), folder)
@@ -533,7 +536,7 @@ def _slow_files(folder: Path, named: Mapping[str, Any], model_type: Any) -> dict
 
 
 def _listed_tokens(decoder: Any, folder: Path) -> dict[str, dict[str, Any]]:
-    """Return a dict from the name of each added token to its id and flags.
+    """Return a dict that maps the name of each added token to the id and the flags of the token.
 
     Args:
         decoder: added_tokens_decoder of a tokenizer_config.json: {"151643": {"content": "<|endoftext|>", ..}, ..}.
@@ -575,8 +578,8 @@ def _runner(data: dict[str, Any]) -> Any:
 
 @contextmanager
 def rust(location: str) -> Iterator[None]:
-    """Turn errors of the library `tokenizers` into UserError. The library raises Exception, or PanicException, which is
-    no subclass of Exception."""
+    """Convert errors of the library `tokenizers` to UserError. The library `tokenizers` raises Exception, or
+    PanicException, which is not a subclass of Exception."""
     try:
         yield
     except UserError:
@@ -591,8 +594,8 @@ def rust(location: str) -> Iterator[None]:
 
 
 def to_hf(tokenizer: Tokenizer) -> dict[str, str]:
-    """Convert a tokenizer to the files of a Hugging Face folder, as a dict from file name to text. A tokenizer that
-    transformers' AutoTokenizer loads from these files gives the same ids.
+    """Convert a tokenizer to the files of a Hugging Face folder, as a dict from file name to text. The tokenizer that
+    AutoTokenizer of transformers loads from the returned files gives the same ids as `tokenizer`.
 
     Raises:
         UserError: no tokenizer.json is exactly equivalent to this kind of tokenizer.
@@ -620,9 +623,9 @@ def _from_bpe(tokenizer: BPE) -> dict[str, Any]:
     ordinary = {printable(token): i for token, i in tokenizer.ranks.items()}
     merges = [merge.split(" ") for merge in tokenizer.merges]
     whole = len(set(map("".join, merges))) < sum(len(token) > 1 for token in tokenizer.ranks)
-    # `tokenizers` gives new ids, after the last id of the model's vocabulary, to all added tokens that are not in this
-    # vocabulary. Therefore special and added tokens with smaller ids than the last ordinary token are put into the
-    # model's vocabulary.
+    # The library `tokenizers` gives new ids, after the last id of the model's vocabulary, to all added tokens that are
+    # not in the model's vocabulary. Therefore special tokens and added tokens with smaller ids than the last ordinary
+    # token are put into the model's vocabulary.
     last = max(ordinary.values())
     low = {name: i for name, i in whole_tokens(tokenizer).items() if i < last}
     vocab = dict(sorted((ordinary | low).items(), key=lambda item: item[1]))
@@ -642,7 +645,7 @@ def _from_chars(tokenizer: Chars) -> dict[str, Any]:
     return _file(tokenizer, steps | {"model": model})
 
 
-# Maps each kind of tokenizer to the function that returns its tokenizer.json.
+# Maps each kind of tokenizer to the function that returns the tokenizer.json of the tokenizer.
 MODELS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "bpe": _from_bpe,
     "bytes": _from_bytes,
@@ -655,7 +658,7 @@ def _file(tokenizer: Base, body: dict[str, Any]) -> dict[str, Any]:
     tokens = [added_token(name, i, True) for name, i in tokenizer.special_tokens.items()]
     tokens += [added_token(name, i, False) for name, i in tokenizer.added_tokens.items()]
     after = None
-    if tokenizer.add_bos and tokenizer.bos_id is not None:  # a post-processor that adds bos_id before a text
+    if tokenizer.add_bos and tokenizer.bos_id is not None:  # The post-processor adds bos_id before a text.
         name = tokenizer.decode([tokenizer.bos_id])
         bos = {"SpecialToken": {"id": name, "type_id": 0}}
         first, second = ({"Sequence": {"id": letter, "type_id": i}} for i, letter in enumerate("AB"))

@@ -1,15 +1,15 @@
-"""WordPiece and Unigram subword tokenizers. The library `tokenizers` trains them; this module encodes and decodes
-texts.
+"""Implements WordPiece and Unigram subword tokenizers. The library `tokenizers` trains the vocabulary, and this module
+encodes and decodes texts.
 
-WordPiece  greedy longest match: the next piece is the longest piece that is a prefix of the rest of the word.
-           A piece that does not begin a word is written with `##`:   "lower" -> low ##er
-Unigram    every piece has a probability, and a word is split in the most probable way (Viterbi algorithm):
-                                                         "lower" -> lo wer   if log p(lo) + log p(wer) is the largest
+    WordPiece  greedy longest match: the next piece is the longest piece that is a prefix of the rest of the word.
+               A piece that does not begin a word is written with `##`:   "lower" -> low ##er
+    Unigram    every piece has a probability, and a word is split in the most probable way (Viterbi algorithm):
+                                                           "lower" -> lo wer   if log p(lo) + log p(wer) is the largest
 
 The WordPiece and Unigram tokenizers work on bytes in GPT-2's printable alphabet (`bpe.alphabet`). Every single byte is
-a piece, so every text can be encoded and decoding is exact. In contrast, the tokenizers of BERT (WordPiece) and
-T5 (Unigram) drop whitespace and have an unknown token. Words have at most 64 characters, plus the space before them, so
-that encoding takes linear time even for a text without spaces.
+a piece, so every text can be encoded and decoding is exact. In contrast to the tokenizers in this module, the
+tokenizers of BERT (WordPiece) and T5 (Unigram) drop whitespace and have an unknown token. A word has at most 64
+characters plus the space before the word, so that encoding takes linear time even for a text without spaces.
 
 Source: Schuster and Nakajima 2012 (WordPiece); Kudo 2018, arXiv:1804.10959 (Unigram).
 """
@@ -30,15 +30,15 @@ from gptjax.tokenizers.bpe import MAX_VOCAB, alphabet, printable, token_bytes
 from gptjax.tokenizers.patterns import SUBWORDS
 
 INSIDE = "##"
-MAX_PIECE = 16  # maximum number of bytes of a piece that the training of a Unigram tokenizer makes
+MAX_PIECE = 16  # maximum number of bytes in a piece that Unigram training may create
 CACHE_WORDS = 1 << 18
-# maximum number of bytes of a piece in a tokenizer file: a word has up to 65 characters of up to 4 bytes each
+# Maximum number of bytes of a piece in a tokenizer file: a word has up to 65 characters of up to 4 bytes each.
 LONGEST_PIECE = 260
 
 
 class _Pieces(Base):
-    """Base class of the WordPiece and Unigram tokenizers. Encoding splits each word with `_cut` and caches the result;
-    decoding joins the bytes of the pieces."""
+    """Base class of the WordPiece and Unigram tokenizers. Encoding splits each word into pieces with `_cut` and caches
+    the pieces; decoding joins the bytes of the pieces."""
 
     def __init__(self, pieces: Sequence[bytes]) -> None:
         self.name = self.kind
@@ -50,7 +50,7 @@ class _Pieces(Base):
 
     @abstractmethod
     def _cut(self, word: bytes) -> list[int]:
-        """Split one word into pieces and return their ids."""
+        """Split one word into pieces and return the ids of the pieces."""
 
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = []
@@ -69,8 +69,8 @@ class _Pieces(Base):
 
 
 class WordPiece(_Pieces):
-    """A WordPiece tokenizer. `vocab`: the pieces in the order of their ids; a piece that does not begin a word is
-    written with `##`."""
+    """A WordPiece tokenizer. The list `vocab` holds the pieces in the order of their ids; a piece that does not begin a
+    word is written with `##`."""
 
     kind = "wordpiece"
 
@@ -109,15 +109,16 @@ class WordPiece(_Pieces):
 
 
 class Unigram(_Pieces):
-    """A Unigram tokenizer. `pieces`: the pieces in the order of their ids; `scores`: their log probabilities."""
+    """A Unigram tokenizer. The list `pieces` holds the pieces in the order of their ids, and the list `scores` holds
+    the log probabilities of the pieces."""
 
     kind = "unigram"
 
     def __init__(self, pieces: Sequence[str], scores: Sequence[float]) -> None:
         self.pieces, self.scores = list(pieces), list(scores)
         super().__init__([token_bytes(piece) for piece in self.pieces])
-        # Maps each piece to (log probability, id). The table also holds the prefixes of pieces, so that `_cut` can stop
-        # as soon as no piece begins with the bytes read.
+        # The table maps each piece to (log probability, id). The table also holds the prefixes of all pieces, so that
+        # `_cut` can stop as soon as no piece begins with the bytes read so far.
         self._table: dict[bytes, tuple[float, int]] = {}
         for piece in self._bytes:
             self._table |= {piece[:end]: (-math.inf, -1) for end in range(1, len(piece))}
@@ -144,8 +145,10 @@ class Unigram(_Pieces):
         return {"pieces": self.pieces, "scores": self.scores}
 
     def _cut(self, word: bytes) -> list[int]:
-        best = [0.0] + [-math.inf] * len(word)  # best[end]: log probability of the best segmentation of word[:end]
-        last = [(0, 0)] * (len(word) + 1)  # last[end]: (start, id) of the last piece of the best segmentation
+        # best[end] is the log probability of the best segmentation of word[:end], and last[end] is the pair (start, id)
+        # of the last piece in this segmentation.
+        best = [0.0] + [-math.inf] * len(word)
+        last = [(0, 0)] * (len(word) + 1)
         for start in range(len(word)):
             for end in range(start + 1, len(word) + 1):
                 piece = self._table.get(word[start:end])
@@ -162,7 +165,7 @@ class Unigram(_Pieces):
 
 
 def train(kind: str, texts: Iterable[str], vocab_size: int) -> WordPiece | Unigram:
-    """Train a vocabulary of at most `vocab_size` ids; a small text may yield fewer ids."""
+    """Train a WordPiece or Unigram vocabulary of at most `vocab_size` ids; a small text may give fewer ids."""
     least = {"wordpiece": 513, "unigram": 257}[kind]
     if not least <= vocab_size <= MAX_VOCAB:
         raise UserError(f"tokenizer.vocab_size={vocab_size}: {kind} needs {least} or more (every byte is a piece)")
@@ -173,8 +176,9 @@ def train(kind: str, texts: Iterable[str], vocab_size: int) -> WordPiece | Unigr
 def _train_wordpiece(words: Iterable[str], size: int) -> WordPiece:
     from tokenizers import Tokenizer, models, trainers
 
-    # The single bytes are passed as special tokens, so that their ids have the order of this list. The trainer's own
-    # order differs between runs, and decides which of two equally frequent pairs is merged first.
+    # The single bytes are passed as special tokens, so that the ids of the bytes have the order of the list `single`.
+    # The order that the trainer would choose differs between runs, and decides which of two equally frequent pairs is
+    # merged first.
     single = [*alphabet(), *(INSIDE + char for char in alphabet())]
     learner = Tokenizer(models.WordPiece())
     trainer = trainers.WordPieceTrainer(
@@ -194,8 +198,8 @@ def _train_unigram(words: Iterable[str], size: int) -> Unigram:
     )
     learner.train_from_iterator(words, trainer)
     scores = {piece: round(score, 6) for piece, score in json.loads(learner.to_str())["model"]["vocab"]}
-    # The trainer's scores of rarely used single-byte pieces differ between runs, so all of these pieces get the same
-    # score.
+    # The trainer gives rarely used single-byte pieces scores that differ between runs, so all rarely used single-byte
+    # pieces get the same score.
     floor = min((score for piece, score in scores.items() if len(piece) > 1), default=-10.0) - 1
     scores = {piece: floor if len(piece) == 1 and score < floor + 1 else score for piece, score in scores.items()}
     scores |= {char: floor for char in alphabet() if char not in scores}

@@ -1,14 +1,14 @@
-"""The word-level tokenizer of the book "Build a Large Language Model (From Scratch)": a regular expression splits a
-text into words and punctuation marks.
+"""Implements the word-level tokenizer of the book "Build a Large Language Model (From Scratch)", in which a regular
+expression splits a text into words and punctuation marks.
 
     "Hello, do you like tea?"  ->  Hello | , | do | you | like | tea | ?
 
-Whitespace is not kept: decoding joins the words with one space, but with none before closing punctuation. Without
-special tokens, this tokenizer is the book's SimpleTokenizerV1, which raises an error for an unknown word; with
-`<|endoftext|>` and `<|unk|>`, it is the book's SimpleTokenizerV2. By default, the special tokens are [BOS], [EOS],
-[PAD] and [UNK].
+Whitespace is not kept: decoding joins the words with one space, but puts no space before closing punctuation. Without
+special tokens, the word-level tokenizer equals SimpleTokenizerV1 of the book, which raises an error for an unknown
+word. With the special tokens `<|endoftext|>` and `<|unk|>`, the word-level tokenizer equals SimpleTokenizerV2 of the
+book. By default, the special tokens are [BOS], [EOS], [PAD] and [UNK].
 
-Source: S. Raschka, Build a Large Language Model (From Scratch), chapter 2.
+Source: Sebastian Raschka, "Build a Large Language Model (From Scratch)", chapter 2.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def split(text: str) -> list[str]:
 
 
 class Words(Base):
-    """A word-level tokenizer. The n words have the ids 0 .. n-1, and the special tokens have the ids from n on."""
+    """A word-level tokenizer. The n words have the ids 0 .. n-1, and the special tokens have ids from n upwards."""
 
     kind = "words"
     name = "words"
@@ -84,13 +84,13 @@ class Words(Base):
             ) from None
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Join words and special tokens with one space, but with none before closing punctuation."""
+        """Join the words and special tokens with one space, but with no space before closing punctuation."""
         return _SPACE_BEFORE.sub(r"\1", " ".join(self._texts[self._checked(ids)]))
 
 
 def train(texts: Iterable[str], vocab_size: int | None = None, *, special: Sequence[str] = SPECIAL) -> Words:
-    """Return a tokenizer with the distinct words of the texts, sorted. If `vocab_size` is too small for all words, only
-    the most frequent words are kept."""
+    """Return a word-level tokenizer with the distinct words of the texts in sorted order. If `vocab_size` is too small
+    for all words, only the most frequent words are kept."""
     counts: Counter[str] = Counter()
     for text in texts:
         counts.update(split(text))

@@ -1,4 +1,5 @@
-"""Loads, saves and exports models: gptjax and Hugging Face folders, GGUF files, PEFT adapters, StableHLO programs."""
+"""Loads, saves and exports models as gptjax folders, Hugging Face folders, GGUF files, PEFT adapters and StableHLO
+programs."""
 
 from gptjax.tokenizers import stop_ids
 from gptjax.weights.export import export_gguf, export_hf, export_stablehlo

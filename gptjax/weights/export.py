@@ -1,4 +1,4 @@
-"""Exports a model to the formats of other tools: a Hugging Face folder, a GGUF file, a StableHLO program."""
+"""Exports a model to the formats of other tools: a Hugging Face folder, a GGUF file or a StableHLO program."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def export_hf(
     tokenizer: Tokenizer | None = None,
     labels: dict[str, Any] | None = None,
 ) -> Path:
-    """Writes a folder that transformers loads: config.json, model.safetensors and the tokenizer, if given.
+    """Writes a model folder that transformers loads, with config.json, model.safetensors and, if given, the tokenizer.
 
     Args:
         labels: description of a classifier, as returned by `read_labels`. A classifier is exported as the class
@@ -91,8 +91,8 @@ def _class_values(
 ) -> tuple[Tokenizer | None, dict[str, Any]]:
     """Returns the tokenizer with a padding token, and the config.json attributes of a classifier.
 
-    Any token that no text ends with can be the padding token, because transformers' classifiers read the last token
-    that is not pad_token_id, regardless of the attention mask.
+    The classifiers of transformers read the last token that is not pad_token_id, regardless of the attention mask, so
+    that any token that never ends a text can be the padding token.
     """
     if labels is not None and labels["pooling"] != "last":
         raise UserError(
@@ -108,7 +108,8 @@ def _class_values(
         spare = tokenizer.vocab_size if cfg.vocab_size > tokenizer.vocab_size else None
         named = {*tokenizer.special_tokens.values(), *tokenizer.added_tokens.values()}
         candidates: list[int | None] = [tokenizer.pad_id, *stops, spare]
-        if cfg.n_classes == 1:  # a reward model reads the token that ends an answer, so that token cannot be padding
+        # A reward model reads the end token of an answer, so that an end token cannot be the padding token.
+        if cfg.n_classes == 1:
             ends = answer_ends(tokenizer)
             candidates = [i for i in (tokenizer.pad_id, spare, *sorted(named), *range(len(ends) + 1)) if i not in ends]
         pad = next((i for i in candidates if i is not None), None)
@@ -162,10 +163,11 @@ def export_gguf(
 
 
 def _name_for_llama_cpp(name: str, tokens: list[str]) -> str:
-    """Returns the model name, changed if llama.cpp would refuse it for a model with this vocabulary.
+    """Returns the model name, which is changed if llama.cpp would reject the name for a model with the vocabulary
+    `tokens`.
 
     If the name contains "phi-3" or "phi3", llama.cpp requires Phi-3's special tokens. If the vocabulary lacks one of
-    them, "phi-3" and "phi3" are replaced by "phi".
+    Phi-3's special tokens, "phi-3" and "phi3" are replaced by "phi".
     """
     if {"</s>", "<unk>", "<s>", "<|endoftext|>"} <= {*tokens}:
         return name
@@ -175,13 +177,14 @@ def _name_for_llama_cpp(name: str, tokens: list[str]) -> str:
 def export_stablehlo(
     folder: str | os.PathLike[str], params: Params, cfg: ModelConfig, tokenizer: Tokenizer | None = None
 ) -> Path:
-    """Writes a gptjax model folder that also holds forward.stablehlo, the function `forward` lowered to StableHLO for
-    CPUs, NVIDIA GPUs and TPUs.
+    """Writes a gptjax model folder with the additional file forward.stablehlo, which holds the function `forward`
+    lowered to StableHLO for CPUs, NVIDIA GPUs and TPUs.
 
         program = jax.export.deserialize(open("DIR/forward.stablehlo", "rb").read())
         logits = program.call(params, tokens)
 
-    The program computes logits [B, T, V] float32 of tokens [B, T] int32, for any B and for T = cfg.context_length.
+    The StableHLO program computes logits [B, T, V] float32 from tokens [B, T] int32, for any B, with
+    T = cfg.context_length.
 
     Raises:
         UserError: flatbuffers is not installed, the model is a classifier, the tokenizer has more ids than the model
@@ -207,7 +210,7 @@ def export_stablehlo(
 
 
 def new_folder(folder: Path) -> None:
-    """Creates the folder. Raises UserError if the folder exists and is not empty."""
+    """Creates the folder. Raises UserError if the folder exists already and is not empty."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):

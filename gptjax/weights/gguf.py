@@ -1,6 +1,6 @@
 """Reads and writes the GGUF metadata and tensors of llama.cpp's architectures.
 
-The details of each model family are in its own file in the package `families`. Sources: llama.cpp's constants.py and
+The package `families` has one file for the details of each model family. Sources: llama.cpp's constants.py and
 convert_hf_to_gguf.py (names and layouts), llama-model.cpp (values that are not in the metadata).
 """
 
@@ -23,7 +23,8 @@ from gptjax.weights.rules import Source
 
 ARCHITECTURES: dict[str, Gguf] = {family.gguf.name: family.gguf for family in families.FAMILIES.values() if family.gguf}
 
-# Metadata keys that do not change the result in gptjax, written without the prefix of the architecture.
+# The metadata keys in _NEUTRAL, written without the prefix of the architecture, do not change the outputs of a model in
+# gptjax.
 _NEUTRAL = ("vocab_size", "attention.value_length", "rope.dimension_count", "attention.causal", "tensor_data_layout")
 
 
@@ -51,7 +52,7 @@ class _Source:
 
 
 def open_file(path: Path) -> tuple[Source, str, ModelConfig]:
-    """Opens a GGUF file and returns its tensors, its `general.architecture` and its ModelConfig."""
+    """Opens a GGUF file and returns the tensors, the `general.architecture` and the ModelConfig of the file."""
     file = file_format.read(path)
     source = _Source(file)
     n_splits = file.metadata.get("split.count", 1)
@@ -75,9 +76,9 @@ def from_metadata(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, .
     if not isinstance(name, str) or name not in ARCHITECTURES:
         raise UserError(f"{location}: general.architecture={name!r:.60} is unknown, known: {', '.join(ARCHITECTURES)}")
     gguf = ARCHITECTURES[name]
-    # No attribute that is read here may be an array: `Attributes` reports arrays as errors. Arrays are converted to
-    # lists, because a comparison of numpy arrays returns an array instead of a bool. Nine elements are enough for the
-    # error message.
+    # An attribute that is an array is not supported: `Attributes` reports an array as an error. Arrays are converted to
+    # lists, because a comparison of numpy arrays returns an array instead of a bool. The first nine elements of an
+    # array are enough for the error message.
     values = {
         key.removeprefix(f"{name}."): value[:9].tolist() if isinstance(value, np.ndarray) else value
         for key, value in metadata.items()
@@ -125,11 +126,11 @@ def _rounded(x: float) -> float:
 
 
 def with_rope_factors(cfg: ModelConfig, factors: np.ndarray, location: str) -> ModelConfig:
-    """Returns the config with the four parameters of Llama 3's RoPE scaling.
+    """Returns a copy of the config with the four parameters of Llama 3's RoPE scaling.
 
-    A GGUF file does not store these parameters, only `factors`, the divisors of the RoPE frequencies. rope_slow = 1 and
-    rope_fast = 4 are assumed; for rope_factor and rope_original_context, common values are tried until the parameters
-    give these divisors.
+    A GGUF file does not store the four parameters, but only `factors`, the divisors of the RoPE frequencies. The values
+    rope_slow = 1 and rope_fast = 4 are assumed. Common values of rope_factor and rope_original_context are tried until
+    the parameters give the divisors in `factors`.
     """
     if factors.shape != (cfg.head_dim // 2,):
         raise UserError(f"{location}: rope_freqs.weight is {list(factors.shape)}, expected [{cfg.head_dim // 2}]")
@@ -154,7 +155,8 @@ def rope_factors(cfg: ModelConfig) -> np.ndarray:
 
 
 def _has_rope(gguf: Gguf) -> bool:
-    """Returns True if the architecture uses RoPE, as all do except GPT-2, which has learned position embeddings."""
+    """Returns True if the architecture uses RoPE. All architectures except GPT-2, which has learned position
+    embeddings, use RoPE."""
     return gguf.implied["arch"] != "gpt2"
 
 
@@ -164,7 +166,7 @@ def _has_rope(gguf: Gguf) -> bool:
 def to_metadata(cfg: ModelConfig, name: str) -> dict[str, Any]:
     """Returns the GGUF metadata that describe a model in llama.cpp's architecture `name`.
 
-    The metadata of the tokenizer are not included.
+    The returned metadata do not include the metadata of the tokenizer.
     """
     gguf = ARCHITECTURES[name]
     values: dict[str, Any] = {
@@ -191,7 +193,7 @@ def to_metadata(cfg: ModelConfig, name: str) -> dict[str, Any]:
 
 
 def family_of(cfg: ModelConfig) -> str:
-    """Returns the name of the llama.cpp architecture that computes the same function as this model.
+    """Returns the name of the llama.cpp architecture that computes the same function as the model of `cfg`.
 
     Raises:
         UserError: no architecture represents the model; the message lists the fields that the closest one cannot
@@ -209,7 +211,7 @@ def family_of(cfg: ModelConfig) -> str:
         if cfg.rope_scaling == "llama3" and gguf.rope_factors:
             back = dataclasses.replace(back, **{key: getattr(cfg, key) for key in scaling})
         lacking[gguf.name] = differences(cfg, back, family.fills)
-    # Choose the architecture that fails to represent the fewest fields; in a tie, the first one.
+    # Choose the architecture that fails to represent the fewest fields, and in a tie the first such architecture.
     nearest = min(lacking, key=lambda name: len(lacking[name]))
     if not lacking[nearest]:
         return nearest

@@ -1,9 +1,10 @@
-"""Loads a model of any supported format, by its path or name.
+"""Loads a model of any supported format from a path or by a name.
 
-params, cfg = load("runs/default")              a run, or a folder that `gptjax import` wrote
-params, cfg = load("smollm2-135m-instruct")     an asset, by its name
-params, cfg = load("SmolLM2-135M")              a Hugging Face folder, or the path of a .gguf file
-params, cfg = load("hf:openai-community/gpt2")  a model on the Hugging Face Hub
+Examples:
+    params, cfg = load("runs/default")              a run, or a folder that `gptjax import` wrote
+    params, cfg = load("smollm2-135m-instruct")     an asset, by its name
+    params, cfg = load("SmolLM2-135M")              a Hugging Face folder, or the path of a .gguf file
+    params, cfg = load("hf:openai-community/gpt2")  a model on the Hugging Face Hub
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from gptjax.weights.native import check_vocabulary
 from gptjax.weights.rules import Source, read, shardings_by_path
 
 CONFIG = "config.json"
-LABELS = "labels.json"  # describes a classifier: class names, pooling, maximum length and prompt template
+LABELS = "labels.json"  # labels.json describes a classifier: class names, pooling, maximum length and prompt template.
 MAX_CONFIG_BYTES = 16 << 20
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -42,14 +43,14 @@ class Model(NamedTuple):
     """A model on disk whose tensors have not been read yet."""
 
     location: str
-    kind: str  # "gptjax", or the name of the model family
+    kind: str  # The kind is "gptjax" or the name of the model family.
     cfg: ModelConfig
-    params: Callable[[Any, Any], Params]  # function (dtype, shardings) that reads the parameters
+    params: Callable[[Any, Any], Params]  # The function (dtype, shardings) reads the parameters.
     read_tokenizer: Callable[[], Tokenizer]
 
     def tokenizer(self) -> Tokenizer:
-        """Reads the tokenizer. Raises UserError if the model has no tokenizer, or if the tokenizer has ids for which
-        the embedding has no row."""
+        """Reads the tokenizer. Raises UserError if the model has no tokenizer, or if the embedding has no row for some
+        ids of the tokenizer."""
         tokenizer = self.read_tokenizer()
         check_vocabulary(tokenizer, self.cfg, self.location)
         return tokenizer
@@ -60,8 +61,8 @@ def load(
 ) -> tuple[Params, ModelConfig]:
     """Loads the parameters and the config of a model.
 
-    Tensors are read one at a time and put directly on their devices, so that the peak memory is that of the model and
-    one tensor.
+    Tensors are read one at a time and put directly on their devices, so that the peak memory is the memory of the model
+    and of one tensor.
 
     Args:
         source: a run directory, a gptjax model folder, a Hugging Face folder, a .safetensors file next to its
@@ -90,7 +91,7 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Tokenizer:
 
 
 def open_model(source: str | os.PathLike[str]) -> Model:
-    """Opens the model that `load` would read, without reading its tensors."""
+    """Opens the model that `load` would read, without reading the tensors of the model."""
     name = str(source)
     if not name.startswith("hf:"):
         user_path(name)
@@ -150,7 +151,8 @@ def _from_hub(name: str) -> Path:
     patterns += ["vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json", "chat_template.jinja"]
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
-    except Exception as error:  # the Hub's client raises many types of errors: no network, no such name, no access
+    # The client of the Hub raises many types of errors: no network, no such name, no access.
+    except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"hf:{name} could not be downloaded: {reason}. Use a local folder, or "
@@ -171,7 +173,7 @@ def _native(path: Path) -> Model:
 
 
 def _adapted(folder: Path, cfg: ModelConfig, base: native.Base, dtype: Any, shardings: Any) -> Params:
-    """Returns the parameters of a model that is stored as an adapter. The adapter is merged into its base model in
+    """Returns the parameters of a model that is stored as an adapter. The adapter is merged into the base model in
     float32 in host memory.
 
     Raises:
@@ -180,7 +182,7 @@ def _adapted(folder: Path, cfg: ModelConfig, base: native.Base, dtype: Any, shar
     trained = native.load_adapter(folder)
     try:
         host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-    except RuntimeError:  # with JAX_PLATFORMS=cuda, there is no CPU backend
+    except RuntimeError:  # With JAX_PLATFORMS=cuda, JAX has no CPU backend.
         host = None
     try:
         params = open_model(base.source).params("float32", host)
@@ -209,7 +211,8 @@ def _hugging_face(folder: Path, source: Source) -> Model:
     if not any(name.startswith(family.prefix) for name in source.shapes()):
         rules = [rule._replace(theirs=rule.theirs.removeprefix(family.prefix)) for rule in rules]
     tied = {"lm_head.weight"} if cfg.tie_embeddings else set()
-    # An LM head that differs from the embedding overrides tie_word_embeddings, as in transformers 5.
+    # If the LM head in the file differs from the embedding, the LM head is used in spite of tie_word_embeddings, as in
+    # transformers 5.
     if tied & set(source.shapes()):
         table = next(rule.theirs for rule in rules if rule.ours == "wte/embedding")
         if table in source.shapes() and not np.array_equal(source.array("lm_head.weight"), source.array(table)):
@@ -226,10 +229,11 @@ def _hugging_face(folder: Path, source: Source) -> Model:
 
 
 def _tokenizer_of(folder: Path, family: families.Family, cfg: ModelConfig) -> Tokenizer:
-    """Loads the tokenizer of the folder.
+    """Loads the tokenizer of a model in a Hugging Face folder.
 
-    If the tokenizer's last token is the family's placeholder (Gemma 3's image token) and the embedding has no row for
-    it, the token is removed. Its text is then encoded as ordinary text.
+    If the tokenizer's last token is the placeholder of the model family (Gemma 3's image token) and the embedding has
+    no row for the placeholder, the placeholder is removed from the tokenizer. The text of a removed placeholder is
+    encoded as ordinary text.
     """
     from gptjax.tokenizers.hf import HF, without_last
 
@@ -241,7 +245,7 @@ def _tokenizer_of(folder: Path, family: families.Family, cfg: ModelConfig) -> To
 
 
 def _openai(folder: Path) -> Model:
-    """Opens GPT-2 in OpenAI's format, which is a TensorFlow checkpoint with hparams.json."""
+    """Opens a GPT-2 model in OpenAI's format, which is a TensorFlow checkpoint with hparams.json."""
     from gptjax.formats import tensorflow
 
     location = folder / "hparams.json"
@@ -269,8 +273,9 @@ def _json(path: Path) -> dict[str, Any]:
 def read_labels(source: str | os.PathLike[str]) -> dict[str, Any]:
     """Reads the description of a classifier: {"labels": .., "pooling": .., "max_length": .., "prompt": ..}.
 
-    A Hugging Face folder has the labels in its config.json. If a Hugging Face folder has no labels.json from gptjax,
-    the pooling is "last", max_length is the context length, and the prompt is the text itself, "{text}".
+    The labels of a Hugging Face classifier are in the config.json of the folder. If the Hugging Face folder has no
+    labels.json from gptjax, the pooling is "last", max_length is the context length, and the prompt is only the text,
+    "{text}".
 
     Raises:
         UserError: the model is not a classifier.

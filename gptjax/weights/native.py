@@ -1,11 +1,12 @@
 """Saves and loads gptjax model folders.
 
-final/  model.safetensors   parameters, named by their paths: "blocks/attn/q/kernel"
-        model.json          the ModelConfig and the sha256 of every file
-        tokenizer.json      the tokenizer
+    final/  model.safetensors   parameters, named by their paths: "blocks/attn/q/kernel"
+            model.json          the ModelConfig and the sha256 of every file
+            tokenizer.json      the tokenizer
 
-Instead of model.safetensors a folder may hold adapter.safetensors, with a LoRA adapter and the other trained
-parameters, such as the head of a classifier. model.json then names the base model.
+Instead of model.safetensors, a folder may hold adapter.safetensors, which contains a LoRA adapter and all other trained
+parameters, such as the head of a classifier. In a folder with adapter.safetensors, the file model.json names the base
+model.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from gptjax.weights.rules import Out, Rule, read
 
 FORMAT, VERSION = "gptjax model", 1
 WEIGHTS, ADAPTER, MODEL = "model.safetensors", "adapter.safetensors", "model.json"
-_UNLISTED = (  # files of a model folder of version 0.1.0, whose model.json does not list them
+_UNLISTED = (  # files in a model folder of version 0.1.0, whose model.json does not list its files
     WEIGHTS, "tokenizer.json", "config.yaml", "result.json", "adapter/adapter_config.json",
     "adapter/adapter_model.safetensors",
 )  # fmt: skip
@@ -52,10 +53,10 @@ def save(
     twin: Path | None = None,
     base: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Writes parameters, config and tokenizer to a self-contained folder. A folder that `save` wrote earlier is
-    replaced.
+    """Writes the parameters, the config and the tokenizer of a model to a self-contained folder. A folder that `save`
+    wrote earlier is replaced.
 
-    The write is atomic: the folder is renamed into place when it is complete.
+    The write is atomic: the new folder is renamed into place when the folder is complete.
 
     Args:
         files: dict that maps the names of additional text files to their texts.
@@ -93,7 +94,7 @@ def save(
             add(new)
         written = sorted(path for path in new.rglob("*") if path.is_file())
         hashes = {path.relative_to(new).as_posix(): sha256(path) for path in written}
-        if twin not in (None, folder):  # no link to a file of `folder`, which `new` replaces
+        if twin not in (None, folder):  # Do not link to a file of `folder`, which `new` replaces.
             _hard_link(new / weights, hashes[weights], twin / weights)
         model = json.loads(json.dumps(flat(cfg)))
         body = {
@@ -112,8 +113,8 @@ def save(
 
 
 def check_vocabulary(tokenizer: Tokenizer, cfg: ModelConfig, location: str = "") -> None:
-    """Raises UserError if the tokenizer has ids that the embedding has no row for. The message begins with `location`,
-    if given."""
+    """Raises UserError if the embedding of the model has no row for some ids of the tokenizer. The error message begins
+    with `location` if `location` is not empty."""
     if tokenizer.vocab_size > cfg.vocab_size:
         raise UserError(
             f"{location}{': ' * bool(location)}the tokenizer has {tokenizer.vocab_size} ids, the model "
@@ -122,20 +123,20 @@ def check_vocabulary(tokenizer: Tokenizer, cfg: ModelConfig, location: str = "")
 
 
 def _hard_link(file: Path, digest: str, twin: Path) -> None:
-    """Replaces `file` with a hard link to `twin` if both have the same bytes. A link is safe, because gptjax modifies
-    neither file in place."""
+    """Replaces `file` with a hard link to `twin` if both files have the same bytes. A hard link is safe, because gptjax
+    never modifies `file` or `twin` in place."""
     try:
         if twin.stat().st_size != file.stat().st_size or sha256(twin) != digest:
             return
         link = file.with_name(f".{file.name}.link")
         os.link(twin, link)
         os.replace(link, file)
-    except OSError:  # the twin has no such file, or the file system supports no hard links
+    except OSError:  # The file `twin` does not exist, or the file system supports no hard links.
         return
 
 
 def _refuse_foreign(folder: Path) -> None:
-    """Raises UserError if `folder` exists and holds anything that `save` did not write."""
+    """Raises UserError if `folder` exists and contains files or folders that `save` did not write."""
     if not folder.name:
         raise UserError(f"cannot save a model as {str(folder)!r}: name a new folder")
     if not (folder.exists() or folder.is_symlink()):
@@ -161,7 +162,7 @@ def _refuse_foreign(folder: Path) -> None:
 
 
 def verify(folder: Path) -> None:
-    """Compares the files of a saved model with the sha256 hashes in its model.json.
+    """Compares the files of a saved model with the SHA-256 hashes in the model.json of the model.
 
     Missing files are ignored. The environment variable GPTJAX_VERIFY=0 disables the check.
 
@@ -185,13 +186,13 @@ def verify(folder: Path) -> None:
 
 
 def _base_sha256(base: Mapping[str, Any]) -> str:
-    """Returns the hash of `base` without `source`, which users may edit if the base model has moved."""
+    """Returns the SHA-256 hash of `base` without the key `source`, which users may edit if the base model has moved."""
     return json_sha256({key: value for key, value in base.items() if key != "source"})
 
 
 def replace_folder(new: Path, folder: Path) -> None:
-    """Replaces `folder` with `new` by renaming both. If the process ends between the two renames, `recover_folder`
-    restores the old folder."""
+    """Replaces the folder `folder` with the folder `new` by renaming both folders. If the process ends between the two
+    renames, `recover_folder` restores the old folder."""
     old = folder.with_name(f".{folder.name}.old")
     recover_folder(folder)
     if folder.exists():
@@ -201,7 +202,7 @@ def replace_folder(new: Path, folder: Path) -> None:
 
 
 def recover_folder(folder: Path) -> None:
-    """Undoes an interrupted `replace_folder`."""
+    """Restores the old folder if the process ended during `replace_folder`."""
     old = folder.with_name(f".{folder.name}.old")
     if old.exists() and not folder.exists():
         os.rename(old, folder)
@@ -226,7 +227,7 @@ def load(path: str | os.PathLike[str], *, dtype: Any = np.float32, shardings: An
 
 
 def find(path: str | os.PathLike[str]) -> Path:
-    """Returns the folder that holds model.json: `path`, path/final or path/best."""
+    """Returns the first folder of `path`, path/final and path/best that holds a model.json."""
     path = user_path(path)
     for folder in (path, path / "final", path / "best"):
         if (folder / MODEL).is_file():
@@ -256,8 +257,8 @@ def read_model(path: Path) -> ModelConfig:
 
 
 def fingerprint(params: Params) -> str:
-    """Returns a hash of the path, the shape and up to 1,024 elements of every parameter. The elements are rounded to
-    bfloat16, so that the hash does not depend on the stored dtype."""
+    """Returns a hash of the path, the shape and up to 1,024 elements of every parameter. The hashed elements are
+    rounded to bfloat16, so that the hash does not depend on the stored dtype."""
     digest = hashlib.sha256()
     for path, leaf in sorted(tree.flatten(params).items()):
         sample = leaf.reshape(-1)[:: max(1, leaf.size // 1024)][:1024]
@@ -267,7 +268,7 @@ def fingerprint(params: Params) -> str:
 
 
 class Base(NamedTuple):
-    """Describes an adapter: the path or name of its base model, the `fingerprint` of the base model's parameters, the
+    """Describes an adapter by the path or name of the base model, the `fingerprint` of the base model's parameters, the
     quantisation of the base model's matrices in training (finetune.quantize), and the config of the adapter."""
 
     source: str
@@ -277,7 +278,8 @@ class Base(NamedTuple):
 
 
 def read_base(folder: Path) -> Base | None:
-    """Reads the `Base` of a model that is stored as an adapter, or returns None if the folder holds all weights."""
+    """Reads the `Base` of a model that is stored as an adapter, or returns None if the folder holds all weights of the
+    model."""
     return use_json(folder / MODEL, _base)
 
 
@@ -292,8 +294,8 @@ def _base(body: dict[str, Any]) -> Base | None:
 
 
 def load_adapter(folder: Path) -> Params:
-    """Loads the parameters, as float32 arrays, from a folder that `save(.., base=..)` wrote: the adapter and the other
-    trained parameters, such as a classification head.
+    """Loads an adapter and all other trained parameters, such as a classification head, as float32 arrays from a folder
+    that `save(.., base=..)` wrote.
 
     Raises:
         UserError: files are missing or damaged.

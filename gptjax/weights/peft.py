@@ -1,14 +1,16 @@
-"""Adapters in the folder format of the PEFT library: adapter_config.json and adapter_model.safetensors. gptjax also
-writes gptjax_sha256.json, which holds the hashes of both files.
+"""Reads and writes adapters in the folder format of the PEFT library: adapter_config.json and
+adapter_model.safetensors. In addition, gptjax writes gptjax_sha256.json, which holds the hashes of adapter_config.json
+and adapter_model.safetensors.
 
     gptjax  blocks/attn/q/kernel: a [L, in, R], b [L, R, out]
     PEFT    base_model.model.model.layers.{i}.self_attn.q_proj: lora_A.weight [R, in], lora_B.weight [out, R]
 
 A MiSS adapter has one matrix, d [L, R, out] in gptjax and miss_block [R, out] in PEFT.
 
-PEFT adapts GPT-2's q, k and v as one matrix; gptjax adapts them as three. The three adapters of gptjax are exported as
-one adapter of three times the rank with a block-diagonal B. An adapter that PEFT trained is read as three adapters with
-the same matrix a; if all three still have the same a, they are exported as one adapter of the original rank.
+PEFT adapts GPT-2's q, k and v as one matrix, whereas gptjax adapts q, k and v as three matrices. The three adapters of
+gptjax are exported as one PEFT adapter of three times the rank with a block-diagonal B. A GPT-2 adapter that PEFT
+trained is read as three adapters with the same matrix a. If the adapters of q, k and v have the same matrix a, the
+three adapters are exported as one PEFT adapter of the original rank.
 
 Source: PEFT's tuners/lora and tuners/miss, version 0.21 (names and shapes of the tensors, attributes that change the
 result).
@@ -43,11 +45,11 @@ from gptjax.weights.native import fingerprint
 from gptjax.weights.rules import Out, Rule, Tensor, identity, is_float, tensors_of
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-HASHES = "gptjax_sha256.json"  # holds the sha256 of CONFIG and WEIGHTS; other tools ignore it
+HASHES = "gptjax_sha256.json"  # SHA-256 hashes of CONFIG and WEIGHTS; other tools ignore this file
 _PREFIX = "base_model.model."
 _SUFFIXES = {"a": "lora_A.weight", "b": "lora_B.weight", "m": "lora_magnitude_vector", "d": "miss_block"}
-_HEAD = f"{_PREFIX}score.weight"  # the head of transformers' ...ForSequenceClassification
-_BASE = "gptjax_base"  # key in adapter_config.json for the fingerprint of the base model
+_HEAD = f"{_PREFIX}score.weight"  # Name of the head of a classifier in transformers.
+_BASE = "gptjax_base"  # Key in adapter_config.json for the fingerprint of the base model.
 _NEUTRAL = {
     "auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision",
     "task_type", "megatron_core", "loftq_config", "qalora_group_size", "target_modules", "exclude_modules",
@@ -69,8 +71,9 @@ def export_peft(
 ) -> Path:
     """Writes an adapter that PEFT loads onto the transformers model with the same base weights.
 
-    Layers in which all values of the adapter are zero, such as those that lora.targets leaves out, are not written. The
-    other layers are listed as PEFT's layers_to_transform, or in target_modules if they differ between matrices.
+    Layers in which all values of the adapter are zero, such as layers that lora.targets leaves out, are not written.
+    The written layers are listed as PEFT's layers_to_transform, or in target_modules if the written layers differ
+    between matrices.
 
     Args:
         head: parameters of a classification head with last-token pooling: a dict with the key "kernel"
@@ -101,20 +104,23 @@ def export_peft(
         raise UserError("peft's MiSS adapts torch.nn.Linear only, not the Conv1D layers of GPT-2: export hf instead")
     adapted = {path: _adapted_layers(pair) for path, pair in pairs.items()}
     tensors: dict[str, np.ndarray] = {}
-    ranks: dict[str, dict[str, int]] = {}  # ranks by the name in PEFT's target_modules, and by the name of each module
-    layers: dict[str, list[int]] = {}  # adapted layers by the name in target_modules
+    # `ranks` maps each name in PEFT's target_modules to the ranks of the modules with this name, and `layers` maps each
+    # name in PEFT's target_modules to the adapted layers.
+    ranks: dict[str, dict[str, int]] = {}
+    layers: dict[str, list[int]] = {}
     for module in modules:
         slices = [_slice(pairs.get(rule.ours, {}), adapted.get(rule.ours, []), module.layer) for rule in module.rules]
         if not any(slices):
             continue
         pair = _join(module, slices)
         tensors |= {f"{_PREFIX}{module.name}.{_SUFFIXES[key]}": array for key, array in pair.items()}
-        inside_layer = re.sub(r"^.*?\.\d+\.", "", module.name)  # the module's name in PEFT's target_modules
+        inside_layer = re.sub(r"^.*?\.\d+\.", "", module.name)  # name of the module in PEFT's target_modules
         ranks.setdefault(inside_layer, {})[module.name] = (pair["a"] if "a" in pair else pair["d"]).shape[0]
         if module.layer is not None:
             layers.setdefault(inside_layer, []).append(module.layer)
     power = 0.5 if lora.scaling == "alpha/sqrt(r)" else 1
-    patterns: dict[str, int] = {}  # PEFT's rank_pattern: one entry for all layers if their ranks are equal
+    # If all layers have the same rank, one entry in PEFT's rank_pattern is enough.
+    patterns: dict[str, int] = {}
     for name, by_name in ranks.items():
         equal = len(set(by_name.values())) == 1
         patterns |= {name: max(by_name.values())} if equal else by_name
@@ -163,13 +169,13 @@ def export_peft(
 def load_peft(
     folder: str | os.PathLike[str], cfg: ModelConfig, *, base: Params | None = None
 ) -> tuple[Params, LoraConfig]:
-    """Loads an adapter from a PEFT folder. Returns (adapter, config), which `lora.attach` attaches to the model of
-    `cfg`.
+    """Loads an adapter from a PEFT folder. Returns the adapter and its config, with which `lora.attach` attaches the
+    adapter to the model of `cfg`.
 
     The adapters of all layers are stacked. A layer without an adapter gets an adapter of zeros. Adapters of a smaller
-    rank are padded with zeros to the largest rank in the stack. If a module's scale differs from the config's, its b is
-    multiplied by the ratio of the two. The targets of the returned config name the layers that have an adapter. The
-    `score` head of a classifier is returned as cls_head/kernel.
+    rank are padded with zeros to the largest rank in the stack. If the scale of a module differs from the scale of the
+    config, the matrix b of the module is multiplied by the ratio of the two scales. The targets of the returned config
+    name the layers that have an adapter. The `score` head of a classifier is returned as cls_head/kernel.
 
     Args:
         base: parameters of the base model, which are compared with the fingerprint in the folder, if the folder has
@@ -235,8 +241,8 @@ def load_peft(
 
 
 def _pattern(path: str, layers: Collection[int | None], n_layer: int) -> str:
-    """Returns the pattern of lora.targets for some layers of a stack: blocks/[0-3,8]/attn/q/kernel, or the path itself
-    for all layers."""
+    """Returns the pattern of lora.targets that selects the layers `layers` of a stack, such as
+    blocks/[0-3,8]/attn/q/kernel, or `path` itself for all layers."""
     ranges: list[list[int]] = []
     for i in sorted(layer for layer in layers if layer is not None):
         if ranges and ranges[-1][1] == i - 1:
@@ -250,8 +256,8 @@ def _pattern(path: str, layers: Collection[int | None], n_layer: int) -> str:
 
 
 def _verify(folder: Path) -> None:
-    """Compares both files with the hashes that `export_peft` wrote, if the folder has such hashes. GPTJAX_VERIFY=0
-    disables the check.
+    """Compares the config file and the weights file with the hashes that `export_peft` wrote, if the folder has a file
+    of hashes. The environment variable GPTJAX_VERIFY=0 disables the check.
 
     Raises:
         UserError: a hash differs.
@@ -270,7 +276,7 @@ def _verify(folder: Path) -> None:
 
 
 def _modules(cfg: ModelConfig) -> list[Tensor]:
-    """Returns the linear modules of the model's Hugging Face family, named as in transformers."""
+    """Returns the linear modules of the model's Hugging Face family, with the module names of transformers."""
     kernels = [
         rule._replace(theirs=rule.theirs.removesuffix(".weight"))
         for rule in families.family_of(cfg).rules
@@ -280,7 +286,8 @@ def _modules(cfg: ModelConfig) -> list[Tensor]:
 
 
 def has_conv1d(cfg: ModelConfig) -> bool:
-    """Returns True if the linear layers of the model are transformers' Conv1D, with weights [in, out], as in GPT-2."""
+    """Returns True if transformers implements the linear layers of the model as Conv1D with weights [in, out], as in
+    GPT-2."""
     return any(rule.form is identity for module in _modules(cfg) for rule in module.rules)
 
 
@@ -290,21 +297,22 @@ def _rank(pair: _Pair) -> int:
 
 
 def _adapted_layers(pair: _Pair) -> list[int]:
-    """Returns the layers of a stack whose adapter has values other than zero, or all layers if there are none."""
+    """Returns the layers of a stack whose adapter has values other than zero, or all layers if every value is zero."""
     *_, array = pair.values()
     nonzero = [i for i in range(len(array)) if any(value[i].any() for value in pair.values())]
     return nonzero or list(range(len(array)))
 
 
 def _slice(pair: _Pair, layers: Collection[int], layer: int | None) -> _Pair:
-    """Returns the adapter of one layer of a stack, or an empty dict if the layer has none."""
+    """Returns the adapter of one layer of a stack, or an empty dict if the layer has no adapter."""
     if layer is None:
         return pair
     return {key: array[layer] for key, array in pair.items()} if layer in layers else {}
 
 
 def _join(module: Tensor, slices: list[_Pair]) -> _Pair:
-    """Joins gptjax's adapters of the slices of a PEFT module (GPT-2: q, k and v) into one adapter of the module.
+    """Joins gptjax's adapters of the slices of a PEFT module, such as q, k and v of GPT-2, into one adapter of the
+    module.
 
     Args:
         slices: the adapter of each slice; the dict of a slice without an adapter is empty.
@@ -321,7 +329,7 @@ def _join(module: Tensor, slices: list[_Pair]) -> _Pair:
     if "m" in first and not all(slices):
         raise UserError(f"{module.name}: PEFT adapts q, k and v as one matrix, so DoRA needs all three as targets")
     a = [pair["a"] for pair in slices if pair]
-    # The slices with an adapter share one matrix a if PEFT trained them, or if there is only one such slice.
+    # The slices with an adapter share one matrix a if PEFT trained the adapter, or if only one slice has an adapter.
     if all(np.array_equal(x, a[0]) for x in a):
         zeros = np.zeros_like(first["b"])
         joined = {"a": a[0].T, "b": np.concatenate([pair["b"] if pair else zeros for pair in slices], -1).T}
@@ -339,10 +347,11 @@ def _join(module: Tensor, slices: list[_Pair]) -> _Pair:
 
 
 def _split(module: Tensor, pair: _Pair) -> Iterator[tuple[Rule, _Pair]]:
-    """Splits the adapter of a PEFT module into gptjax's adapters of its slices (GPT-2: q, k and v).
+    """Splits the adapter of a PEFT module into gptjax's adapters of the slices of the module, such as q, k and v of
+    GPT-2.
 
-    Yields the rule of each slice, and its adapter with "a" [in, R], "b" [R, out] and, for DoRA, "m" [1, out]; for MiSS
-    with "d" [R, out].
+    Yields the rule and the adapter of each slice. The adapter has the keys "a" [in, R], "b" [R, out] and, for DoRA, "m"
+    [1, out], or for MiSS the key "d" [R, out].
     """
     width = (pair["d"].shape[-1] if "d" in pair else pair["b"].shape[0]) // len(module.rules)
     for k, rule in enumerate(module.rules):
@@ -355,8 +364,8 @@ def _split(module: Tensor, pair: _Pair) -> Iterator[tuple[Rule, _Pair]]:
 
 
 def _stack(layers: dict[int | None, _Pair], n_layer: int) -> _Pair:
-    """Stacks the adapters of all layers into arrays [L, ..]. The adapter of a matrix outside the layers (key None) is
-    returned unchanged."""
+    """Stacks the adapters of all layers into arrays [L, ..]. The adapter of a matrix outside the layers, which has the
+    key None, is returned unchanged."""
     if None in layers:
         return layers[None]
     rank = max(map(_rank, layers.values()))
@@ -374,8 +383,7 @@ def _stack(layers: dict[int | None, _Pair], n_layer: int) -> _Pair:
 
 
 def _config(body: dict[str, Any], location: str) -> tuple[LoraConfig, Callable[[str], int], Callable[[str], float]]:
-    """Returns the config of the adapter, and two functions that return the rank and the alpha of a module, given its
-    name."""
+    """Returns the config of the adapter, and two functions that map the name of a module to its rank and its alpha."""
     a = families.Attributes(body, neutral=_NEUTRAL)
     miss = body.get("peft_type") == "MISS"
     if body.get("peft_type") not in ("LORA", "MISS"):
@@ -383,18 +391,18 @@ def _config(body: dict[str, Any], location: str) -> tuple[LoraConfig, Callable[[
     ranks, alphas, rslora, dora = {}, {}, False, False
     if miss:
         rank, alpha, dropout = a.take("r", int, 64), 1.0, a.take("miss_dropout", float, 0.0)
-        a.must("init_weights", True, False)  # bat and mini are other methods
-        a.left.pop("mini_r", None)  # has no effect without mini
+        a.must("init_weights", True, False)  # The values bat and mini select methods other than MiSS.
+        a.left.pop("mini_r", None)  # The attribute mini_r has no effect without the method mini.
     else:
         rank, alpha = a.take("r", int, 8), a.take("lora_alpha", float, 8.0)
         ranks, alphas = a.take("rank_pattern", dict, {}), a.take("alpha_pattern", dict, {})
         rslora, dora = a.take("use_rslora", bool, False), a.take("use_dora", bool, False)
         dropout = a.take("lora_dropout", float, 0.0)
-        # The initialisations pissa, olora, corda and loftq are refused: their adapters belong to changed base weights,
-        # not to those that `load` reads.
+        # The initialisations pissa, olora, corda and loftq raise an error, because adapters with these initialisations
+        # belong to changed base weights, not to the base weights that `load` reads.
         a.must("init_lora_weights", True, False, "gaussian", "eva", "orthogonal")
     a.must("bias", "none")
-    for name in list(a.left):  # other attributes may change the result, unless they are off (false, null, 0)
+    for name in list(a.left):  # Unknown attributes may change the result, unless their value is false, null or 0.
         if not a.left[name]:
             a.left.pop(name)
     if (saved := a.left.pop("modules_to_save", ["score"])) not in (["score"], ["classifier", "score"]):
@@ -413,10 +421,11 @@ def _config(body: dict[str, Any], location: str) -> tuple[LoraConfig, Callable[[
     a.end(location)
 
     def pattern(table: dict[str, T], default: T) -> Callable[[str], T]:
-        """Returns a function that looks up the value of a module in `table`, given the module's name.
+        """Returns a function that maps the name of a module to the value for the module in `table`.
 
-        The keys of `table` are regular expressions. As in PEFT, the value is that of the first key that matches the
-        whole name or the part of the name after one of its dots; if no key matches, the value is `default`.
+        The keys of `table` are regular expressions. As in PEFT, the function returns the value of the first key that
+        matches the whole name of the module, or the part of the name after one of the dots in the name. If no key
+        matches, the function returns `default`.
         """
 
         def value(module: str) -> T:
@@ -431,19 +440,19 @@ def _config(body: dict[str, Any], location: str) -> tuple[LoraConfig, Callable[[
 
 
 def _is_simple(pattern: str) -> bool:
-    """Returns True if `pattern` is a regular expression without catastrophic backtracking. The check is needed because
+    """Returns True if `pattern` is a regular expression without catastrophic backtracking. Patterns are checked because
     adapters may be untrusted files."""
     try:
         re.compile(pattern)
     except (re.error, RecursionError, OverflowError):
         return False
-    operators = re.sub(r"\\.|\[[^]]*\]", "_", pattern)  # the pattern without escapes and character classes
+    operators = re.sub(r"\\.|\[[^]]*\]", "_", pattern)  # Replace escapes and character classes by underscores.
     few = len(re.findall(r"[*+{]", operators)) <= 4
     return len(pattern) <= 200 and few and not re.search(r"\)[*+?{]", operators)
 
 
 def _read(file: safetensors.File, modules: dict[str, Tensor], cfg: ModelConfig) -> tuple[dict[str, _Pair], list[str]]:
-    """Reads the tensors of all modules.
+    """Reads the adapter tensors of all modules from a PEFT file.
 
     Returns:
         A dict that maps the name of each module to its adapter, a dict with the keys "a" [R, in], "b" [out, R] and, for
@@ -452,7 +461,8 @@ def _read(file: safetensors.File, modules: dict[str, Tensor], cfg: ModelConfig) 
     pairs: dict[str, _Pair] = {}
     problems: list[str] = []
     ours = tree.flatten(abstract_params(cfg))
-    # Input and output size of each module whose weight matrix is a gptjax parameter; a tied LM head is not one.
+    # Map each module to its input size and output size, except for a tied LM head, whose weight matrix is not a gptjax
+    # parameter.
     sizes = {
         name: (shapes[0][-2], sum(shape[-1] for shape in shapes))
         for name, module in modules.items()
@@ -472,7 +482,7 @@ def _read(file: safetensors.File, modules: dict[str, Tensor], cfg: ModelConfig) 
             ("", ""),
         )
         if name.removeprefix(_PREFIX).removesuffix(".base_layer.weight") in modules:
-            continue  # PEFT's copy of the LM head, identical to the head of the base model
+            continue  # PEFT's copy of the LM head equals the LM head of the base model.
         if module not in modules:
             problems.append(f"{name} {list(shape)} is no adapter of a matrix of this model")
             continue

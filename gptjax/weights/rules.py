@@ -1,12 +1,12 @@
-"""Converts the tensors of a foreign file, which is in another tool's format, to the parameter tree and back, by a table
-of rules.
+"""Converts the tensors of a foreign file, which is a file in the format of another tool, to gptjax's parameter tree and
+back, by a table of rules.
 
-For example, this rule maps the tensor "model.layers.{i}.." [out, in], transposed, to layer i of our stacked kernel
-[L, in, out]:
+For example, the following rule transposes the tensor "model.layers.{i}.." [out, in] and maps the transposed tensor to
+layer i of gptjax's stacked kernel [L, in, out]:
 
     Rule("blocks/attn/q/kernel", "model.layers.{i}.self_attn.q_proj.weight", transposed)
 
-Unknown tensors, missing tensors and tensors of another shape are errors, which one message lists.
+Unknown tensors, missing tensors and tensors with a wrong shape are errors, which one error message lists.
 """
 
 from __future__ import annotations
@@ -27,20 +27,21 @@ from gptjax.formats.tensors import Out, Shape
 from gptjax.model.gpt import abstract_params
 from gptjax.types import Params
 
-_CHUNK_SIZE = 1 << 22  # number of elements of a large matrix that are read at a time
+_CHUNK_SIZE = 1 << 22  # number of elements of a large matrix that are read at once
 
 
 class Source(Protocol):
-    """The named tensors of a file, which are read one at a time. An optional method `rows(name, start, stop)` reads
-    rows of a matrix."""
+    """The named tensors of a file, which are read one at a time. A source may also have a method `rows(name, start,
+    stop)` that reads rows of a matrix."""
 
     def shapes(self) -> dict[str, Shape]: ...
     def array(self, name: str) -> np.ndarray: ...
 
 
 class Form(NamedTuple):
-    """Describes how a foreign file stores a tensor. `read` converts the file's array to ours, `write` converts ours to
-    the file's, and `shape` converts our shape to the file's."""
+    """Describes how a foreign file stores a tensor. The function `read` converts an array of the file to gptjax's
+    array, `write` converts gptjax's array to an array of the file, and `shape` converts the shape of gptjax's array to
+    the shape in the file."""
 
     read: Callable[[np.ndarray], np.ndarray]
     write: Callable[[np.ndarray], np.ndarray]
@@ -49,16 +50,16 @@ class Form(NamedTuple):
 
 identity = Form(lambda a: a, lambda a: a, lambda shape: shape)
 transposed = Form(lambda a: a.T, lambda a: a.T, lambda shape: shape[::-1])
-# For files that store norm scales as scale - 1. The 1 is added in float32, because the result in bfloat16 would lose
-# the last bits.
+# The form `plus_one` is for files that store norm scales as scale - 1. The 1 is added in float32, because an addition
+# in bfloat16 would lose the last bits of the scale.
 plus_one = Form(lambda a: a.astype(np.float32) + 1, lambda a: a.astype(np.float32) - 1, lambda shape: shape)
-# For files that store weight matrices as kernels of convolutions of width 1, [1, in, out].
+# The form `squeeze_leading` is for files that store weight matrices as kernels [1, in, out] of convolutions of width 1.
 squeeze_leading = Form(lambda a: a[0], lambda a: a[None], lambda shape: (1, *shape))
 
 
 def interleaved(n_head: int) -> Form:
-    """Returns the `Form` of q and k in llama.cpp's files for Llama: matrices [out, in] with the H rows of each head in
-    the order 0, H/2, 1, H/2 + 1, .."""
+    """Returns the `Form` of the matrices of q and k in llama.cpp's files for Llama, which are [out, in] with the H rows
+    of each head in the order 0, H/2, 1, H/2 + 1, .."""
 
     def read(a: np.ndarray) -> np.ndarray:
         return np.swapaxes(a.reshape(n_head, -1, 2, a.shape[-1]), 1, 2).reshape(a.shape).T
@@ -70,15 +71,16 @@ def interleaved(n_head: int) -> Form:
 
 
 class Rule(NamedTuple):
-    """Maps a parameter of gptjax to a tensor of a foreign file. `{i}` in `theirs` is the layer index."""
+    """Maps a parameter of gptjax to a tensor of a foreign file. In the tensor name `theirs`, `{i}` stands for the layer
+    index."""
 
     ours: str
     theirs: str
     form: Form = identity
-    # (k, n): the file's array, after `form.read`, is divided into n equal slices along its last axis, and the parameter
-    # is slice k, counted from 0.
+    # If `slice` is (k, n), the array that `form.read` returns is divided into n equal slices along the last axis, and
+    # the parameter is slice k, counted from 0.
     slice: tuple[int, int] | None = None
-    fill: float | None = None  # value to write if the model lacks the parameter; None: the rule is skipped
+    fill: float | None = None  # Value to write if the model lacks the parameter; None skips the rule.
 
 
 class Tensor(NamedTuple):
@@ -90,7 +92,7 @@ class Tensor(NamedTuple):
 
 
 def tensors_of(rules: Sequence[Rule], ours: Collection[str], n_layer: int) -> list[Tensor]:
-    """Lists the tensors of a foreign file that holds a model of n_layer layers with the parameter paths `ours`."""
+    """Returns the tensors of a foreign file that holds a model of n_layer layers with the parameter paths `ours`."""
     tensors: dict[str, Tensor] = {}
     for rule in rules:
         if rule.ours not in ours and rule.fill is None:
@@ -135,7 +137,8 @@ def read(
     shardings: Any = None,
     ignored: Callable[[str], bool] = lambda name: False,
 ) -> Params:
-    """Reads the parameter tree of `cfg` from `source`. The peak memory is that of the parameters and one tensor.
+    """Reads the parameter tree of `cfg` from `source`. The peak memory is the memory of the parameters and of one
+    tensor.
 
     Args:
         location: path of the file or folder, for error messages.
@@ -193,13 +196,13 @@ def read(
 
 
 def is_float(array: np.ndarray) -> bool:
-    """Returns True if the array is floating-point, as weights are. Integers are refused, because they belong to a
-    quantised format or would be read as huge values."""
+    """Returns True if the array has a floating-point dtype, as weights must have. Arrays of integers are rejected,
+    because integers belong to a quantised format or would be read as huge values."""
     return bool(jnp.issubdtype(array.dtype, jnp.floating))
 
 
 def _chunks(source: Source, name: str, rule: Rule, shape: Shape) -> Iterator[tuple[Any, np.ndarray]]:
-    """Yields pairs of an index into the parameter's array and the values at that index. A large matrix, such as an
+    """Yields pairs of an index into the array of the parameter and the values at this index. A large matrix, such as an
     embedding, is read a few rows at a time."""
     rows = getattr(source, "rows", None)
     if rule.slice or rule.form not in (identity, transposed) or len(shape) != 2 or rows is None:
@@ -239,7 +242,7 @@ def _aligned(shape: Shape, dtype: Any) -> np.ndarray:
 
 
 def write(params: Params, rules: Sequence[Rule], cfg: ModelConfig) -> Iterable[Out]:
-    """Yields the tensors of `params` in the foreign format that the rules describe."""
+    """Yields the tensors of the parameters `params` in the foreign format that the rules describe."""
     ours, optional = tree.flatten(params), optional_shapes(cfg)
     refuse("this format has no place for", sorted(ours.keys() - {rule.ours for rule in rules}))
     for tensor in tensors_of(rules, ours, cfg.n_layer):

@@ -1,8 +1,8 @@
-"""Model families of Hugging Face and llama.cpp: converts their config attributes to a ModelConfig and back, and maps
-their tensor names to gptjax's parameter paths.
+"""Converts the config attributes of Hugging Face and llama.cpp models to a ModelConfig and back, and maps the tensor
+names of these models to gptjax's parameter paths.
 
-A family is one file in this package and one entry in `FAMILIES`. Every attribute of a config.json is used, known not to
-affect the result, or reported as an error.
+A model family is one file in this package and one entry in `FAMILIES`. Every attribute of a config.json is either read,
+or known not to affect the model's outputs, or reported as an error.
 """
 
 from __future__ import annotations
@@ -26,19 +26,21 @@ __all__ = [
     "from_hf", "model_config", "with_summary",
 ]  # fmt: skip
 
-# The order matters, because the first family that can represent a model is used: Llama comes before Mistral, which is
-# Llama with a sliding window.
+# The order of the families matters, because the first family that can represent a model is used: Llama comes before
+# Mistral, because Mistral is Llama with a sliding window.
 FAMILIES: dict[str, Family] = {
     module.FAMILY.name: module.FAMILY for module in (gpt2, llama, mistral, qwen2, qwen3, gemma3, olmo2)
 }
-SCORE = Rule("cls_head/kernel", "score.weight", transposed)  # the head of every ...ForSequenceClassification class
+SCORE = Rule(
+    "cls_head/kernel", "score.weight", transposed
+)  # the head of transformers' ...ForSequenceClassification classes
 MAX_CLASSES = 1 << 16
-MAX_SIZE = 1 << 24  # largest size accepted in another tool's file; the longest contexts are 10 million tokens
+MAX_SIZE = 1 << 24  # Largest size accepted in a file of another tool; the longest contexts are 10 million tokens.
 
 
 def from_hf(values: dict[str, Any], location: str) -> tuple[Family, ModelConfig, str]:
-    """Returns the family and the ModelConfig that a config.json describes, and a summary of the model's sizes, which
-    `with_summary` adds to error messages.
+    """Returns the model family and the ModelConfig that a config.json describes, and a summary of the model's sizes,
+    which `with_summary` adds to error messages.
 
     Raises:
         UserError: the model type is unknown, or attributes are not supported; one message lists them.
@@ -61,7 +63,7 @@ def from_hf(values: dict[str, Any], location: str) -> tuple[Family, ModelConfig,
     for name, allowed in (("is_encoder_decoder", False), ("add_cross_attention", False), ("pruned_heads", {})):
         attributes.must(name, allowed)
     fields = family.to_config(attributes)
-    if named == [family.classifier]:  # tie_embeddings is set, because a classifier's file has no LM head
+    if named == [family.classifier]:  # A classifier's file has no LM head, so tie_embeddings is set.
         fields |= dict(n_classes=len(class_names(values, location)), cls_bias=False, tie_embeddings=True)
     attributes.end(location)
     with with_summary(attributes.summary(), location):
@@ -79,8 +81,8 @@ def with_summary(summary: str, location: str) -> Iterator[None]:
 
 
 def class_names(values: dict[str, Any], location: str) -> list[str]:
-    """Returns the class names in id2label of a config.json, in the order of their ids. If id2label is absent, the names
-    are LABEL_0, LABEL_1, .., as in transformers."""
+    """Returns the class names in id2label of a config.json, in the order of the class ids. If id2label is absent, the
+    class names are LABEL_0, LABEL_1, .., as in transformers."""
     n = values.get("num_labels")
     table = values.get("id2label")
     if table is None and (n is None or (type(n) is int and 1 <= n <= MAX_CLASSES)):
@@ -100,7 +102,8 @@ def class_names(values: dict[str, Any], location: str) -> list[str]:
 
 
 def model_config(fields: dict[str, Any], location: str) -> ModelConfig:
-    """Builds a ModelConfig from its fields. Raises UserError, which names the file, if a field has an invalid value."""
+    """Builds a ModelConfig from a dict of its fields. Raises UserError, which names the file, if a field has an invalid
+    value."""
     sizes = {key: value for key, value in fields.items() if type(value) is int}
     problems = [f"{key}={size}, expected at most {MAX_SIZE}" for key, size in sizes.items() if size > MAX_SIZE]
     problems += ["n_kv_head=0, expected 1 or more"] * (sizes.get("n_kv_head") == 0)
@@ -111,8 +114,9 @@ def model_config(fields: dict[str, Any], location: str) -> ModelConfig:
         raise UserError(f"{location}:\n{error}") from error
 
 
-# Fields of ModelConfig that `_stored` omits: those for initialisation, training and computation, which no file format
-# stores, and those whose effect `_stored` expresses by other fields.
+# The function `_stored` omits the fields of ModelConfig in _NOT_STORED. Most of the omitted fields are for
+# initialisation, training or computation, which no file format stores. The other omitted fields, such as
+# sliding_window, are expressed by fields that `_stored` returns, such as windows.
 _NOT_STORED = {
     "arch", "init", "embed_std", "zero_init_proj", "zero_init_head", "dropout", "dtype", "precision", "remat",
     "unroll", "sliding_window", "window_pattern", "d_head",
@@ -120,12 +124,13 @@ _NOT_STORED = {
 
 
 def _stored(cfg: ModelConfig) -> dict[str, Any]:
-    """Returns the fields of a ModelConfig that determine the logits, in a canonical form: equivalent configs have equal
-    fields."""
+    """Returns the fields of a ModelConfig that determine the logits, in a canonical form in which equivalent configs
+    have equal fields."""
     fields = {key: value for key, value in config.flat(cfg).items() if key not in _NOT_STORED}
     fields["head_dim"] = cfg.head_dim
-    # A window at least as long as the context has no effect, so it becomes 0, which means no window. If the model has a
-    # local RoPE base, the window is kept, because the layers with a window use the local base.
+    # A sliding window that is at least as long as the context has no effect, so that the window becomes 0, which means
+    # no window. If the model has a local RoPE base, the window is kept, because the layers with a window use the local
+    # RoPE base.
     full = cfg.context_length if cfg.rope_local_base is None else math.inf
     fields["windows"] = tuple(0 if w >= full else w for w in cfg.windows)
     fields["attention_scale"] = round((cfg.attention_scale or cfg.head_dim**-0.5) ** -2, 6)
@@ -143,9 +148,9 @@ def _stored(cfg: ModelConfig) -> dict[str, Any]:
 
 
 def differences(cfg: ModelConfig, other: ModelConfig, allowed: frozenset[str] = frozenset()) -> list[str]:
-    """Lists the fields of `cfg` that have another value in `other`, as strings such as "model.qk_gain=1.2".
+    """Returns the fields of `cfg` that have a different value in `other`, as strings such as "model.qk_gain=1.2".
 
-    Fields in `allowed` that are False in `cfg` are not listed.
+    Fields in `allowed` that are False in `cfg` are not returned.
     """
     ours, theirs = _stored(cfg), _stored(other)
     return [
@@ -156,7 +161,8 @@ def differences(cfg: ModelConfig, other: ModelConfig, allowed: frozenset[str] = 
 
 
 def family_of(cfg: ModelConfig) -> Family:
-    """Returns the Hugging Face architecture (a `Family`) that computes the same function as this model.
+    """Returns the `Family`, which is a Hugging Face architecture, that computes the same function as the model of
+    `cfg`.
 
     Raises:
         UserError: no family represents the model; the message lists the fields that the closest family cannot

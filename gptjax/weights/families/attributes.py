@@ -1,5 +1,5 @@
-"""Reads the attributes of a config.json or of GGUF metadata. Each attribute is used, known not to affect the result, or
-reported as an error."""
+"""Reads the attributes of a config.json or of GGUF metadata. Each attribute is either read, or known not to affect the
+model's outputs, or reported as an error."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from gptjax.errors import refuse
 
-# Attributes that do not affect the logits in inference.
+# The attributes in NEUTRAL do not affect the logits in inference.
 NEUTRAL = {
     "architectures", "model_type", "transformers_version", "dtype", "torch_dtype", "use_cache",
     "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "_name_or_path",
@@ -20,7 +20,8 @@ NEUTRAL = {
     "task_specific_params", "n_ctx", "gradient_checkpointing", "max_window_layers", "cache_implementation",
     "_attn_implementation_autoset", "reorder_and_upcast_attn", "is_llama_config", "transformers.js_config",
     "label2id", "id2label", "output_past", "unsloth_version", "unsloth_fixed",
-    # attributes that transformers before version 5 wrote into every config.json: labels, outputs, generation settings
+    # Before version 5, transformers wrote the following attributes for labels, outputs and generation into every
+    # config.json.
     "num_labels", "_num_labels", "problem_type", "finetuning_task", "output_attentions", "output_hidden_states",
     "return_dict", "torchscript", "use_bfloat16", "tf_legacy_loss", "tokenizer_class", "prefix", "is_decoder",
     "chunk_size_feed_forward", "tie_encoder_decoder", "cross_attention_hidden_size", "decoder_start_token_id",
@@ -34,8 +35,8 @@ _REQUIRED = object()
 
 
 class Attributes:
-    """Reads attributes, such as those of a config.json, one at a time. Reading an attribute removes it from `left`;
-    attributes that remain in `left` when `end` is called are errors.
+    """Reads attributes, such as the attributes of a config.json, one at a time. Reading an attribute removes the
+    attribute from `left`; attributes that remain in `left` when `end` is called are errors.
 
     Args:
         neutral: names of attributes that are ignored, unless they are in `defaults`.
@@ -54,8 +55,8 @@ class Attributes:
         self.problems: list[str] = []
 
     def take(self, name: str, kind: type, default: Any = _REQUIRED) -> Any:
-        """Removes an attribute and returns its value, or `default` if the attribute is null, or absent from the file
-        and from `defaults`."""
+        """Removes an attribute from `left` and returns its value, or `default` if the attribute is null, or absent from
+        the file and from `defaults`."""
         value = self.used[name] = self.left.pop(name, self.defaults.get(name))
         if value is None:
             if default is _REQUIRED:
@@ -72,17 +73,19 @@ class Attributes:
         return kind(value) if kind is float else value
 
     def must(self, name: str, *allowed: Any) -> None:
-        """Removes an attribute, and records an error unless it was absent, null or one of the values `allowed`."""
+        """Removes an attribute from `left`, and records an error unless the attribute is absent, null or one of the
+        values `allowed`."""
         value = self.left.pop(name, None)
         if value is not None and value not in allowed:
             self.problems.append(f"{name}={value!r:.60} is not supported here: only {' or '.join(map(repr, allowed))}")
 
     def summary(self) -> str:
-        """Returns the sizes and boolean attributes that determine a model's tensors, as text: "hidden_size=16, .."."""
+        """Returns the sizes and boolean attributes that determine the shapes of a model's tensors, as text:
+        "hidden_size=16, .."."""
         listed = {k: v for k, v in self.used.items() if k in self.defaults or v is not None}
         return ", ".join(f"{k}={json.dumps(v)}" for k, v in listed.items() if v is None or type(v) in (int, bool))
 
     def end(self, location: str) -> None:
-        """Raises UserError if there are problems or attributes that were not read; the message lists them."""
+        """Raises UserError that lists all recorded problems and all attributes that were not read, if there are any."""
         self.problems += [f"{name}={value!r:.60} is unknown to this kind of model" for name, value in self.left.items()]
         refuse(location, self.problems)

@@ -1,4 +1,4 @@
-"""Defines `Family`, and functions that return rules for the tensors of a transformer block."""
+"""Defines the class `Family`, and functions that return the rules for the tensors of a transformer block."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from gptjax.weights.rules import Form, Rule, identity, transposed
 
 
 class Gguf(NamedTuple):
-    """The llama.cpp architecture of a family.
+    """The llama.cpp architecture of a model family.
 
-    name          value of `general.architecture`
-    implied       fields of ModelConfig that are the same in all models of the architecture and not in the metadata
-    rules         function (cfg) that returns the rules for the tensors of a model
-    norm          key of norm_eps in the metadata
-    rope_base     default value of `rope.freq_base`
-    rope_factors  whether Llama 3's RoPE scaling can be stored, in the tensor rope_freqs.weight
-    to_config     function (metadata, fields) that returns more fields of ModelConfig, given those read so far; if None,
-                  a sliding window in the metadata is an error
-    to_metadata   function (cfg) that returns the metadata that only this architecture has
+    Attributes:
+        name          value of `general.architecture`
+        implied       fields of ModelConfig that are the same in all models of the architecture and not in the metadata
+        rules         function (cfg) that returns the rules for the tensors of a model
+        norm          key of norm_eps in the metadata
+        rope_base     default value of `rope.freq_base`
+        rope_factors  whether Llama 3's RoPE scaling can be stored, in the tensor rope_freqs.weight
+        to_config     function (metadata, fields) that returns further fields of ModelConfig, given the fields read so
+                      far; if None, a sliding window in the metadata is an error
+        to_metadata   function (cfg) that returns the metadata that only this architecture has
     """
 
     name: str
@@ -35,30 +36,32 @@ class Gguf(NamedTuple):
 
 
 class Family(NamedTuple):
-    """A model type of Hugging Face, and the llama.cpp architecture of the same models.
+    """A model family: a model type of Hugging Face, and the llama.cpp architecture of the same models.
 
-    defaults  default values of transformers' config class; a value None is computed from other attributes
-    gguf      llama.cpp's architecture for the family; None if llama.cpp has none for it, or if the architecture is
-              already the `gguf` of another family
+    Attributes:
+        defaults  default values of transformers' config class; a value None is computed from other attributes
+        gguf      llama.cpp's architecture for the family; None if llama.cpp has none for it, or if the architecture is
+                  already the `gguf` of another family
     """
 
     name: str  # model_type
     architecture: str
     defaults: Mapping[str, Any]
-    to_config: Callable[[Attributes], dict[str, Any]]  # converts config.json to fields of ModelConfig
+    to_config: Callable[[Attributes], dict[str, Any]]  # Converts config.json to fields of ModelConfig.
     to_hf: Callable[[ModelConfig], dict[str, Any]]
     rules: Sequence[Rule]
     gguf: Gguf | None = None
-    # Boolean fields of ModelConfig that may be False in an exported model. The biases and norm scales that the model
-    # then lacks are written as zeros and ones.
+    # `fills` names boolean fields of ModelConfig that may be False in an exported model. The biases and norm scales
+    # that the exported model lacks are written as zeros and ones.
     fills: frozenset[str] = frozenset()
-    ignored: tuple[str, ...] = ()  # suffixes of the names of tensors that hold no parameters
-    prefix: str = ""  # common prefix of the names in `rules`, which a file's tensor names may lack
-    placeholder: str = ""  # text of the tokenizer's last token, for which the embedding may have no row
+    ignored: tuple[str, ...] = ()  # Name suffixes of tensors that hold no parameters.
+    prefix: str = ""  # Common prefix of the names in `rules`, which the tensor names in a file may lack.
+    placeholder: str = ""  # Text of the tokenizer's last token, for which the embedding may have no row.
 
     @property
     def classifier(self) -> str:
-        """The name of this family's ...ForSequenceClassification class in transformers. Its head is named `score`."""
+        """Returns the name of the family's ...ForSequenceClassification class in transformers, whose head is named
+        `score`."""
         body = self.architecture.removesuffix("LMHeadModel").removesuffix("ForCausalLM")
         return f"{body}{'Text' * self.name.endswith('_text')}ForSequenceClassification"
 

@@ -1,7 +1,7 @@
-"""Gemma 3 text models, which have norms before and after each sublayer. Five of every six layers have a sliding window
-and their own RoPE base; the sixth has full attention.
+"""Defines the family of Gemma 3 text models, which have norms before and after each sublayer. In Gemma 3, five of every
+six layers have a sliding window and a local RoPE base; the sixth layer has full attention.
 
-Hugging Face files store the scale of a norm minus 1, GGUF files the scale itself.
+Hugging Face files of Gemma 3 store the scale of a norm minus 1, whereas GGUF files store the scale itself.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ def _to_config(a: Attributes) -> dict[str, Any]:
     a.must("hidden_act", "gelu_pytorch_tanh")
     a.must("attention_bias", False)
     a.must("use_bidirectional_attention", False)
-    a.left.pop("attn_logit_softcapping", None)  # ignored, since transformers' Gemma 3 does not apply it
+    a.left.pop("attn_logit_softcapping", None)  # Gemma 3 in transformers ignores attn_logit_softcapping
     size = hf.window(a)
-    # Every n-th layer has full attention, where n is sliding_window_pattern; layer_types, if present, overrides this
-    # pattern.
+    # Every n-th layer has full attention, where n is the attribute sliding_window_pattern. If the attribute layer_types
+    # is present, layer_types overrides sliding_window_pattern.
     every = a.take("sliding_window_pattern", int) if "sliding_window_pattern" in a.left else 6
-    a.left.pop("_sliding_window_pattern", None)  # ignored, since transformers writes but never reads it
+    a.left.pop("_sliding_window_pattern", None)  # The library transformers writes this attribute but never reads it.
     if not 1 <= every <= 1000:
         a.problems.append(f"sliding_window_pattern: expected a number of layers, got {every}")
         every = 6
@@ -65,8 +65,9 @@ def _embed_gain(d_model: int) -> float:
 
 
 def _rope(a: Attributes, context: int) -> dict[str, Any]:
-    """Reads the RoPE fields of ModelConfig. `rope_parameters` has an entry for each of the two attention types;
-    `rope_scaling`, if present, applies to the layers with full attention."""
+    """Reads the RoPE fields of ModelConfig from a config.json. The attribute `rope_parameters` has an entry for each of
+    the two attention types. If the attribute `rope_scaling` is present, `rope_scaling` applies to the layers with full
+    attention."""
     rope, scaling = dict(a.take("rope_parameters", dict, {})), a.take("rope_scaling", dict, {})
     full, local = rope.pop("full_attention", None) or {}, rope.pop("sliding_attention", None) or {}
     if rope or not isinstance(full, dict) or not isinstance(local, dict):
@@ -106,7 +107,7 @@ def _from_metadata(a: Attributes, fields: Mapping[str, Any]) -> dict[str, Any]:
         embed_gain=_embed_gain(fields["d_model"]),
         logit_softcap=a.take("final_logit_softcapping", float, 0.0),
     )
-    # The 27B model, which llama.cpp recognises by its 62 layers, has the attention scale (d_model / n_head)**-0.5.
+    # Gemma 3 27B, which llama.cpp recognises by its 62 layers, has the attention scale (d_model / n_head)**-0.5.
     if fields["n_layer"] == 62:
         more["attention_scale"] = max(fields["d_model"] // max(fields["n_head"], 1), 1) ** -0.5
     return more
@@ -140,7 +141,7 @@ FAMILY = Family(
         lambda cfg: [*gguf.ENDS, *gguf.QKV, *gguf.OUT, *gguf.MLP, *gguf.PRE, *gguf.POST, *gguf.QK_NORMS],
         rope_base=1_000_000.0, to_config=_from_metadata, to_metadata=_to_metadata,
     ),
-    # The text models use the tokenizer of the multimodal models. Its last token is the placeholder for images; the
-    # embedding of a text model may have no row for it.
+    # The text models of Gemma 3 use the tokenizer of the multimodal models. The last token of this tokenizer is the
+    # placeholder for images, for which the embedding of a text model may have no row.
     placeholder=IMAGE,
 )  # fmt: skip

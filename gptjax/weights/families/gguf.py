@@ -1,4 +1,6 @@
-"""Rules for llama.cpp's tensor names that most families share. Matrices are stored as [out, in], also those of GPT-2.
+"""Defines the rules for llama.cpp's tensor names that most model families share.
+
+GGUF files store matrices as [out, in], including the matrices of GPT-2.
 
 Source: llama.cpp's constants.py (names) and convert_hf_to_gguf.py (layouts).
 """

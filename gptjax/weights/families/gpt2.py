@@ -1,4 +1,4 @@
-"""GPT-2 in the formats of Hugging Face, OpenAI (TensorFlow checkpoints) and GGUF."""
+"""Defines the GPT-2 family in the formats of Hugging Face, OpenAI (TensorFlow checkpoints) and GGUF."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def _to_hf(cfg: ModelConfig) -> dict[str, Any]:
 def _rules(
     prefix: str, names: dict[str, str], kernel: Form, head: list[Rule], vectors: tuple[str, str, str]
 ) -> list[Rule]:
-    """Returns the rules for GPT-2's tensors in one file format.
+    """Returns the rules that map GPT-2's parameters to the tensors of one file format.
 
     Args:
         prefix: common prefix of all tensor names.
@@ -89,7 +89,7 @@ _TENSORFLOW_NAMES = {
 }  # fmt: skip
 _HEAD = [Rule("lm_head/kernel", "lm_head.weight", transposed)]
 
-# Rules for OpenAI's own checkpoints, in which kernels have the shape [1, in, out].
+# OPENAI_RULES are the rules for OpenAI's TensorFlow checkpoints, in which kernels have the shape [1, in, out].
 OPENAI_RULES = _rules("model/", _TENSORFLOW_NAMES, squeeze_leading, [], ("w", "b", "g"))
 
 

@@ -1,4 +1,5 @@
-"""Attributes of config.json and rules for tensor names that most Hugging Face families share."""
+"""Reads and writes the config.json attributes that most Hugging Face families share, and defines the shared rules for
+tensor names."""
 
 from __future__ import annotations
 
@@ -9,10 +10,11 @@ from gptjax.weights.families.attributes import Attributes
 from gptjax.weights.families.family import biases, kernels, scales
 from gptjax.weights.rules import Form, Rule, identity, transposed
 
-# The window pattern is computed for at most this number of layers, because a file may give a huge num_hidden_layers.
+# The window pattern is computed for at most MAX_LAYERS layers, because a file may give a huge num_hidden_layers.
 MAX_LAYERS = 1 << 12
 
-# Default values of transformers' config classes. None: the value is computed from other attributes.
+# SIZES holds the default values of transformers' config classes. The value of an attribute with the default None is
+# computed from other attributes.
 SIZES: dict[str, Any] = dict(
     vocab_size=32_000, hidden_size=4096, intermediate_size=11_008, num_hidden_layers=32, num_attention_heads=32,
     num_key_value_heads=None, rms_norm_eps=1e-6, tie_word_embeddings=False,
@@ -20,7 +22,8 @@ SIZES: dict[str, Any] = dict(
 
 
 def sizes(a: Attributes) -> dict[str, Any]:
-    """Reads a model's dimensions from its config.json, by the attribute names that all families but GPT-2 share."""
+    """Reads the dimensions of a model from a config.json, by the attribute names that all families except GPT-2
+    share."""
     n_head = a.take("num_attention_heads", int)
     return dict(
         arch="llama",
@@ -54,9 +57,9 @@ def to_sizes(cfg: ModelConfig) -> dict[str, Any]:
 
 
 def rope(a: Attributes, context: int) -> dict[str, Any]:
-    """Reads the RoPE fields of ModelConfig. transformers 5 writes `rope_parameters`, earlier releases write
-    `rope_theta` and `rope_scaling`; if `rope_parameters` and `rope_scaling` are both present, transformers uses
-    `rope_scaling`."""
+    """Reads the RoPE fields of ModelConfig from a config.json. Version 5 of transformers writes `rope_parameters`, and
+    earlier versions write `rope_theta` and `rope_scaling`. If `rope_parameters` and `rope_scaling` are both present,
+    transformers uses `rope_scaling`."""
     scaling, values = a.take("rope_scaling", dict, None), a.take("rope_parameters", dict, None)
     name = "rope_scaling" if scaling else "rope_parameters"
     values = {"rope_theta": theta(a, "rope_theta", 10_000.0)} | (scaling or values or {})
@@ -106,8 +109,8 @@ def to_rope(cfg: ModelConfig) -> dict[str, Any]:
 
 
 def layer_types(a: Attributes, n_layer: int, default: str) -> str:
-    """Returns the window pattern of the attribute layer_types, one letter per layer, shortened to its period, or
-    `default` if layer_types is absent."""
+    """Returns the window pattern of the attribute layer_types, with one letter per layer and shortened to the period of
+    the pattern, or `default` if layer_types is absent."""
     types = a.take("layer_types", list, None)
     if types is None:
         return default
@@ -131,7 +134,8 @@ def to_layer_types(cfg: ModelConfig) -> list[str]:
 
 
 def window(a: Attributes) -> int:
-    """Returns the attribute sliding_window, the number of tokens in a window, or 0 if it is null."""
+    """Returns the attribute sliding_window, which is the number of tokens in a window, or 0 if sliding_window is
+    null."""
     size = a.take("sliding_window", int, None)
     if size is not None and size < 1:
         a.problems.append(f"sliding_window: expected 1 or more tokens, or null, got {size}")
@@ -152,7 +156,8 @@ ROTARY = (".rotary_emb.inv_freq",)
 def norms(form: Form, **names: str) -> list[Rule]:
     """Returns the rules for the norm scales of a block and for the scale of the final norm.
 
-    `names` maps gptjax's names of the norms in a block to those in the file, such as ln_1="input_layernorm".
+    The argument `names` maps gptjax's names of the norms in a block to the names in the file, such as
+    ln_1="input_layernorm".
     """
     return [*scales(_BLOCK, names, form), Rule("ln_f/scale", "model.norm.weight", form)]
 

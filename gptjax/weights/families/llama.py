@@ -1,6 +1,6 @@
-"""Llama and other models of its architecture (Llama 3.2, SmolLM2, TinyLlama).
+"""Defines the family of Llama and other models of the Llama architecture (Llama 3.2, SmolLM2, TinyLlama).
 
-RoPE rotates pairs of the H channels of a head. For Llama, llama.cpp pairs adjacent channels, 2i and 2i + 1, whereas
+RoPE rotates pairs of the H channels of a head. For Llama, llama.cpp pairs the adjacent channels 2i and 2i + 1, whereas
 gptjax and transformers pair the channels i and i + H/2. Therefore the GGUF files of Llama models store the rows of q
 and k interleaved.
 """
@@ -33,8 +33,9 @@ def _to_hf(cfg: ModelConfig) -> dict[str, Any]:
 
 
 def _gguf_rules(cfg: ModelConfig) -> list[Rule]:
-    """Returns the rules for the tensors of a GGUF file. The rules omit biases, because biases of q and k would have to
-    be interleaved, too. `gptjax.weights.gguf.family_of` refuses models with biases."""
+    """Returns the rules for the tensors in a GGUF file of a Llama model. The rules omit biases, because the biases of q
+    and k would have to be interleaved like the matrices of q and k. `gptjax.weights.gguf.family_of` raises an error for
+    Llama models with biases."""
     heads = {"q": interleaved(cfg.n_head), "k": interleaved(cfg.n_kv_head), "v": transposed}
     qkv = [Rule(f"blocks/attn/{x}/kernel", f"{gguf.BLOCK}attn_{x}.weight", form) for x, form in heads.items()]
     return [*gguf.ENDS, *qkv, *gguf.OUT, *gguf.MLP, *gguf.PRE]

@@ -1,4 +1,5 @@
-"""Mistral is Llama with a sliding window. In GGUF files, its architecture is named llama."""
+"""Defines the Mistral family: Mistral is Llama with a sliding window. GGUF files give Mistral the architecture name
+llama."""
 
 from __future__ import annotations
 

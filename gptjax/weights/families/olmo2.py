@@ -1,4 +1,5 @@
-"""OLMo 2 is Llama with post-norm, and with QK-norm over the channels of all heads together."""
+"""Defines the OLMo 2 family: OLMo 2 is Llama with post-norm, and with QK-norm over the channels of all heads
+together."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Qwen2 and Qwen2.5 are Llama with biases on q, k and v, and optionally a sliding window in the upper layers."""
+"""Defines the Qwen2 family: Qwen2 and Qwen2.5 are Llama with biases on q, k and v, and optionally with a sliding window
+in the upper layers."""
 
 from __future__ import annotations
 
@@ -16,12 +17,12 @@ DEFAULTS = hf.SIZES | dict(
 
 
 def to_config(a: Attributes) -> dict[str, Any]:
-    """Returns the fields of ModelConfig that Qwen2 and Qwen3 share."""
+    """Reads the fields of ModelConfig that Qwen2 and Qwen3 share from the attributes of a config.json."""
     a.must("hidden_act", "silu")
     a.must("use_mrope", False)
     fields = hf.sizes(a)
     n_layer, width, used = fields["n_layer"], hf.window(a), a.take("use_sliding_window", bool)
-    full = a.take("max_window_layers", int)  # the first max_window_layers layers have full attention
+    full = a.take("max_window_layers", int)  # The first max_window_layers layers have full attention.
     size = width if used else 0
     letters = "".join("S" if size and i >= full else "L" for i in range(min(n_layer, hf.MAX_LAYERS)))
     pattern = hf.layer_types(a, n_layer, hf.shortened(letters))

@@ -1,4 +1,4 @@
-"""Qwen3 is Qwen2 with QK-norm instead of biases."""
+"""Defines the Qwen3 family: Qwen3 is Qwen2 with QK-norm instead of biases on q, k and v."""
 
 from __future__ import annotations
 
