@@ -184,7 +184,7 @@ def mix(stacked: Any, weights: jax.Array) -> Any:
 
 
 def mixtures(loss: Scalar, stacked: Any, weights: jax.Array, *, at_once: int | None = None) -> jax.Array:
-    """Returns the losses, [M] float32, of M weighted sums of the params of N models.
+    """Returns the losses, [M] float32, of M models whose params are weighted sums of the params of N models.
 
     Args:
         stacked: params of the N models, stacked along a leading axis: leaves [N, ..].

@@ -121,7 +121,8 @@ def gradient_features(
 def in_chunks(fn: Callable[[Any], Any], examples: Any, size: int) -> Any:
     """Applies the function `fn` to chunks of `size` rows of `examples`, and concatenates the outputs on the host.
 
-    The last chunk is padded to `size` rows, so that `fn` is compiled only once. The output of the padding is removed.
+    The last chunk is padded to `size` rows, so that `fn` is compiled only once. The outputs for the padding rows are
+    removed.
     """
     n = _rows(examples)
     size, outputs = min(size, n), []

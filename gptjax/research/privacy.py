@@ -26,8 +26,8 @@ from gptjax.research.influence import Combine, clipped_sum, identity
 from gptjax.training.step import Loss
 from gptjax.types import Mean, Metrics
 
-# The Renyi accountant computes the Renyi divergence at these orders. All orders are integers, because the accountant's
-# sums have finitely many terms for integer orders.
+# _ORDERS lists the orders at which the Renyi accountant computes the Renyi divergence. All orders are integers, because
+# the accountant's sums have finitely many terms for integer orders.
 _ORDERS = (*range(2, 65), 96, 128, 256, 512)
 
 

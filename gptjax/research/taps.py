@@ -38,7 +38,7 @@ Metric = Callable[[jax.Array], jax.Array]
 Axis = Literal["position", "head"]
 
 # Activations have shape [L, B, ..], stacked over layers. By default, axis 2 is the position axis and axis 3 is the head
-# axis; _AXES lists the activations with other axes. In attention weights, the position is the position of the query.
+# axis; _AXES lists the activations with other axes. The position of an attention weight is the query's position.
 _AXES: dict[str, dict[str, int]] = {"attn/weights": {"position": 3, "head": 2}}
 _WITH_HEADS = ("attn/q", "attn/k", "attn/v", "attn/heads", "attn/weights")
 
@@ -62,10 +62,10 @@ def patching_grid(
 ) -> jax.Array:
     """Finds the activations that distinguish two prompts, by activation patching (causal tracing).
 
-    The function returns a grid of metric values. Each value is the metric of a forward pass on the prompt `corrupted`
-    in which the activation of one layer, at one position or head, is replaced by the activation from the forward pass
-    on the prompt `clean`. The forward passes are vmapped in one compiled program; `memory_bytes` limits how many
-    forward passes run at the same time.
+    The function returns a grid of metric values. Each value in the grid is the metric of a forward pass on the prompt
+    `corrupted` in which the activation of one layer, at one position or head, is replaced by the activation from the
+    forward pass on the prompt `clean`. The forward passes are vmapped in one compiled program; `memory_bytes` limits
+    how many forward passes run at the same time.
 
     Args:
         clean, corrupted: tokens of the two prompts, [B, T] int32 each. The grid shows which activations of `clean`
@@ -175,8 +175,8 @@ def logit_lens(params: Params, tokens: jax.Array, cfg: ModelConfig, **context: A
     """Computes the logit lens: logits decoded from the embedding and from the residual stream after every block.
 
     The final norm and the LM head are applied to the embedding and to the output of each of the L blocks. The last
-    entry of the result equals the logits of `forward`. The logit lens is described in nostalgebraist, "interpreting
-    GPT: the logit lens" (2020), and in arXiv:2303.08112, eq. 2.
+    entry of the result equals the logits of `forward`. The logit lens is described in arXiv:2303.08112, eq. 2, and in
+    the blog post "interpreting GPT: the logit lens" by nostalgebraist (2020).
 
     Args:
         context: further arguments of `tapped`, such as `positions` or `patches`.

@@ -44,8 +44,8 @@ def find(name: str) -> ModuleType:
 def train(cfg: Config, *, log: Callable[[str], None] | None = None, hooks: Sequence[Hook] = ()) -> TrainResult:
     """Trains the model that `cfg` describes, or resumes the run in its run directory (train.resume=auto).
 
-    If the run has finished already, its result is returned. With the same versions and devices, a resumed run is
-    bitwise equal to an uninterrupted run.
+    If the run has finished already, the result of the finished run is returned. With the same versions and devices, a
+    resumed run is bitwise equal to an uninterrupted run.
 
     Args:
         log: function that is called with each line of output, or None to print the lines.

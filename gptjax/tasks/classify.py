@@ -38,9 +38,9 @@ __all__ = [
 ]  # fmt: skip
 # `load_classifier` classifies texts in batches of BATCH_SIZE rows, padded to a multiple of PAD_TO tokens.
 BATCH_SIZE, PAD_TO = 16, 64
-# `batch_shapes` assumes this number of tokens per text, to estimate how many texts fit into a packed row.
+# The function `batch_shapes` assumes MIN_TEXT_TOKENS tokens per text, to estimate how many texts fit into a packed row.
 MIN_TEXT_TOKENS = 16
-# The approximate number of tokens per batch in the function `probabilities`.
+# The function `probabilities` classifies texts in batches of about BATCH_TOKENS tokens.
 BATCH_TOKENS = 2048
 
 
@@ -48,7 +48,8 @@ def evaluate(result: TrainResult, splits: LabelledSplits | None, say: Callable[[
     """Evaluates the classifier on the test texts, and writes the scores to test.json and confusion.png.
 
     The scores are the accuracy with its confidence interval, the F1 score, the confusion matrix, the calibration error
-    and the accuracies of two baselines. If test.json exists, only its summary is printed.
+    and the accuracies of two baselines. If test.json exists already, the scores are not computed again, and a summary
+    of the scores in test.json is printed.
 
     Args:
         splits: the training, validation and test texts with their labels. None: the texts are read again.
@@ -69,8 +70,8 @@ def _data(cfg: Config) -> LabelledSplits:
     if not settings.source:
         raise UserError("classify.source is missing: name a .csv, .tsv, .jsonl, .json or .parquet file, or hf:org/name")
     # With classify.split=book, quotation marks in a .tsv file delimit a text and are not part of the text. The code of
-    # the book Build a Large Language Model (From Scratch) treats quotation marks in the same way, because it reads .tsv
-    # files with pandas.
+    # the book Build a Large Language Model (From Scratch) reads .tsv files with pandas, which treats quotation marks as
+    # delimiters of a text.
     quoted = settings.split == "book"
     data = classification.read(
         settings.source, text=settings.text_field, label=settings.label_field, labels=settings.labels, quoted=quoted
@@ -161,9 +162,9 @@ def batch_shapes(cfg: Config, rows: int, width: int) -> LabelledBatch:
 
 
 def plan(cfg: Config) -> list[str]:
-    """Returns lines of text that summarise the training run, which --dry-run prints."""
+    """Returns the lines of text that --dry-run prints to summarise a training run."""
     splits, base = _data(cfg), tuning.base_model(cfg)
-    base.tokenizer()  # This call raises UserError if the tokenizer does not fit the base model.
+    base.tokenizer()  # The method `tokenizer` raises UserError if the tokenizer does not fit the base model.
     texts = " + ".join(f"{len(subset.texts):,}" for subset in splits[:3])
     epochs = f"{cfg.train.epochs:g} epochs" if cfg.train.epochs is not None else f"{cfg.train.max_steps:,} steps"
     return [
@@ -176,7 +177,8 @@ def plan(cfg: Config) -> list[str]:
 def new_head(key: jax.Array, cfg: ModelConfig) -> Params:
     """Returns the params of a new classification head, initialised by the method `cfg.init`.
 
-    The params are {"kernel": [D, n_classes], "bias": [n_classes]}. The bias is missing if cfg.cls_bias is false.
+    The params of the head are {"kernel": [D, n_classes], "bias": [n_classes]}. If cfg.cls_bias is false, the head has
+    no bias.
     """
     small = dataclasses.replace(cfg, n_layer=1, vocab_size=2, d_ff=2)
     return init_params(key, small)["cls_head"]

@@ -49,8 +49,8 @@ from gptjax.types import Batch, Params
 
 __all__ = ["evaluate", "loss", "plan", "prepare", "refuse_missing", "student"]
 RESULTS = "test.json"
-VERSION = 1  # The version of the cache files' format.
-# Two tokenizers are compared by encoding a text that consists of the texts of at most this many token ids.
+VERSION = 1  # The version of the format of the cache files.
+# Two tokenizers are compared by encoding a text that consists of the texts of at most PROBE token ids.
 PROBE = 4000
 BECAUSE = " (distill.context_length, or less if the context of student or teacher is shorter)"
 
@@ -124,8 +124,9 @@ def teacher_config(cfg: Config) -> ModelConfig:
 def _refuse_other_tokenizer(cfg: Config, student: Tokenizer, teacher: Tokenizer) -> None:
     """Checks that the tokenizers of the student and the teacher have the same ids for the same text.
 
-    The function compares the texts of all ids. The function also compares the ids of one text, which consists of the
-    texts of at most `PROBE` ids. The names and the chat templates of the tokenizers may differ.
+    The function compares the texts of all token ids. The function also encodes one text, which consists of the texts of
+    at most `PROBE` token ids, with both tokenizers, and compares the resulting ids. The names and the chat templates of
+    the tokenizers may differ.
 
     Raises:
         UserError: the tokenizers differ.
@@ -221,7 +222,7 @@ def _texts(cfg: Config, tokenizer: Tokenizer, width: int) -> list[Encoded]:
 def _encoded(cfg: Config, talks: Splits[Conversation], tokenizer: Tokenizer, width: int) -> list[Encoded]:
     """Encodes conversations as training examples, without token trees.
 
-    A chat template may render earlier turns of a conversation differently after later turns. Such a conversation is
+    If the chat template renders earlier turns of a conversation differently after later turns, the conversation is
     encoded as one example per answer.
     """
     return [
@@ -293,7 +294,10 @@ def prepare(cfg: Config, progress: Progress) -> Ready:
 
 
 def is_own(cfg: Config, step: int) -> bool:
-    """Draws, with probability distill.on_policy, whether the batch of a step consists of the student's answers."""
+    """Returns whether the batch of a training step consists of the student's answers.
+
+    The result is True with probability distill.on_policy, and depends only on the seed and the step.
+    """
     return np.random.default_rng((cfg.seed, step)).random() < cfg.distill.on_policy
 
 
@@ -379,7 +383,7 @@ def batch_shapes(cfg: Config, rows: int, width: int) -> Batch | TeacherBatch:
 
 
 def plan(cfg: Config) -> list[str]:
-    """Returns lines of text that summarise the training run, which --dry-run prints."""
+    """Returns the lines of text that --dry-run prints to summarise a training run."""
     data, size = _data(cfg), cfg.train.batch_size
     n = len(data.rows[0].tokens)
     return [
@@ -390,14 +394,14 @@ def plan(cfg: Config) -> list[str]:
     ]
 
 
-# ---------------------------------------------------------------- the teacher's log-probabilities
+# ---------------------------------------------------------------- teacher log-probabilities
 
 
 def _places(*subsets: Rows) -> np.ndarray:
     """Returns the index of each token's record in the cache file, [n, T].
 
-    The records are stored in the order of the tokens in the loss. The index of a token that is not in the loss is
-    arbitrary.
+    The records are stored in the order of the tokens in the loss. A token that is not in the loss has no record, and
+    its index is arbitrary.
     """
     in_loss = np.concatenate([rows.weights for rows in subsets]) != 0
     return np.maximum(np.cumsum(in_loss).reshape(in_loss.shape) - 1, 0)
@@ -459,8 +463,8 @@ def evaluate(result: TrainResult, test: Rows | None, say: Callable[[str], None])
 
     The scores are the student's loss, the teacher's loss, the divergence between the predictions of both models, and
     the fraction of tokens for which both models have the same most probable token. The scores are computed from the
-    teacher's probabilities of all tokens, even if distill.top_k is set. If test.json exists, only its summary is
-    printed.
+    teacher's probabilities of all tokens, even if distill.top_k is set. If test.json exists already, the scores are not
+    computed again, and a summary of the scores in test.json is printed.
 
     Args:
         test: the test rows. None: the test rows are read again.

@@ -31,7 +31,7 @@ from gptjax.types import Batch, Params
 
 RESPONSES, BEFORE, RESULTS = "responses.jsonl", "responses-before.jsonl", "test.json"
 __all__ = ["answers", "conversations", "evaluate", "loss", "plan", "prepare", "refuse_missing"]
-# `inspect` looks for a conversation with branches among this many conversations.
+# The function `inspect` looks for a conversation with branches among the first INSPECTED conversations.
 INSPECTED = 200
 TURNS = 8  # The maximum number of questions in a synthetic training conversation.
 # With LoRA, the loss is computed in chunks of 256 tokens, so that only the logits of one chunk are in memory. Small
@@ -42,8 +42,8 @@ CHUNK = 256
 def evaluate(result: TrainResult, talks: Sequence[Conversation] | None, say: Callable[[str], None]) -> None:
     """Generates the model's answers to the held-out questions, and scores the answers.
 
-    The answers are written to responses.jsonl and the scores to test.json. If test.json exists, only its summary is
-    printed.
+    The answers are written to responses.jsonl and the scores to test.json. If test.json exists already, no answers are
+    generated, and a summary of the scores in test.json is printed.
 
     Args:
         talks: the test conversations. None: the test conversations are read again.
@@ -214,7 +214,7 @@ def batch_shapes(cfg: Config, rows: int, width: int) -> Batch:
 
 
 def plan(cfg: Config) -> list[str]:
-    """Returns lines of text that summarise the training run, which --dry-run prints."""
+    """Returns the lines of text that --dry-run prints to summarise a training run."""
     notes: list[str] = []
     splits, base = conversations(cfg, notes), tuning.base_model(cfg)
     model = base.cfg.computed_as(cfg.model)

@@ -61,7 +61,7 @@ def sample_answers(
 ) -> list[Completion]:
     """Samples n answers to each question at the temperature `at`.
 
-    Each answer has the log-probabilities of its tokens under the distribution at this temperature.
+    Each answer has the log-probabilities of its tokens under the sampling distribution.
 
     Args:
         params: the parameters as `model.gpt.for_decoding` returns them.

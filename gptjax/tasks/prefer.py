@@ -29,7 +29,7 @@ from gptjax.training.task import Loss, Ready, resolve
 from gptjax.types import Params
 
 __all__ = ["evaluate", "loss", "plan", "prepare", "reference", "refuse_missing"]
-# `batch_shapes` assumes this number of tokens per pair, to estimate how many pairs fit into a packed row.
+# The function `batch_shapes` assumes MIN_PAIR_TOKENS tokens per pair, to estimate how many pairs fit into a packed row.
 MIN_PAIR_TOKENS = 64
 RESULTS = "test.json"
 
@@ -51,7 +51,7 @@ def evaluate(result: TrainResult, held_out: HeldOut | None, say: Callable[[str],
     """Evaluates the model on the held-out pairs, and writes the scores to test.json.
 
     The scores are the loss, the accuracy (how often the chosen answer has the larger reward) and the reward margin. If
-    test.json exists, only its summary is printed.
+    test.json exists already, the scores are not computed again, and a summary of the scores in test.json is printed.
 
     Args:
         held_out: the test pairs. None: this function reads the data again, and computes the reference
@@ -192,13 +192,13 @@ def reference(params: Params, rows: PairRows, cfg: ModelConfig, batch_size: int)
 
 
 def plan(cfg: Config) -> list[str]:
-    """Returns lines of text that summarise the training run, which --dry-run prints."""
+    """Returns the lines of text that --dry-run prints to summarise a training run."""
     base = tuning.base_model(cfg)
     return [*plan_pairs(cfg, base, base.cfg), f"loss               {cfg.prefer.loss}"]
 
 
 def plan_pairs(cfg: Config, base: weights.Model, model: ModelConfig) -> list[str]:
-    """Returns lines of text about the data, the base model and the number of steps, which --dry-run prints.
+    """Returns the lines of text about the data, the base model and the number of steps that --dry-run prints.
 
     The tasks prefer and reward_model share this function.
     """

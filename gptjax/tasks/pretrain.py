@@ -182,7 +182,7 @@ def _task(cfg: Config, ready: data.Prepared, base: weights.Model | None) -> Task
 def sampling(cfg: Config, tokenizer: Tokenizer, prompts: list[list[int]]) -> Callable[[Params], list[str]]:
     """Returns a function that takes params, and generates a continuation of each prompt with the settings `cfg.sample`.
 
-    The function returns one text per prompt. Each text begins with the prompt.
+    The function returns one text per prompt. Each generated text begins with its prompt.
     """
     settings = cfg.sample
 

@@ -44,7 +44,7 @@ from gptjax.types import Mean, Metrics, Params, RolloutBatch
 
 RESPONSES, BEFORE, RESULTS = instruct.RESPONSES, instruct.BEFORE, instruct.RESULTS
 __all__ = ["batch_shapes", "evaluate", "loss", "plan", "prepare", "refuse_missing"]
-# To detect a collapse of training, the mean rewards of this many successive rollouts are averaged.
+# To detect a collapse of training, the mean rewards of SMOOTHED successive rollouts are averaged.
 SMOOTHED = 5
 
 
@@ -168,8 +168,8 @@ class Group(NamedTuple):
 def group_advantages(groups: Sequence[Group], kind: Kind) -> np.ndarray:
     """Returns the advantages of the n answers in each of G groups, [G, n].
 
-    An answer whose reward function failed has advantage 0. The missing reward is replaced by the mean reward of the
-    answer's group, so that it changes the standard deviation of the group's rewards but not their mean.
+    An answer whose reward function failed has advantage 0. A missing reward is replaced by the mean reward of the
+    answer's group, which changes the standard deviation of the group's rewards but not their mean.
     """
     values = np.stack([group.rewards for group in groups])
     failed = np.isnan(values)
@@ -400,9 +400,9 @@ class Watch:
 
     def __init__(self, advice: str):
         self.advice, self.said = advice, dict[str, str]()
-        # The metrics of all rollouts so far.
+        # The list `seen` contains the metrics of all rollouts so far.
         self.seen: list[dict[str, float]] = []
-        # The highest smoothed reward, and the training step with this reward.
+        # The pair `best` contains the highest smoothed reward and the training step with this reward.
         self.best = (-math.inf, 0)
 
     def __call__(self, step: int, metrics: dict[str, float]) -> list[str]:
@@ -419,7 +419,7 @@ class Watch:
         return list(self.said.values())[before:]
 
     def _compare(self, step: int, size: int) -> None:
-        """Compares the mean metrics of the last `size` rollouts with those of the first `size` rollouts.
+        """Compares the mean metrics of the last `size` rollouts with the mean metrics of the first `size` rollouts.
 
         The mean reward is also compared with the highest mean reward so far. A collapse adds a warning.
         """
@@ -449,7 +449,7 @@ class Watch:
             self.best = recent, step
 
     def resume(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Restores the metrics of the rollouts before a run was interrupted, without returning their warnings again.
+        """Restores the metrics of the rollouts before a run was interrupted, without repeating earlier warnings.
 
         Args:
             rows: rows of the run's file metrics.jsonl.
@@ -496,8 +496,8 @@ def _validation(
 def evaluate(result: TrainResult, talks: Sequence[Conversation] | None, say: Callable[[str], None]) -> None:
     """Generates greedy answers to the test questions, and computes the rewards of the answers.
 
-    The answers are written to responses.jsonl and the mean rewards to test.json. If test.json exists, only its summary
-    is printed.
+    The answers are written to responses.jsonl and the mean rewards to test.json. If test.json exists already, no
+    answers are generated, and a summary of the scores in test.json is printed.
 
     Args:
         talks: the test conversations. None: the test conversations are read again.
@@ -556,7 +556,7 @@ def summary(results: dict[str, Any]) -> list[str]:
 
 
 def plan(cfg: Config) -> list[str]:
-    """Returns lines of text that summarise the training run, which --dry-run prints."""
+    """Returns the lines of text that --dry-run prints to summarise a training run."""
     notes: list[str] = []
     splits, base = conversations(cfg, notes), tuning.base_model(cfg)
     model = base.cfg.computed_as(cfg.model)

@@ -34,7 +34,8 @@ def evaluate(result: TrainResult, held_out: PairRows | None, say: Callable[[str]
     """Evaluates the reward model on the held-out pairs, and writes the scores to test.json.
 
     The scores are the loss, the accuracy (how often the chosen answer has the larger reward) with its 95 % confidence
-    interval, and the mean reward margin. If test.json exists, only its summary is printed.
+    interval, and the mean reward margin. If test.json exists already, the scores are not computed again, and a summary
+    of the scores in test.json is printed.
 
     Args:
         held_out: the test pairs. None: the test pairs are read again.
@@ -99,6 +100,6 @@ def prepare(cfg: Config, progress: Progress) -> Ready:
 
 
 def plan(cfg: Config) -> list[str]:
-    """Returns lines of text that summarise the training run, which --dry-run prints."""
+    """Returns the lines of text that --dry-run prints to summarise a training run."""
     base = tuning.base_model(cfg)
     return prefer.plan_pairs(cfg, base, _with_head(base.cfg))

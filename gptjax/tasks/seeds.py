@@ -122,7 +122,7 @@ def stacked(cfg: Config, prepare: Prepare, progress: Progress) -> Ready:
     """Combines the tasks of all seeds into one task.
 
     The trained params and the batches of the combined task have a leading axis over seeds. The frozen params have no
-    such axis, because all seeds share the frozen params.
+    axis over seeds, because all seeds share the frozen params.
 
     The initialisation, data split, data order, gradient, gradient clipping and optimizer state are computed per seed,
     as in a separate run. If the loss or gradient of one seed is not finite, all seeds skip the step. All seeds train

@@ -104,7 +104,7 @@ def split_heads(params: Params) -> tuple[Params, Params]:
 def frozen_share(cfg: Config, n_params: int, n_trained: int) -> float:
     """Returns the fraction of the model's parameters that are frozen.
 
-    If an adapter is trained, the fraction is 1, because the whole base model is frozen.
+    If an adapter is trained, the fraction of frozen parameters is 1, because the whole base model is frozen.
     """
     return 1.0 if cfg.finetune.trainable == "lora" else 1 - n_trained / n_params
 
@@ -177,8 +177,8 @@ def _adapted(
         adapter, config = trained["adapter"], settings
         if start is not None:
             adapter = lora.to_lora(adapter, start)
-            # The adapter that `to_lora` returns has twice the rank. The scale depends on alpha and the rank, so alpha
-            # is multiplied by the factor that keeps the scale unchanged.
+            # The adapter that `to_lora` returns has twice the rank of the trained adapter. The scale depends on alpha
+            # and the rank, so alpha is multiplied by the factor that keeps the scale unchanged.
             scaling = {"alpha/r": 2, "alpha/sqrt(r)": 2**0.5, "alpha": 1}
             alpha = settings.alpha * scaling[settings.scaling]
             config = dataclasses.replace(settings, init="lora", rank=2 * settings.rank, alpha=alpha)
@@ -187,7 +187,7 @@ def _adapted(
             head = None  # The head is not exported, because peft's format does not support heads with a bias.
         weights.export_peft(folder, adapter, config, body, head=head, base=fingerprint, base_name=cfg.finetune.base)
 
-    # The variable `fits` is True if peft's format can represent the adapter. Otherwise, the adapter is not exported.
+    # The adapter is exported only if `fits` is True, which means that peft's format can represent the adapter.
     has_family = not complaints(families.family_of, body)
     fits = has_family and not (settings.dora and settings.init != "lora") and "embedding" not in settings.targets
     fits = fits and not (settings.miss and weights.peft.has_conv1d(body))

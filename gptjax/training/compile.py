@@ -29,12 +29,13 @@ MOST_STEPS_PER_CALL = 10
 def steps_per_call(cfg: Config, n_params: int, start: int = 0, hooks: Sequence[int] = ()) -> int:
     """Returns the number of training steps per compiled call.
 
-    Evaluations, checkpoints and hooks run only between two compiled calls. Therefore, the number of steps per call must
-    divide max_steps and all intervals shorter than max_steps: eval_every, checkpoint_every, log_every and the intervals
-    of the hooks. If train.steps_per_call is None, a model with more than 20 million parameters runs 1 step per call,
-    and a smaller model runs as many steps per call as possible, up to 10, so that the number divides `start`, max_steps
-    and every interval shorter than max_steps. In reward tuning, the number of steps per call is reward.updates, the
-    number of steps on the same rollouts. If distill.on_policy is set, the number of steps per call is 1.
+    Evaluations, checkpoints and hooks run only between two compiled calls. The number of steps per call must divide
+    max_steps and all intervals shorter than max_steps: eval_every, checkpoint_every, log_every and the intervals of the
+    hooks. If train.steps_per_call is None, the number of steps per call is 1 for models with more than 20 million
+    parameters. For smaller models, the default number of steps per call is the largest number up to 10 that divides
+    `start`, max_steps and every interval shorter than max_steps. In reward tuning, the number of steps per call is
+    reward.updates, the number of steps on the same rollouts. If distill.on_policy is set, the number of steps per call
+    is 1.
 
     Args:
         start: the step from which the run is resumed.

@@ -32,16 +32,16 @@ def evaluator(meter: Meter) -> Callable[[Run], None]:
     """
     loss, combine, _ = meter.run.rules
     eval_loss = jit_on(lambda params, batch, key: loss(combine(*params), batch, key), meter.run.mesh)
-    # The list `requested` contains the times at which the batches of the last evaluation were requested. Its last entry
-    # is the time at which the last evaluation ended.
+    # The list `requested` contains the times at which the batches of the last evaluation were requested. The last entry
+    # of `requested` is the time at which the last evaluation ended.
     requested: list[float] = []
     plotted_at = 0.0
 
     def polled(run: Run) -> Iterator[Any]:
         """Yields the validation batches, and records the time at which each batch is requested.
 
-        The function `mean_over` waits for the loss of a batch before it requests the next batch. Therefore, the
-        difference between two successive times is the duration of the evaluation of one batch.
+        The function `mean_over` waits for the loss of a batch before it requests the next batch, so the difference
+        between two successive times is the duration of the evaluation of one batch.
         """
         requested.clear()
         for batch in run.task.validation.batches(run.step == 0):

@@ -11,9 +11,9 @@ GIB = 2**30
 Remat = Literal["none", "dots", "full", "offload"]
 # SMALLER_REMAT maps each value of model.remat to the values of model.remat that keep fewer activations.
 SMALLER_REMAT: dict[Remat, tuple[Remat, ...]] = {"none": ("dots", "full"), "dots": ("full",)}
-# A change of the config is proposed only if it shrinks the activations to this fraction of their size or less.
+# A change of the config is proposed only if it shrinks the activations to at most _MAX_SHARE of their size.
 _MAX_SHARE = 0.75
-# An estimate of the required memory may fill at most this fraction of the device's memory.
+# The estimated memory of a training step may fill at most the fraction MARGIN of the device's memory.
 MARGIN = 0.85
 # The loss is computed in chunks of tokens. WORKSPACE_BYTES is the memory for the logits of one chunk, their
 # exponentials and their gradients.

@@ -58,8 +58,8 @@ class Meter:
     def start(self) -> None:
         """Records the time at which a compiled call is started.
 
-        If the device is still busy with the previous call, this method records nothing. In this case, the new call
-        begins on the device when the previous call ends, and the method `_read` records the time.
+        If the device is still busy with the previous call, this method records nothing, because the new call begins on
+        the device only when the previous call ends. The method `_read` records the time at which a call ends.
         """
         if self.pending is None:
             self.mark = time.monotonic()

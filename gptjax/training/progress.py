@@ -1,7 +1,7 @@
 """Prints the progress of a training run.
 
-On a terminal, the progress is a progress bar of the package rich. Otherwise, the progress is printed as plain lines, at
-least one line every 10 s.
+On a terminal, the progress is shown as a progress bar of the package rich. If the output is not a terminal, the
+progress is printed as plain lines, at least one line every 10 s.
 """
 
 from __future__ import annotations
@@ -84,8 +84,8 @@ class Progress:
                 self._bar.start()
             self._bar.update(self._task, completed=step, description=line)
         elif (now := time.monotonic()) - self._told >= LINE_EVERY_S:
-            # The interval is measured from the last progress line instead of the last heartbeat line. Otherwise, the
-            # frequent heartbeat lines of a slow run would suppress the run's progress lines.
+            # The interval is measured from the last progress line instead of the last heartbeat line, because the
+            # frequent heartbeat lines of a slow run would otherwise suppress the run's progress lines.
             self._told = now
             self.say(line)
 

@@ -217,7 +217,7 @@ def meta_config(meta: dict[str, Any]) -> Config:
     try:
         _counters(meta["counters"])
         return config.from_yaml(meta["config"], "its settings")
-    except (TypeError, ValueError, OverflowError) as error:  # UserError is a subclass of ValueError.
+    except (TypeError, ValueError, OverflowError) as error:  # UserError, a subclass of ValueError, is caught too.
         raise Damaged(f"meta.json: {error}") from error
 
 

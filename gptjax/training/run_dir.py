@@ -58,7 +58,8 @@ MAY_CHANGE = (
 class RunDir:
     """The paths and files of one training run.
 
-    The method `check` must be called first. Files may be written only inside `with run_dir.locked():`.
+    The method `check` must be called before files are written. Files may be written only inside
+    `with run_dir.locked():`.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -137,7 +138,7 @@ class RunDir:
         """
         try:
             return config.from_yaml(self.config.read_text(encoding="utf-8"), str(self.config))
-        except (OSError, ValueError) as error:  # UserError is a subclass of ValueError.
+        except (OSError, ValueError) as error:  # UserError, a subclass of ValueError, is caught too.
             details = "\n".join(f"  {line}" for line in str(error).splitlines())
             raise UserError(
                 f"run_dir={self.path} is taken: its config.yaml was not written by gptjax, or is damaged; "
@@ -204,7 +205,7 @@ class RunDir:
     def cut_metrics(self, step: int, say: Callable[[str], None]) -> None:
         """Removes the rows of all steps after `step` from metrics.jsonl and rollouts.jsonl.
 
-        An incomplete last line is removed too. Damaged lines are removed with a warning.
+        An incomplete last line of a file is removed too. Damaged lines are removed with a warning.
         """
         for file in filter(Path.exists, (self.metrics, self.rollouts)):
             lines, damaged = _lines(file)
@@ -242,7 +243,8 @@ def refuse_unwritable(path: Path) -> None:
 def refuse_foreign(path: Path, allowed: str = "") -> None:
     """Checks that a directory without a run contains no files of other programs.
 
-    A lock file and temporary files are allowed, because a run that was killed while it started may have left them.
+    A lock file and temporary files are allowed, because a run that was killed during its start may have left such
+    files.
 
     Args:
         allowed: regular expression that matches the names of further files that the directory may hold.
@@ -297,7 +299,7 @@ def _refuse_owner(path: Path, lock: TextIO) -> None:
 def read_metrics(run_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """Reads the file metrics.jsonl of a run directory, and returns its rows as dicts.
 
-    An incomplete last line is left out. Damaged lines are left out with a Python warning.
+    An incomplete last line of the file is left out. Damaged lines are left out with a Python warning.
     """
     path = Path(run_dir) / "metrics.jsonl"
     if not path.exists():

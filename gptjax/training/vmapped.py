@@ -9,17 +9,17 @@ The training step of `make_train_step`, the loss and the initial state are vmapp
 The argument `hparams` is a pytree of leaves [N, ..] that contains the traced hyperparameters of each run. The function
 `build` maps the hyperparameters of one run to the run's `StepFunctions`.
 
-The vmapped training step can be built with the function `make_step` or with the function `as_one`. The results of both
-functions differ in rounding.
+The vmapped training step can be built with the function `make_step` or with the function `as_one`. The results of
+`make_step` and `as_one` differ in rounding.
 
 The function `make_step` trains N independent runs, each with its own step counter, random key and number of skipped
 steps. Sweeps and the training of many adapters use `make_step`.
 
 The function `as_one` makes N runs look like one run to the training loop, with one step counter and one checkpoint.
-Fine-tuning with several seeds uses `as_one`. The loss is the sum of the mean losses of the runs, with weight N. The
-training step therefore divides the gradients by N, and the optimizer of `as_one` multiplies the gradients by N again.
-The dropout keys of all runs are split from one key. If the loss or gradient of one run is not finite, all runs skip the
-step.
+Fine-tuning with several seeds uses `as_one`. The loss function of `as_one` returns the sum of the mean losses of the
+runs, with weight N. The training step therefore divides the gradients by N, and the optimizer of `as_one` multiplies
+the gradients by N again. The dropout keys of all runs are split from one key. If the loss or gradient of one run is not
+finite, all runs skip the training step.
 """
 
 from __future__ import annotations
@@ -101,8 +101,8 @@ def create(
 def as_one(functions: StepFunctions, n: int) -> StepFunctions:
     """Returns the `StepFunctions` of one run that trains n models.
 
-    Every leaf of the trained params and of the batches has a leading axis of size n. The frozen params have no such
-    axis, because all models share the frozen params.
+    Every leaf of the trained params and of the batches has a leading axis of size n. The frozen params have no leading
+    axis of size n, because all models share the frozen params.
     """
     losses = make_loss(lambda _: functions, batches=True)
     tx = optax.with_extra_args_support(functions.optimizer)

@@ -105,7 +105,7 @@ def project_qkv(
 
 
 def project_output(params: Params, y: jax.Array) -> jax.Array:
-    """Concatenates the outputs of the attention heads, [B, T, N, H], and projects them to [B, T, D]."""
+    """Concatenates the outputs of the attention heads, [B, T, N, H], and applies the output projection to [B, T, D]."""
     return linear(y.reshape(*y.shape[:2], -1), params["o"]["kernel"])
 
 

@@ -74,7 +74,7 @@ def init(key: jax.Array, cfg: Config) -> Params:
     params["conv"] = {"weight": jax.random.normal(conv, (cfg.conv_width, 3 * wide)) * cfg.conv_width**-0.5}
     params["forget"] |= {
         "log_rate": jnp.log(jax.random.uniform(rates, (N,), minval=1.0, maxval=16.0)),
-        "bias": step + jnp.log(-jnp.expm1(-step)),  # The inverse of softplus: softplus(bias) equals `step`.
+        "bias": step + jnp.log(-jnp.expm1(-step)),  # The bias is the inverse softplus of `step`.
     }
     return params
 

@@ -11,7 +11,7 @@ function `extend` does not compute keys and values: it multiplies each query by 
 output by W_UV,h. The cached vectors, with R + P elements per token, then serve as one key head that all query heads
 share.
 
-The equations are those of DeepSeek-V2, arXiv:2405.04434, eq. 37-47; section 3.1.2 describes the norms.
+The equations are from DeepSeek-V2, arXiv:2405.04434, eq. 37-47; section 3.1.2 of the paper describes the norms.
 """
 
 from __future__ import annotations
@@ -111,7 +111,8 @@ def extend(params: Params, x: jax.Array, cfg: Config, cache: Cache) -> tuple[jax
     latents = jax.lax.dynamic_update_slice(cache.latents, new, (0, cache.length, 0))
     k_up, v_up = (dense(params[name]["kernel"]).reshape(R, N, H) for name in ("k_up", "v_up"))
     q = jnp.concatenate([jnp.einsum("BTNH,RNH->BTNR", q_c, k_up), q_r], -1)
-    # All query heads share one key head, the latent vectors. The first R channels of the key head are also the values.
+    # The latent vectors serve as one key head, which all query heads share. The first R channels of the key head also
+    # serve as the values.
     kv_head = latents[:, None]
     mean = heads_attention(q, kv_head, kv_head, offset=cache.length, scale=(H + cfg.d_rope) ** -0.5)[..., :R]
     y = jnp.einsum("BTNR,RNH->BTNH", mean, v_up)

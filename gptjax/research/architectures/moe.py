@@ -63,7 +63,7 @@ def apply(params: Params, x: jax.Array, cfg: Config) -> jax.Array:
     """Applies the mixture of experts to each token of x [B, T, D] independently, and returns the outputs [B, T, D]."""
     weights, experts = route(params, x, cfg)
     rows = x.reshape(-1, x.shape[-1])
-    # The flattened array `experts` is sorted by expert index. Its element i before sorting belongs to token
+    # The flattened array `experts` is sorted by expert index. Element i of the unsorted array belongs to token
     # i // n_active.
     order = experts.reshape(-1).argsort()
     sizes = jnp.bincount(experts.reshape(-1), length=cfg.n_expert).astype(jnp.int32)

@@ -17,7 +17,8 @@ from gptjax.types import Batch, Params
 # The function `membership` tests per-document means only if the training rows and the held-out rows each come from at
 # least MIN_DOCUMENTS documents.
 MIN_DOCUMENTS = 4
-MIN_K = 0.2  # Min-K% Prob averages over the least likely 20 % of a text's tokens (arXiv:2310.16789, fig. 4).
+# Min-K% Prob averages the log-probabilities of the least likely 20 % of a text's tokens (arXiv:2310.16789, fig. 4).
+MIN_K = 0.2
 
 
 class Extraction(NamedTuple):
@@ -141,7 +142,7 @@ def membership(
             given, and members and others come from at least `MIN_DOCUMENTS` documents each, the p-value and sd are
             computed from per-document means of the scores, because rows of the same document are correlated.
 
-    Min-K% Prob is defined in arXiv:2310.16789, eq. 1. The loss serves as a score in arXiv:1709.01604.
+    Min-K% Prob is defined in arXiv:2310.16789, eq. 1. The loss is used for membership inference in arXiv:1709.01604.
     """
     rows = units = [_evidence(scored, batch, k) for scored, batch in (members, others)]
     if documents is not None and min(len(np.unique(ids)) for ids in documents) >= MIN_DOCUMENTS:
@@ -174,7 +175,7 @@ def auc(members: np.ndarray, others: np.ndarray) -> float:
 def _evidence(scored: Scored, batch: Batch, k: float) -> tuple[np.ndarray, np.ndarray]:
     """Computes the two membership scores of each of n rows.
 
-    Tokens of weight 0 are ignored.
+    Tokens with loss weight 0 are ignored.
 
     Returns:
         (mean log-probability of each row's tokens, mean log-probability of the least likely fraction k of each row's

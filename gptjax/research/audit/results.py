@@ -1,4 +1,4 @@
-"""Data classes for the results of an audit, its alarms, and the conversion of the results to JSON (audit.json)."""
+"""Defines the data classes for the results of an audit, computes the alarms, and converts the results to JSON."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ from gptjax.types import Params
 # CONTROLS is the number of random control phrases that each trigger is compared with. The trigger and every control
 # phrase are appended to each of at most CONTEXTS held-out texts.
 CONTROLS, CONTEXTS = 199, 4
-EXCERPT = 80  # The report shows this many characters from each end of a row's text.
+EXCERPT = 80  # The audit report shows EXCERPT characters from each end of a row's text.
 
 
 class Checkpoint(NamedTuple):
@@ -80,7 +80,8 @@ def checkpoints(run_dir: str | Path) -> tuple[list[Checkpoint], Config | None, l
             models.append(Checkpoint(f"step {step:,}", partial(_merged_params, saved, step, cfg)))
     if last is not None:
         models.append(Checkpoint(f"step {last:,}, the last", lambda: weights.load(run.final)[0]))
-    # A run without checkpoints has one model, in final/ or best/. `weights.load` raises an error if both are missing.
+    # A run without checkpoints has one model, in final/ or best/. `weights.load` raises an error if both final/ and
+    # best/ are missing.
     if not models:
         models.append(Checkpoint("model", lambda: weights.load(run_dir)[0]))
     return models, cfg, notes
@@ -141,8 +142,8 @@ def audit(
     """Runs every check of an audit whose inputs are given in `settings`, and returns the report.
 
     `audit.report.page` renders the report as HTML, and `audit.results.to_json` converts the report to the contents of
-    audit.json. Every model is read from disk only once. The outlier check compares rows by their gradients under all
-    models: the gradient features of the models are concatenated.
+    audit.json. Every model is read from disk only once. For the outlier check, the gradient features of all models are
+    concatenated.
 
     Args:
         say: function that receives progress messages.

@@ -22,7 +22,7 @@ CHUNK_BYTES = 128 * 2**20  # The maximum size, in bytes, of the logits that are 
 
 
 def store_of(texts: Sequence[str], tokenizer: Tokenizer) -> TokenStore:
-    """Tokenizes texts and returns a token store with one document per text.
+    """Tokenises texts, and returns a token store with one document per text.
 
     If the tokenizer has an end-of-text token, every document ends with the end-of-text token.
     """
@@ -100,7 +100,7 @@ def rows_of(texts: Sequence[tuple[Sequence[int], Sequence[int]]], most: int | No
 
 
 class Scored(NamedTuple):
-    """Scores of the targets of a batch of n rows.
+    """The log-probability of each target of a batch, and whether each target is the most likely token.
 
     Attributes:
         log_probs: log-probability of each target, [n, T].

@@ -1,4 +1,4 @@
-"""Formats the results of a sweep as a text table, and writes them to files."""
+"""Formats the results of a sweep as a text table, and writes the results to files."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from gptjax import config
 from gptjax.files import write_json, write_text
 from gptjax.research.sweep.train import Sweep, table
 
-# Name of the marker file that `write` creates first and removes last. If the marker file exists, `write` was
-# interrupted.
+# The function `write` creates a marker file with this name first, and removes the marker file last. If the marker file
+# exists, `write` was interrupted.
 WRITING = ".sweep.partial"
 
 
@@ -68,12 +68,13 @@ def write(result: Sweep, folder: str | os.PathLike[str]) -> None:
         "axes": list(result.axes), "rows": result.rows, "table": summary, "programs": result.programs,
         "config": config.to_yaml(result.configs[0]),
     }  # fmt: skip
-    write_json(folder / "sweep.json", contents)  # This file is written last: it exists only if the sweep is complete.
+    # The file sweep.json is written last, so that it exists only if all files of the sweep are complete.
+    write_json(folder / "sweep.json", contents)
     (folder / WRITING).unlink(missing_ok=True)
 
 
 def draw(result: Sweep, path: Path) -> None:
-    """Plots the validation loss and the training loss of the runs.
+    """Plots the validation losses and the training losses of the runs of a sweep.
 
     The left panel plots the validation loss against the first swept hyperparameter that has at least two values and
     only numbers as values. Each run is a dot. For each combination of the remaining hyperparameters, a line connects

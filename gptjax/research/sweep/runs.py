@@ -34,8 +34,8 @@ Hyperparameters = dict[str, Any]
 def grid(source: str | os.PathLike[str] | None = None, *overrides: str) -> list[Config]:
     """Returns the configs of a sweep, one config per combination of the values of all axes.
 
-    An axis is an override with several values, such as `"optim.lr=[1e-4,3e-4]"` or `"seed=range(8)"`. The last axis
-    varies fastest. Overrides with one value apply to all configs, as in `load_config`.
+    An axis is an override with several values, such as `"optim.lr=[1e-4,3e-4]"` or `"seed=range(8)"`. In the returned
+    list, the values of the last axis vary fastest. Overrides with one value apply to all configs, as in `load_config`.
 
     Raises:
         UserError: the config of a run is invalid (the message lists the mistakes of all runs), or an axis cannot be
@@ -129,7 +129,7 @@ def combinations(
 def axes_of(configs: Sequence[Config]) -> tuple[str, ...]:
     """Returns the config keys, except run_dir, whose values differ between the configs.
 
-    The keys are in the order of the config schema.
+    The returned keys are in the order of the config schema.
     """
     flat = [config.flat(cfg) for cfg in configs]
     return tuple(key for key, value in flat[0].items() if any(row[key] != value for row in flat) and key != "run_dir")
@@ -184,7 +184,7 @@ def check(configs: Sequence[Config]) -> None:
 
 
 def with_hyperparameters(cfg: Config, values: Hyperparameters) -> Config:
-    """Returns a copy of the config `cfg` with other hyperparameter values. The values are not validated.
+    """Returns a copy of the config `cfg` with other hyperparameter values, which are not validated.
 
     The hyperparameter values may be tracers, but then the returned config is not hashable.
     """

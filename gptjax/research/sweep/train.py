@@ -29,7 +29,8 @@ from gptjax.training.step import TrainState, make_multi_step
 from gptjax.training.task import StepFunctions, Task
 from gptjax.types import Mean, Metrics
 
-# The arrays of these hyperparameters have dtype int32; the arrays of all other hyperparameters have dtype float32.
+# INTEGERS lists the hyperparameters whose arrays have dtype int32. The arrays of all other hyperparameters have dtype
+# float32.
 INTEGERS = ("optim.warmup_steps", "lora.rank")
 MAX_STEPS_PER_CALL = 25
 FINAL_FRACTION = 0.1  # The final training loss of a run is the average over the last 10 % of the run's steps.
@@ -126,11 +127,11 @@ def bytes_per_run(cfg: Config, n_trained: int, width: int) -> int:
 
     The estimate is the sum of three terms: the trained parameters with their gradients, updates and optimizer state (20
     bytes per parameter with AdamW), the activations of a micro-batch with rows of `width` tokens, and twice the size of
-    the logits. The first two terms are computed by `training.memory.memory_bytes`.
+    the logits. The function `training.memory.memory_bytes` computes the memory of the parameters and the activations.
 
-    The third term is computed for the logits of a micro-batch or of a validation batch, whichever are larger. The
-    estimate counts at most 256 MiB of logits, because the loss computes larger logits in chunks of at most 256 MiB. The
-    estimate is too low on GPUs of which JAX may use more than 8 GiB, where a chunk of logits takes 1/32 of that memory,
+    The logits are counted for a micro-batch or for a validation batch, whichever is larger. The estimate counts at most
+    256 MiB of logits, because the loss computes larger logits in chunks of at most 256 MiB. If JAX may use more than
+    8 GiB of a GPU's memory, the estimate is too low, because a chunk of logits then takes 1/32 of the usable memory,
     but at most 1 GiB.
     """
     tokens = max(cfg.train.batch_size // cfg.train.accumulation * width, EVAL_TOKENS)
@@ -180,8 +181,8 @@ def sweep(
 
     Up to rounding, each run gives the result of `gptjax.train` (or `gptjax.finetune`) with its config: the
     initialisation, data order, dropout and schedule are the same. No files are written. `gptjax.train` stops a run
-    after `train.max_nonfinite` consecutive non-finite steps. A sweep trains such a run to its last step, but sets
-    `stopped` to True and all metrics to None in the row of the run.
+    after `train.max_nonfinite` consecutive non-finite steps. A sweep trains every run to its last step; in the row of a
+    run that `gptjax.train` would have stopped, `stopped` is True and all metrics are None.
 
     Args:
         axes: config keys to list in the rows of the result. None: all keys that differ between runs.
@@ -235,7 +236,7 @@ class _Prepared(NamedTuple):
 def _prepare(configs: Sequence[Config], runs: Sequence[int], progress: Progress) -> _Prepared:
     """Prepares the data, the base model and the initial parameters of a group of runs that share a compiled program.
 
-    The data depend on the seed. The initial parameters depend on the seed and on the adapter's rank.
+    The data of a run depend on its seed. The initial parameters of a run depend on its seed and on the adapter's rank.
     """
     first = configs[runs[0]]
     prepare = find(first.task).prepare
@@ -393,8 +394,8 @@ class _Program:
             losses.append(np.asarray(metrics["loss"]))
             in_a_row.append(np.asarray(metrics["skipped_in_a_row"]))
 
-        # The variable `previous` holds the metrics of the previous call of the compiled step. The metrics are read only
-        # after the next call has started, so that the device stays busy.
+        # The variable `previous` holds the metrics of the previous call of the compiled step. The metrics of a call are
+        # read only after the next call has started, so that the device stays busy.
         previous: Metrics = {}
         total = n_chunks * cfg.train.max_steps
         self._compile(progress, (states, values, frozen, self._batches(tasks, 0)))
@@ -492,8 +493,8 @@ def table(rows: Sequence[dict[str, Any]], axes: Sequence[str]) -> list[dict[str,
     The returned list has one dict per combination of the values of all axes except the seed, sorted by validation loss.
     The entries `n` and `stopped` of a dict are the number of runs and the number of stopped runs. For every metric, the
     dict has the mean over the seeds under the name of the metric, and the ends of the 95 % t confidence interval of the
-    mean under `NAME/low` and `NAME/high`. The mean is None if any run was stopped or if the metric of any run is not
-    finite.
+    mean under `NAME/low` and `NAME/high`. The mean of a metric is None if any of the averaged runs was stopped or has a
+    non-finite value of the metric.
     """
     names = [key for key in axes if key != "seed"]
     groups: dict[tuple, list[dict[str, Any]]] = {}
