@@ -47,8 +47,8 @@ def hvp(loss: Scalar, params: Any, vector: Any) -> Any:
     """Returns the Hessian-vector product H v, a tree like `params`, where H is the Hessian of `loss` at `params`.
 
     The product H v is computed as the forward-mode derivative of the gradient in the direction `vector`. The Hessian is
-    never stored, and one product costs about as much as two gradients. The method is described in Pearlmutter 1994,
-    "Fast exact multiplication by the Hessian", eq. 3.
+    never stored, and one Hessian-vector product costs about as much as two gradients. The computation is described in
+    Pearlmutter 1994, "Fast exact multiplication by the Hessian", eq. 3.
     """
     return jax.jvp(jax.grad(loss), (params,), (vector,))[1]
 

@@ -45,7 +45,7 @@ BATCH_TOKENS = 2048
 
 
 def evaluate(result: TrainResult, splits: LabelledSplits | None, say: Callable[[str], None]) -> None:
-    """Evaluates the classifier on the test texts, and writes the scores to test.json and confusion.png.
+    """Evaluates the classifier on the test texts; writes the scores to test.json, and a plot to confusion.png.
 
     The scores are the accuracy with its confidence interval, the F1 score, the confusion matrix, the calibration error
     and the accuracies of two baselines. If test.json exists already, the scores are not computed again, and a summary

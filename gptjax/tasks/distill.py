@@ -200,8 +200,8 @@ def _is_text(source: str | None) -> bool:
 def _texts(cfg: Config, tokenizer: Tokenizer, width: int) -> list[Encoded]:
     """Reads documents of plain text, and splits them into examples of at most width + 1 token ids.
 
-    All tokens of an example are in the loss. The first token of an example is the last token of the preceding example,
-    so that every token of a document except the first token is a target.
+    The loss is computed on all targets of an example. The first token of an example is the last token of the preceding
+    example, so that every token of a document except the first token is a target.
     """
     ends = [tokenizer.eot_id] if tokenizer.eot_id is not None else []
     begins = [first] if (first := begin_id(tokenizer)) is not None else []

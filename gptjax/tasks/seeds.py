@@ -83,8 +83,8 @@ def is_vmapped(cfg: Config) -> bool:
     """Returns whether the seeds are trained in one vmapped program, as set by finetune.together.
 
     If finetune.together is null, the seeds are vmapped only if the trained params are adapters, the device is a GPU or
-    TPU, and train.patience is not set. On a CPU, one vmapped program is no faster than sequential runs. With
-    train.patience, the runs end at different steps.
+    TPU, and train.patience is not set. On a CPU, one vmapped program is no faster than sequential runs. If
+    train.patience is set, runs with different seeds end at different steps.
     """
     if cfg.finetune.together is not None:
         return cfg.finetune.together

@@ -114,7 +114,7 @@ class Progress:
 def without_colours(text: str) -> str:
     """Removes the terminal's escape sequences for colours from a text, so that the text can be written to a file.
 
-    Green text is put between « and ».
+    Text that is green on the terminal is put between « and » instead.
     """
     text = re.sub(r"\x1b\[32m(.*?)\x1b\[0m", r"«\1»", text, flags=re.DOTALL)
     return re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", text)

@@ -35,7 +35,7 @@ from gptjax.config.uses import verb_of
 from gptjax.errors import UserError
 from gptjax.files import user_path, write_text
 
-# The module fcntl does not exist on Windows. On Windows, only the age of the lock file shows whether the lock is held.
+# The Python module fcntl does not exist on Windows, where only the age of the lock file shows whether the lock is held.
 try:
     import fcntl
 except ImportError:

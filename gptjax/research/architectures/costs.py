@@ -16,7 +16,8 @@ def kv_cache_bytes(cfg: ModelConfig, batch: int = 1, itemsize: int = 2) -> int:
 
     Sliding-window layers, marked S in cfg.window_pattern, are counted with a cache of cfg.sliding_window tokens. The
     cache of the GPT model, `gptjax.model.cache`, is larger: it allocates context_length slots in every layer, including
-    sliding-window layers. Multi-head, grouped-query and multi-query attention differ only in cfg.n_kv_head.
+    sliding-window layers. Multi-head, grouped-query and multi-query attention differ only in cfg.n_kv_head, the number
+    of key/value heads.
     """
     slots = sum(min(window or cfg.context_length, cfg.context_length) for window in cfg.windows)
     return batch * slots * 2 * cfg.n_kv_head * cfg.head_dim * itemsize

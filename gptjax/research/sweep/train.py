@@ -340,7 +340,8 @@ class _Program:
         def steps(states: TrainState, values: Hyperparameters, frozen: Any, batches: Any) -> Any:
             """Trains N runs for K steps.
 
-            The leaves of `batches` have shape [K, N, ..] or [K, ..], and the metrics have shape [K, N].
+            The leaves of `batches` have shape [K, N, ..], or [K, ..] if all runs share one batch per step. The metrics
+            have shape [K, N].
             """
             return make_multi_step(lambda s, b: step(s, values, frozen, b))(states, batches)
 
