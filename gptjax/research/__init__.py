@@ -1,4 +1,7 @@
-"""Research tools for notebooks: composable pure functions. Each module is imported when it is first accessed."""
+"""Research tools for notebooks: composable pure functions.
+
+The submodules of `gptjax.research` are imported lazily, on first access.
+"""
 
 from __future__ import annotations
 

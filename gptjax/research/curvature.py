@@ -1,14 +1,14 @@
 """Loss curvature: Hessian-vector products, top eigenvalues, SAM, model soups and linear interpolation of models.
 
-value  = curvature.loss_on_batch(task.loss, batch)      a function that takes params and returns the mean loss
-hv     = curvature.hvp(value, params, vector)           Hessian-vector product, a tree like `params`
-top    = curvature.eigenvalues(value, params, key, n=3) eigenvalues, their error bounds, eigenvectors
-step   = make_train_step(loss, tx, transform=curvature.sam(rho=0.05))
-losses = curvature.linear_interpolation(value, first, second, jnp.linspace(0, 1, 21))
-soup   = curvature.mix(result.states[0][1].params, jnp.full(8, 1 / 8))     the average of a sweep's eight runs
+    value  = curvature.loss_on_batch(task.loss, batch)      a function that takes params and returns the mean loss
+    hv     = curvature.hvp(value, params, vector)           Hessian-vector product, a tree like `params`
+    top    = curvature.eigenvalues(value, params, key, n=3) eigenvalues, their error bounds, eigenvectors
+    step   = make_train_step(loss, tx, transform=curvature.sam(rho=0.05))
+    losses = curvature.linear_interpolation(value, first, second, jnp.linspace(0, 1, 21))
+    soup   = curvature.mix(result.states[0][1].params, jnp.full(8, 1 / 8))     the average of a sweep's eight runs
 
-All functions are pure and take pytrees. All except `greedy_soup` work under jit and vmap. To study a LoRA adapter
-instead of the whole model, pass `lora.bind(loss, params, cfg)` to `loss_on_batch`.
+All functions of this module are pure and take pytrees. All functions except `greedy_soup` work under jit and vmap. To
+study a LoRA adapter instead of the whole model, pass `lora.bind(loss, params, cfg)` to `loss_on_batch`.
 """
 
 from __future__ import annotations
@@ -27,17 +27,18 @@ from gptjax.errors import UserError
 from gptjax.training.step import Gradient, Loss
 from gptjax.types import Params
 
-Scalar = Callable[[Any], jax.Array]  # a function that takes params and returns the loss, a float32 scalar
+# The type of a function that takes params and returns the loss, a float32 scalar.
+Scalar = Callable[[Any], jax.Array]
 
-# Computes dot products in full float32, also on GPUs and TPUs, because the Lanczos vectors lose orthogonality in TF32
-# or bfloat16.
+# Dot products are computed in full float32 on GPUs and TPUs too, because in TF32 or bfloat16 the Lanczos vectors would
+# lose their orthogonality.
 _dot = partial(jnp.dot, precision="highest")
 
 
 def loss_on_batch(loss: Loss, batch: Any, key: jax.Array | None = None) -> Scalar:
     """Returns a function that takes params and returns the mean loss per token (or per text) of one batch.
 
-    Dropout is disabled if `key` is None.
+    Dropout is disabled if the PRNG key `key` is None.
     """
     return lambda params: loss(params, batch, key)[0].value()
 
@@ -45,8 +46,9 @@ def loss_on_batch(loss: Loss, batch: Any, key: jax.Array | None = None) -> Scala
 def hvp(loss: Scalar, params: Any, vector: Any) -> Any:
     """Returns the Hessian-vector product H v, a tree like `params`, where H is the Hessian of `loss` at `params`.
 
-    The product is the forward-mode derivative of the gradient along `vector`, so that H is never formed and the cost
-    is about that of two gradients. Source: Pearlmutter 1994, "Fast exact multiplication by the Hessian", eq. 3.
+    The product H v is computed as the forward-mode derivative of the gradient in the direction `vector`. The Hessian is
+    never stored, and one Hessian-vector product costs about as much as two gradients. The computation is described in
+    Pearlmutter 1994, "Fast exact multiplication by the Hessian", eq. 3.
     """
     return jax.jvp(jax.grad(loss), (params,), (vector,))[1]
 
@@ -54,9 +56,11 @@ def hvp(loss: Scalar, params: Any, vector: Any) -> Any:
 class Eigen(NamedTuple):
     """The result of `eigenvalues`.
 
-    values   [n] float32 eigenvalues, in the order that the argument `which` selects
-    errors   [n] float32: residual norms |H v - value v|, upper bounds on each value's distance to an eigenvalue of H
-    vectors  eigenvectors, a tree like the params with leaves [n, ..]; each has norm 1 over all leaves
+    Attributes:
+        values: eigenvalues, [n] float32, in the order that the argument `which` selects.
+        errors: residual norms |H v - value v|, [n] float32. The residual norm is an upper bound on the distance between
+            the returned value and an eigenvalue of H.
+        vectors: eigenvectors, a tree like the params with leaves [n, ..]. Each eigenvector has norm 1 over all leaves.
     """
 
     values: jax.Array
@@ -105,18 +109,19 @@ def eigenvalues(
 def lanczos(
     product: Callable[[jax.Array], jax.Array], key: jax.Array, size: int, steps: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Tridiagonalises a symmetric matrix H: computes a basis such that T = basis H basis^T is tridiagonal.
+    """Computes an orthonormal basis for which a symmetric matrix H is tridiagonal: T = basis H basis^T.
 
-    H is given as the function `product`, which takes a vector v and returns the matrix-vector product H v.
+    The matrix H is given as the function `product`, which takes a vector v and returns the matrix-vector product H v.
 
     Every new basis vector is reorthogonalised twice against all previous vectors, because in float32 the three-term
     recurrence of Lanczos alone loses orthogonality after a few steps. If the basis spans an invariant subspace, the
-    Lanczos iteration restarts with a random orthogonal vector and T becomes block diagonal.
+    Lanczos iteration restarts with a random orthogonal vector and the matrix T becomes block diagonal.
 
     Returns:
         (diagonal of T [steps], off-diagonal of T [steps], basis [steps, size]), float32. The last element of the
         off-diagonal is not part of T, but the norm of the residual after the last step.
-    Source: Golub and Van Loan, "Matrix Computations", 4th ed., 10.1 and 10.3.1.
+
+    The algorithm is described in Golub and Van Loan, "Matrix Computations", 4th edition, sections 10.1 and 10.3.1.
     """
 
     def orthogonal(v: jax.Array, basis: jax.Array) -> jax.Array:
@@ -146,12 +151,12 @@ def lanczos(
 
 
 def sam(rho: float | jax.Array = 0.05) -> Callable[[Gradient], Gradient]:
-    """Returns the gradient transform of sharpness-aware minimisation for `make_train_step(.., transform=sam(0.05))`.
+    """Returns the gradient transform of sharpness-aware minimisation (SAM), for use in a train step.
 
-    The transform replaces the gradient g at the params w by the gradient at w + e, where e = rho g / |g| is treated as
-    a constant. The loss and the metrics are computed at w, and both gradients use the same dropout mask. A training
-    step with SAM computes two gradients instead of one.
-    Source: arXiv:2010.01412, eq. 2 with p = 2, and eq. 3.
+    The transform is passed to the train step as `make_train_step(.., transform=sam(0.05))`. The transform replaces the
+    gradient g at the params w by the gradient at w + e, where e = rho g / |g| is treated as a constant. The loss and
+    the metrics are computed at w, and both gradients use the same dropout mask. A training step with SAM computes two
+    gradients instead of one. SAM is defined in arXiv:2010.01412, eq. 2 with p = 2, and eq. 3.
     """
 
     def transform(gradient: Gradient) -> Gradient:
@@ -169,17 +174,17 @@ def sam(rho: float | jax.Array = 0.05) -> Callable[[Gradient], Gradient]:
 def mix(stacked: Any, weights: jax.Array) -> Any:
     """Returns the weighted sum of the params of N models, which are stacked along a leading axis.
 
-    The stacked leaves have shape [N, ..], the weights [N], and the leaves of the result [..]. Weights of 1 / N give a
-    uniform model soup (arXiv:2203.05482, 2.1).
+    The leaves of `stacked` have shape [N, ..], the weights have shape [N], and the leaves of the result have shape
+    [..]. Weights of 1 / N give a uniform model soup (arXiv:2203.05482, section 2.1).
 
-    Do not use `mix` on LoRA adapters: it averages the low-rank factors a and b separately, which is not the average of
-    the products a b. Use `lora.average`, or merge the adapters into the params first.
+    Do not use `mix` on LoRA adapters, because averaging the low-rank factors a and b separately does not average their
+    products a b. To average LoRA adapters, use `lora.average`, or merge each adapter into its params first.
     """
     return jax.tree.map(lambda leaf: jnp.tensordot(weights.astype(leaf.dtype), leaf, 1, precision="highest"), stacked)
 
 
 def mixtures(loss: Scalar, stacked: Any, weights: jax.Array, *, at_once: int | None = None) -> jax.Array:
-    """Returns the losses, [M] float32, of M models, each of which is a weighted sum of N models as computed by `mix`.
+    """Returns the losses, [M] float32, of M models whose params are weighted sums of the params of N models.
 
     Args:
         stacked: params of the N models, stacked along a leading axis: leaves [N, ..].
@@ -198,14 +203,13 @@ def mixtures(loss: Scalar, stacked: Any, weights: jax.Array, *, at_once: int | N
 def linear_interpolation(
     loss: Scalar, first: Params, second: Params, t: jax.Array, *, at_once: int | None = None
 ) -> jax.Array:
-    """Returns the losses [M] float32 of the models (1 - t) * first + t * second, one for each element of t [M].
+    """Returns the losses, [M] float32, of models on the line between the params of two models.
 
-    The losses show whether a loss barrier lies between the two models.
+    The interpolated params are (1 - t) * first + t * second, for each of the M elements of t. The losses show whether a
+    loss barrier separates the two models (arXiv:1412.6544).
 
     Args:
         at_once: number of interpolated models that are held in memory at the same time. None: all M.
-
-    Source: arXiv:1412.6544.
 
     Raises:
         UserError: the params of the two models have different shapes.
@@ -217,10 +221,10 @@ def linear_interpolation(
 
 
 def greedy_soup(loss: Scalar, stacked: Any, n: int) -> tuple[list[int], Any]:
-    """Builds a greedy model soup, an average of selected models, from n models.
+    """Builds a greedy model soup, which is the average of the params of selected models (arXiv:2203.05482, recipe 1).
 
-    The models are considered in order of increasing loss. A model is added to the soup if this does not raise the loss
-    of the soup.
+    The n models are considered in order of increasing loss. A model is added to the soup if adding the model does not
+    raise the loss of the soup.
 
     Args:
         loss: function that takes params and returns the loss on held-out data.
@@ -228,7 +232,6 @@ def greedy_soup(loss: Scalar, stacked: Any, n: int) -> tuple[list[int], Any]:
 
     Returns:
         (indices of the chosen models, params averaged over the chosen models).
-    Source: arXiv:2203.05482, recipe 1.
     """
 
     def weights(members: list[int]) -> jax.Array:

@@ -1,17 +1,18 @@
 """Training data influence: per-example gradients, their similarity (TracIn) and clipping, and gradient noise scale.
 
-features = gradient_features(loss, dims=1024)                compiled once, used with any params
-cosines  = similarity(features(params, test), features(params, train))       matrix [n_test, n_train]
-scores   = tracin(features, checkpoints, train, test, rates=[1e-3] * 3)      matrix [n_test, n_train]
-noise    = gradient_noise(loss, params, batch)               noise.scale: critical batch size, in examples
+    features = gradient_features(loss, dims=1024)                compiled once, used with any params
+    cosines  = similarity(features(params, test), features(params, train))       matrix [n_test, n_train]
+    scores   = tracin(features, checkpoints, train, test, rates=[1e-3] * 3)      matrix [n_test, n_train]
+    noise    = gradient_noise(loss, params, batch)               noise.scale: critical batch size, in examples
 
 A loss is any function of (params, batch, key) that returns (Mean, metrics), where `gptjax.types.Mean` holds a weighted
 sum and the sum of the weights. All leaves of a batch have shape [B, ..]; an example is one row of the batch.
 
-By default, gradients are taken with respect to all parameters. To differentiate with respect to some of them only, pass
-these as `params` and the others as `frozen`, together with a function `combine(params, frozen)` that returns the params
-to pass to the loss. For a LoRA adapter, pass `combine=lambda adapter, base: lora.attach(base, adapter, cfg)`; for a
-part of the model that was selected with `tree.split`, pass `combine=tree.join`.
+By default, gradients are taken with respect to all parameters. To differentiate with respect to some parameters only,
+pass these parameters as `params` and the remaining parameters as `frozen`, together with a function
+`combine(params, frozen)` that returns the params of the whole model for the loss. For a LoRA adapter, pass
+`combine=lambda adapter, base: lora.attach(base, adapter, cfg)`. For parameters selected with `tree.split`, pass
+`combine=tree.join`.
 """
 
 from __future__ import annotations
@@ -33,10 +34,11 @@ from gptjax.training.step import Loss
 from gptjax.training.task import identity
 
 Combine = Callable[[Any, Any], Any]
-# A function returned by `gradient_features`: it takes (params, examples, frozen=None) and returns an array [n, dims].
+# The type of the functions that `gradient_features` returns: a function of (params, examples, frozen=None) that returns
+# an array [n, dims].
 Features = Callable[..., np.ndarray]
 
-_CHUNK_BYTES = 256 * 2**20  # maximum size, in bytes, of the per-example gradients in memory at the same time
+_CHUNK_BYTES = 256 * 2**20  # The maximum size, in bytes, of the per-example gradients held in memory at the same time.
 
 
 # ---------------------------------------------------------------- per-example gradients
@@ -51,9 +53,10 @@ def example_gradients(
     combine: Combine = identity,
     key: jax.Array | None = None,
 ) -> Any:
-    """Returns per-example gradients: the gradient of each row's mean loss, a tree like `params` with leaves [B, ..].
+    """Returns per-example gradients, a tree like `params` with leaves [B, ..].
 
-    A row whose targets all have weight 0 has gradient 0. Row i uses the dropout key `fold_in(key, i)`.
+    The gradient of an example is the gradient of the mean loss of one batch row. If all targets of a row have weight 0,
+    the gradient of the row is 0. The dropout key of row i is `jax.random.fold_in(key, i)`.
     """
 
     def row_gradient(row: Any, i: jax.Array) -> Any:
@@ -71,10 +74,10 @@ def example_gradients(
 def sketch(gradient: Any, dims: int, seed: int = 0) -> jax.Array:
     """Returns a count sketch (random projection) of a gradient tree, [dims] float32.
 
-    The inner product of two sketches is an unbiased estimate of the inner product of the two trees. Every element of a
-    tree is added, with a random sign, to one random entry of its sketch, so that no projection matrix is stored. The
-    error of the estimated inner product of two unit vectors is about 1 / sqrt(dims).
-    Source: arXiv:0902.2206, eq. 2 and lemma 2.
+    The inner product of two sketches is an unbiased estimate of the inner product of the two gradients. Every element
+    of a gradient is added, with a random sign, to one random entry of its sketch, so that no projection matrix is
+    stored. The error of the estimated inner product of two unit vectors is about 1 / sqrt(dims). The count sketch is
+    defined in arXiv:0902.2206, eq. 2; lemma 2 gives the error.
     """
     out = jnp.zeros(dims)
     for path, leaf in tree.flatten(gradient).items():
@@ -87,9 +90,10 @@ def sketch(gradient: Any, dims: int, seed: int = 0) -> jax.Array:
 def gradient_features(
     loss: Loss, *, combine: Combine = identity, dims: int | None = 1024, seed: int = 0, chunk: int | None = None
 ) -> Features:
-    """Returns a function `features(params, examples, frozen=None)` that computes the features of n examples.
+    """Returns a function `features(params, examples, frozen=None)` that computes the gradient features of n examples.
 
-    The features of an example are the `sketch` of its gradient. The function returns an array [n, dims] float32.
+    The features of an example are a count sketch of the example's gradient (`sketch`). The returned function computes
+    an array [n, dims] float32.
 
     Args:
         dims: size of the sketches. None: gradients are not sketched; the features of an example are its whole gradient
@@ -115,9 +119,10 @@ def gradient_features(
 
 
 def in_chunks(fn: Callable[[Any], Any], examples: Any, size: int) -> Any:
-    """Applies `fn` to chunks of `size` rows of `examples`, and concatenates the outputs on the host.
+    """Applies the function `fn` to chunks of `size` rows of `examples`, and concatenates the outputs on the host.
 
-    The last chunk is padded to `size` rows, so that `fn` is compiled once; the padding is removed from its output.
+    The last chunk is padded to `size` rows, so that `fn` is compiled only once. The outputs for the padding rows are
+    removed.
     """
     n = _rows(examples)
     size, outputs = min(size, n), []
@@ -141,14 +146,14 @@ def _rows(examples: Any) -> int:
 def similarity(a: np.ndarray, b: np.ndarray, *, cosine: bool = True) -> np.ndarray:
     """Returns the cosine similarity of each row of `a` to each row of `b`, as a matrix [n, m].
 
-    `a` [n, K] and `b` [m, K] hold K features per row. If `cosine` is False, the inner products are returned instead.
-    The cosine similarity with a row of zeros is 0.
+    The arrays `a` [n, K] and `b` [m, K] hold K features per row. If `cosine` is False, inner products are returned
+    instead of cosine similarities. The cosine similarity with a row of zeros is 0.
     """
     return (unit(a) @ unit(b).T) if cosine else a @ b.T
 
 
 def unit(features: np.ndarray) -> np.ndarray:
-    """Normalises each row to length 1; a row of zeros stays zero."""
+    """Divides each row of `features` by its L2 norm; a row of zeros stays zero."""
     length = np.linalg.norm(features, axis=1, keepdims=True)
     return features / np.where(length > 0, length, 1)
 
@@ -165,9 +170,9 @@ def tracin(
 ) -> np.ndarray:
     """Returns the TracIn influence of each training example on each test example, [n_test, n_train] float32.
 
-    The influence is the sum over checkpoints of rate * (inner product of the test gradient and the training gradient).
-    To first order, a positive influence means that training on the training example lowered the loss of the test
-    example.
+    The influence of a training example on a test example is the sum over checkpoints of learning rate * (inner product
+    of the test example's gradient and the training example's gradient). To first order, a positive influence means that
+    training on the training example lowered the loss of the test example.
 
     Args:
         features: function returned by `gradient_features`.
@@ -199,9 +204,11 @@ def tracin(
 class Noise(NamedTuple):
     """Gradient noise scale.
 
-    scale        trace / square_norm, in examples: the critical batch size
-    trace        trace of the covariance of the per-example gradients
-    square_norm  estimated squared norm of the true gradient; can be negative if the batch has too few examples
+    Attributes:
+        scale: trace / square_norm, the critical batch size in examples.
+        trace: trace of the covariance of the per-example gradients.
+        square_norm: estimated squared norm of the true gradient; negative estimates occur if a batch has too few
+            examples.
     """
 
     scale: float
@@ -212,8 +219,8 @@ class Noise(NamedTuple):
 def noise_scale(small: float, big: float, *, n_small: int, n_big: int) -> Noise:
     """Estimates the gradient noise scale from mean squared gradient norms at two batch sizes.
 
-    `trace` and `square_norm` are unbiased estimates, but their quotient is not. To combine several training steps,
-    average `trace` and `square_norm` over the steps, then divide the averages.
+    `trace` and `square_norm` are unbiased estimates, but the quotient of `trace` and `square_norm` is biased. To
+    combine several training steps, average `trace` and `square_norm` over the steps, then divide the averages.
 
     Args:
         small: squared norm of the mean gradient of n_small examples, averaged over batches of this size.
@@ -259,7 +266,7 @@ def clipped_sum(
     key: jax.Array | None = None,
     chunk: int | None = None,
 ) -> tuple[Any, jax.Array]:
-    """Clips the gradient of each row of the batch, and sums the clipped gradients.
+    """Clips the gradient of each row of a batch to a maximum L2 norm, and returns the sum of the clipped gradients.
 
     Args:
         clip: maximum L2 norm of a row's gradient.
@@ -285,8 +292,8 @@ def clipped_sum(
         factor = jnp.minimum(1.0, clip / jnp.maximum(norms, 1e-12))
 
         def clipped(g: jax.Array) -> jax.Array:
-            # The products are computed in full float32, because rounding to TF32 or bfloat16 could make a norm exceed
-            # `clip` and void the privacy guarantee.
+            # The clipped gradients are computed in full float32, because rounding to TF32 or bfloat16 could make the
+            # norm of a gradient exceed `clip` and void the guarantee of differential privacy.
             return jnp.einsum("b,b...->...", factor.astype(g.dtype), g, precision="highest")
 
         return jax.tree.map(lambda t, g: t + clipped(g), total, gradients), norms

@@ -1,12 +1,12 @@
-"""Differential privacy: training with DP-SGD, and a privacy accountant.
+"""Trains with differential privacy (DP-SGD), and computes the privacy loss of training with a privacy accountant.
 
-`private` wraps a loss so that `make_train_step` computes the clipped and noised gradients of DP-SGD.
+The function `private` wraps a loss so that `make_train_step` computes the clipped and noised gradients of DP-SGD.
 
-step  = make_train_step(private(loss, clip=1.0, noise=1.1, batch_size=64), tx, combine=pair)
-spent = epsilon(noise=1.1, rate=64 / 1045, steps=500, delta=1e-5)
+    step  = make_train_step(private(loss, clip=1.0, noise=1.1, batch_size=64), tx, combine=pair)
+    spent = epsilon(noise=1.1, rate=64 / 1045, steps=500, delta=1e-5)
 
-The loss, the frozen parameters and `combine` have the same meaning as in `research.influence`. The gradients are
-clipped by `research.influence.clipped_sum`.
+The loss, the frozen parameters and the function `combine` are described in `gptjax.research.influence`. The gradients
+are clipped by `gptjax.research.influence.clipped_sum`.
 """
 
 from __future__ import annotations
@@ -26,13 +26,16 @@ from gptjax.research.influence import Combine, clipped_sum, identity
 from gptjax.training.step import Loss
 from gptjax.types import Mean, Metrics
 
-# Orders of the Renyi divergence. All orders are integers, because the accountant's sums have finitely many terms for
-# integer orders.
+# _ORDERS lists the orders at which the Renyi accountant computes the Renyi divergence. All orders are integers, because
+# the accountant's sums have finitely many terms for integer orders.
 _ORDERS = (*range(2, 65), 96, 128, 256, 512)
 
 
 def pair(trained: Any, frozen: Any) -> tuple[Any, Any]:
-    """Returns both trees unchanged; serves as the `combine` function of a train step with a `private` loss."""
+    """Returns the trained and the frozen parameters unchanged, as a pair.
+
+    The function `pair` serves as the `combine` argument of a train step whose loss is wrapped by `private`.
+    """
     return trained, frozen
 
 
@@ -46,12 +49,13 @@ def private(
     chunk: int | None = None,
     accumulation: int = 1,
 ) -> Loss:
-    """Wraps a loss: the returned loss has the same value, but its gradient is clipped and noised as in DP-SGD.
+    """Wraps a loss for DP-SGD: the returned loss has the value of the original loss, but a clipped and noised gradient.
 
-    The gradient is clipped per example, summed over the batch, noised, and divided by `batch_size`.
+    The gradients are clipped per example and summed over the batch. Gaussian noise is added to the sum, and the result
+    is divided by `batch_size` (arXiv:1607.00133, algorithm 1).
 
-    The returned loss takes the pair (trained, frozen) as its params, because gradients are computed and clipped only
-    for the trained parameters. Build the train step as follows:
+    The params of the returned loss are the pair (trained, frozen), because gradients are computed and clipped only for
+    the trained parameters. The returned loss is used in a train step as follows:
 
         step = make_train_step(private(loss, clip=1.0, noise=1.1, batch_size=64), tx, combine=pair)
 
@@ -66,7 +70,6 @@ def private(
     Raises:
         UserError: `clip`, `batch_size` or `accumulation` is not positive, `noise` is negative, or the loss is called
             without a key.
-    Source: arXiv:1607.00133, algorithm 1.
     """
     if not (clip > 0 and noise >= 0 and batch_size > 0 and accumulation > 0):
         raise UserError(
@@ -115,7 +118,7 @@ def private(
 def poisson_sample(
     n: int, *, rate: float, step: int, seed: int, capacity: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draws a Poisson sample of n rows, as `epsilon` assumes: each row is drawn independently with probability `rate`.
+    """Draws a Poisson sample: each of n rows is drawn independently with probability `rate`.
 
     Args:
         capacity: number of rows in the result, including padding. None: the expected number of rows plus six standard
@@ -135,26 +138,27 @@ def poisson_sample(
 
 
 def epsilon(*, noise: float, rate: float, steps: int, delta: float) -> float:
-    """Returns the privacy loss epsilon of `steps` training steps with `private` on batches drawn by `poisson_sample`.
+    """Returns the privacy loss epsilon of training with DP-SGD for `steps` steps.
 
-    Epsilon bounds how much adding or removing one training row can change the distribution of the trained model.
+    Epsilon bounds how much adding or removing one training row can change the distribution of the trained model. The
+    accountant assumes that the loss is wrapped by `private`, and that batches are drawn by `poisson_sample`. Epsilon is
+    computed from privacy loss distributions (arXiv:2106.02848) with Google's package dp-accounting.
 
     Raises:
         UserError: the package dp-accounting is not installed.
-    Source: Google's dp-accounting, privacy loss distributions (arXiv:2106.02848).
     """
     accountant = _accounting().pld.PLDAccountant()
     return float(accountant.compose(_event(noise, rate, steps)).get_epsilon(delta))
 
 
 def noise_for(epsilon: float, *, rate: float, steps: int, delta: float) -> float:
-    """Returns the smallest noise multiplier for which training is (epsilon, delta)-differentially private.
+    """Returns the smallest noise multiplier for which training with DP-SGD is (epsilon, delta)-differentially private.
 
-    Training is assumed to take `steps` training steps with `private` on batches drawn by `poisson_sample`. The noise
-    multiplier is accurate to 0.001.
+    The accountant assumes that training takes `steps` steps, that the loss is wrapped by `private`, and that batches
+    are drawn by `poisson_sample`. The noise multiplier is accurate to 0.001.
 
-    Uses a Renyi accountant (arXiv:1908.10530), which is faster than the accountant of the function `epsilon` and
-    slightly more conservative.
+    The noise multiplier is computed with a Renyi accountant (arXiv:1908.10530), which is faster than the accountant of
+    the function `epsilon` and slightly more conservative.
     """
     accounting = _accounting()
     return float(

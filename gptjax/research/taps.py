@@ -1,14 +1,15 @@
-"""Tools for interpretability: activation patching, head ablation, logit lens, attention maps, steering vectors.
+"""Interpretability methods: activation patching, head ablation, logit lens, attention maps and steering vectors.
 
     logits, acts = tapped(params, tokens, cfg, ("blocks/*/attn/out",))       read activations
     logits = forward(params, tokens, cfg, patches={"blocks/3/resid": ...})   replace activations
     grid = patching_grid(params, clean, corrupted, cfg, metric)              activation patching
     text = generate(params, prompts, cfg, patches=steering(v, 12), ..)       steer generation
 
-`gptjax.model.activations` lists the paths of the activations. All functions are traceable: they work under jit, grad
-and vmap. `params` may hold adapters and quantised weights. A metric is any function that takes logits [B, V] float32
-and returns a scalar. In shapes, L is the number of layers, B the number of rows, T the number of tokens per row, D the
-size of the residual stream, N the number of attention heads, H the size of a head, and V the size of the vocabulary.
+The module `gptjax.model.activations` lists the paths of the activations. All functions work under jit, grad and vmap.
+The argument `params` may contain adapters and quantised weights. A metric is any function that takes logits [B, V]
+float32 and returns a scalar. In shapes, L is the number of layers, B the number of rows, T the number of tokens per
+row, D the size of the residual stream, N the number of attention heads, H the size of a head, and V the size of the
+vocabulary.
 """
 
 from __future__ import annotations
@@ -36,14 +37,14 @@ __all__ = [
 Metric = Callable[[jax.Array], jax.Array]
 Axis = Literal["position", "head"]
 
-# Indices of the position axis and of the head axis in activations [L, B, ..], which are stacked over layers. In
-# attention weights, the position is that of the query.
+# Activations have shape [L, B, ..], stacked over layers. By default, axis 2 is the position axis and axis 3 is the head
+# axis; _AXES lists the activations with other axes. The position of an attention weight is the query's position.
 _AXES: dict[str, dict[str, int]] = {"attn/weights": {"position": 3, "head": 2}}
 _WITH_HEADS = ("attn/q", "attn/k", "attn/v", "attn/heads", "attn/weights")
 
 
 def logit_difference(right: int, wrong: int) -> Metric:
-    """Returns a metric: the logit of token `right` minus the logit of token `wrong`, averaged over rows."""
+    """Returns a metric: the logit of the token `right` minus the logit of the token `wrong`, averaged over rows."""
     return lambda logits: (logits[..., right] - logits[..., wrong]).mean()
 
 
@@ -59,11 +60,12 @@ def patching_grid(
     position: int = -1,
     memory_bytes: int = 2**30,
 ) -> jax.Array:
-    """Localises the activations that distinguish two prompts, by activation patching (causal tracing).
+    """Finds the activations that distinguish two prompts, by activation patching (causal tracing).
 
-    Each cell of the grid is the metric of a forward pass on `corrupted` in which the activation of one layer, at one
-    position or head, is replaced by the same activation from the forward pass on `clean`. The forward passes are
-    vmapped in one compiled program; `memory_bytes` limits how many of them are computed at the same time.
+    The function returns a grid of metric values. Each value in the grid is the metric of a forward pass on the prompt
+    `corrupted` in which the activation of one layer, at one position or head, is replaced by the activation from the
+    forward pass on the prompt `clean`. The forward passes are vmapped in one compiled program; `memory_bytes` limits
+    how many forward passes run at the same time.
 
     Args:
         clean, corrupted: tokens of the two prompts, [B, T] int32 each. The grid shows which activations of `clean`
@@ -83,7 +85,7 @@ def patching_grid(
     Raises:
         UserError: the prompts' shapes differ, `site` does not exist, or the activation at `site` lacks one of `axes`.
 
-    Source: arXiv:2202.05262 (causal tracing), arXiv:2309.16042 (activation patching).
+    Causal tracing is described in arXiv:2202.05262, and activation patching in arXiv:2309.16042.
     """
     if clean.shape != corrupted.shape:
         raise UserError(
@@ -108,14 +110,14 @@ def head_ablation(
     position: int = -1,
     memory_bytes: int = 2**30,
 ) -> jax.Array:
-    """Returns the metric with each attention head ablated, one at a time: [L, N] float32.
+    """Computes a metric with one attention head ablated, for each head in turn. Returns [L, N] float32.
 
     Args:
         value: array that replaces a head's output, broadcast to [L, B, T, N, H]. None: zeros (zero ablation). For mean
             ablation use `tapped(..)[1]["blocks/*/attn/heads"].mean((1, 2), keepdims=True)`.
         position, memory_bytes: as in `patching_grid`.
 
-    Source: arXiv:1905.10650; mean ablation: arXiv:2211.00593, 2.1.
+    Head ablation is described in arXiv:1905.10650, and mean ablation in arXiv:2211.00593, section 2.1.
     """
     shape = (cfg.n_layer, *tokens.shape, cfg.n_head, cfg.head_dim)
     value = jnp.zeros((cfg.n_layer, 1, 1, 1, 1)) if value is None else value
@@ -134,10 +136,11 @@ def _grid(
     position: int,
     memory_bytes: int,
 ) -> jax.Array:
-    """Computes the metric for every cell of a grid, whose axes are the layers and then `axes`.
+    """Computes a metric for every cell of a grid, in which each cell stands for one layer and one position or head.
 
     For each cell, a forward pass is run in which the activation of the cell's layer, at the cell's position or head or
-    both, is replaced by `value`. `shape` [L, B, ..] is the shape of the activation at `path`, stacked over layers.
+    both, is replaced by `value`. The argument `shape` is the shape [L, B, ..] of the activation at `path`, stacked over
+    layers. The axes of the grid are the layers, followed by `axes`.
     """
     site = path.removeprefix("blocks/*/")
     known = _AXES.get(site, {"position": 2} | ({"head": 3} if site in _WITH_HEADS else {}))
@@ -156,8 +159,8 @@ def _grid(
         hidden = backbone(params, tokens, cfg, patches={path: replace(value, mask)})
         return metric(lm_logits(params, hidden[:, position], cfg))
 
-    # Estimated peak memory of a forward pass: the residual stream and its copies, feed-forward neurons, attention
-    # scores, and the logits at one position.
+    # The peak memory of a forward pass is estimated as the size of the residual stream and its copies, the feed-forward
+    # activations, the attention scores, and the logits at one position.
     (B, T), n = tokens.shape, math.prod(sizes)
     width = 6 * cfg.d_model + 3 * cfg.d_ff + 3 * cfg.n_head * (T + cfg.head_dim)
     run_bytes = 4 * B * (T * width + cfg.vocab_size)
@@ -169,14 +172,17 @@ def _grid(
 
 
 def logit_lens(params: Params, tokens: jax.Array, cfg: ModelConfig, **context: Any) -> jax.Array:
-    """Returns the logit lens: logits decoded from the embedding and from the residual stream after every block.
+    """Computes the logit lens: logits decoded from the embedding and from the residual stream after every block.
 
-    The final norm and the LM head are applied to each of these L + 1 activations; the last entry of the result equals
-    the logits of `forward`. `context` holds further arguments of `tapped`, such as `positions` or `patches`.
+    The final norm and the LM head are applied to the embedding and to the output of each of the L blocks. The last
+    entry of the result equals the logits of `forward`. The logit lens is described in arXiv:2303.08112, eq. 2, and in
+    the blog post "interpreting GPT: the logit lens" by nostalgebraist (2020).
+
+    Args:
+        context: further arguments of `tapped`, such as `positions` or `patches`.
 
     Returns:
         Logits [L + 1, B, T, V] float32.
-    Source: nostalgebraist, "interpreting GPT: the logit lens" (2020); arXiv:2303.08112, eq. 2.
     """
     _, acts = tapped(params, tokens, cfg, ("embed", "blocks/*/resid"), **context)
     stream = jnp.concatenate([acts["embed"][None], acts["blocks/*/resid"]])
@@ -185,9 +191,12 @@ def logit_lens(params: Params, tokens: jax.Array, cfg: ModelConfig, **context: A
 
 
 def attention_maps(params: Params, tokens: jax.Array, cfg: ModelConfig, **context: Any) -> jax.Array:
-    """Returns attention weights [L, B, N, T, T] float32, indexed by query and then key; each query's weights sum to 1.
+    """Returns the attention weights of all layers and heads, [L, B, N, T, T] float32.
 
-    `context` holds further arguments of `tapped`, such as `positions` or `patches`.
+    The last two axes of the result are queries and keys. The attention weights of each query sum to 1.
+
+    Args:
+        context: further arguments of `tapped`, such as `positions` or `patches`.
     """
     path = "blocks/*/attn/weights"
     return tapped(params, tokens, cfg, (path,), **context)[1][path]
@@ -196,14 +205,18 @@ def attention_maps(params: Params, tokens: jax.Array, cfg: ModelConfig, **contex
 def steering_vector(
     params: Params, towards: jax.Array, away: jax.Array, cfg: ModelConfig, layer: int, *, position: int = -1
 ) -> jax.Array:
-    """Returns a steering vector [D]: mean residual stream after `layer` on the texts `towards` minus that on `away`.
+    """Computes a steering vector [D], the difference between the mean residual streams of two sets of texts.
+
+    The steering vector is the mean residual stream after the block `layer` on the texts `towards`, minus the mean
+    residual stream after the same block on the texts `away`.
 
     Args:
         towards, away: tokens of two sets of texts, [B, T] int32 each, without padding. B and T may differ between the
             two sets.
         position: index of the token whose residual stream is averaged.
 
-    Source: arXiv:2308.10248; the mean over many pairs of texts: arXiv:2312.06681, eq. 2.
+    Steering vectors are described in arXiv:2308.10248, and their mean over many pairs of texts in arXiv:2312.06681,
+    eq. 2.
     """
     path = f"blocks/{layer}/resid"
     target, source = (tapped(params, tokens, cfg, (path,))[1][path][:, position].mean(0) for tokens in (towards, away))
@@ -211,9 +224,9 @@ def steering_vector(
 
 
 def steering(vector: jax.Array, layer: int, strength: ArrayLike = 1.0) -> dict[str, Patch]:
-    """Returns patches that add strength * vector [D] to the residual stream after `layer`, at every token.
+    """Returns patches that add strength * vector to the residual stream after the block `layer`, at every token.
 
-    Pass the returned patches to `forward`, `extend` or `generate` as `patches`. Vector and strength are traced, so that
-    new values cause no recompilation.
+    The returned patches are passed to `forward`, `extend` or `generate` as the argument `patches`. The vector [D] and
+    the strength are traced arrays, so that new values cause no recompilation.
     """
     return {f"blocks/{layer}/resid": add(strength * vector)}

@@ -1,18 +1,20 @@
-"""The training tasks. Each task is one module with these functions:
+"""The training tasks: pretraining and the fine-tuning tasks.
 
-prepare(cfg, progress)                  reads the data and the base model; returns a `Ready`, which holds the resolved
-                                        config, the `Task` and the test data
-evaluate(result, held_out, say)         scores the trained model on the test data `held_out`; if `held_out` is None,
-                                        reads the test data again
-refuse_missing(cfg)                     raises UserError if the data or the base model do not exist; downloads nothing
-loss(cfg)                               returns the loss function, which takes (params, batch, key) and returns
-                                        (`gptjax.types.Mean`, metrics)
-batch_shapes(cfg, rows, width)          returns the shapes of a batch, for `gptjax plan`
-plan(cfg)                               returns lines of text that summarise the run, for --dry-run; only fine-tuning
-                                        tasks have this function
+Each task is a Python module that defines the following functions:
 
-To add a task, write a module with the functions above, add it to `TASKS`, and add the dataclass of its settings to
-`Config`.
+    prepare(cfg, progress)            reads the data and the base model; returns a `Ready`, which holds the resolved
+                                      config, the `Task` and the test data
+    evaluate(result, held_out, say)   scores the trained model on the test data `held_out`; if `held_out` is None,
+                                      reads the test data again
+    refuse_missing(cfg)               raises UserError if the data or the base model do not exist; downloads nothing
+    loss(cfg)                         returns the loss function, which takes (params, batch, key) and returns
+                                      (`gptjax.types.Mean`, metrics)
+    batch_shapes(cfg, rows, width)    returns the shapes of a batch, for `gptjax plan`
+    plan(cfg)                         returns lines of text that summarise the run, for --dry-run; only fine-tuning
+                                      tasks have this function
+
+To add a task, write a module with the functions above, add the module to `TASKS`, and add the dataclass of the task's
+settings to `Config`.
 """
 
 from __future__ import annotations
@@ -35,15 +37,15 @@ TASKS = {name: f"gptjax.tasks.{name}" for name in ("pretrain", *TUNINGS)}
 
 
 def find(name: str) -> ModuleType:
-    """Returns the module that defines a task."""
+    """Imports and returns the module that defines the task `name`."""
     return importlib.import_module(TASKS[name])
 
 
 def train(cfg: Config, *, log: Callable[[str], None] | None = None, hooks: Sequence[Hook] = ()) -> TrainResult:
-    """Train the model that `cfg` describes, or resume the run in its run directory (train.resume=auto).
+    """Trains the model that `cfg` describes, or resumes the run in its run directory (train.resume=auto).
 
-    If the run is finished already, its result is returned. A resumed run is bitwise equal to an uninterrupted one on
-    the same versions and devices.
+    If the run has finished already, the result of the finished run is returned. With the same versions and devices, a
+    resumed run is bitwise equal to an uninterrupted run.
 
     Args:
         log: function that is called with each line of output, or None to print the lines.
@@ -73,7 +75,11 @@ def train(cfg: Config, *, log: Callable[[str], None] | None = None, hooks: Seque
 
 
 def finetune(cfg: Config, *, log: Callable[[str], None] | None = None, hooks: Sequence[Hook] = ()) -> TrainResult:
-    """Fine-tune a model: the same as `train`, but raises UserError for the task pretrain."""
+    """Fine-tunes the model that `cfg` describes, as `train` does.
+
+    Raises:
+        UserError: the task is pretrain, or `train` raises a UserError.
+    """
     if cfg.task == "pretrain":
         raise UserError(
             f"task=pretrain is not fine-tuning: use gptjax pretrain, or task={', '.join(TUNINGS[:-1])} or {TUNINGS[-1]}"
@@ -82,7 +88,7 @@ def finetune(cfg: Config, *, log: Callable[[str], None] | None = None, hooks: Se
 
 
 def refuse(cfg: Config) -> bool:
-    """Run the checks of `train` that need no data. Returns True if the run is finished already.
+    """Runs those checks of `train` that need no data, and returns whether the run has finished already.
 
     Raises:
         UserError: at least one check failed; the message lists all problems.

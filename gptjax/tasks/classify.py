@@ -1,4 +1,4 @@
-"""Text classification: fine-tune a language model with a classification head, and evaluate it on the test texts."""
+"""Text classification: fine-tunes a language model with a classification head, and evaluates it on test texts."""
 
 from __future__ import annotations
 
@@ -36,19 +36,23 @@ __all__ = [
     "classify_texts", "evaluate", "load_classifier", "loss", "new_head", "plan", "prepare", "probabilities",
     "refuse_missing",
 ]  # fmt: skip
-BATCH_SIZE, PAD_TO = 16, 64  # texts per batch in `load_classifier`, which pads rows to a multiple of PAD_TO tokens
-MIN_TEXT_TOKENS = 16  # assumed number of tokens per text, to estimate how many texts fit a packed row
-BATCH_TOKENS = 2048  # approximate number of tokens per batch in `probabilities`
+# `load_classifier` classifies texts in batches of BATCH_SIZE rows, padded to a multiple of PAD_TO tokens.
+BATCH_SIZE, PAD_TO = 16, 64
+# The function `batch_shapes` assumes MIN_TEXT_TOKENS tokens per text, to estimate how many texts fit into a packed row.
+MIN_TEXT_TOKENS = 16
+# The function `probabilities` classifies texts in batches of about BATCH_TOKENS tokens.
+BATCH_TOKENS = 2048
 
 
 def evaluate(result: TrainResult, splits: LabelledSplits | None, say: Callable[[str], None]) -> None:
-    """Evaluate the classifier on the test texts: accuracy with its confidence interval, F1, confusion matrix,
-    calibration error and baselines.
+    """Evaluates the classifier on the test texts; writes the scores to test.json, and a plot to confusion.png.
 
-    Writes test.json and confusion.png. If test.json exists, only prints its summary.
+    The scores are the accuracy with its confidence interval, the F1 score, the confusion matrix, the calibration error
+    and the accuracies of two baselines. If test.json exists already, the scores are not computed again, and a summary
+    of the scores in test.json is printed.
 
     Args:
-        splits: the training, validation and test texts with their labels, or None to read them again.
+        splits: the training, validation and test texts with their labels. None: the texts are read again.
     """
     file = Path(result.run_dir) / RESULTS
     if not file.exists():
@@ -56,7 +60,7 @@ def evaluate(result: TrainResult, splits: LabelledSplits | None, say: Callable[[
 
         scores = score(result, splits or _data(result.cfg))
         draw_confusion(np.array(scores["confusion"]), scores["labels"], file.parent / "confusion.png")
-        write_json(file, scores)  # written last, because this file marks the evaluation as complete
+        write_json(file, scores)  # The file test.json is written last, because it marks the evaluation as complete.
     for line in use_json(file, summary):
         say(line)
 
@@ -65,13 +69,15 @@ def _data(cfg: Config) -> LabelledSplits:
     settings = cfg.classify
     if not settings.source:
         raise UserError("classify.source is missing: name a .csv, .tsv, .jsonl, .json or .parquet file, or hf:org/name")
-    # For the split "book", quotation marks in a .tsv file delimit a text and are not part of it. The code of the book,
-    # Build a Large Language Model (From Scratch), reads the file with pandas, which treats quotation marks in this way.
+    # With classify.split=book, quotation marks in a .tsv file delimit a text and are not part of the text. The code of
+    # the book Build a Large Language Model (From Scratch) reads .tsv files with pandas, which treats quotation marks as
+    # delimiters of a text.
     quoted = settings.split == "book"
     data = classification.read(
         settings.source, text=settings.text_field, label=settings.label_field, labels=settings.labels, quoted=quoted
     )
-    if settings.balance and settings.split != "book":  # the split "book" balances the classes itself
+    # With classify.split=book, the function `split_labelled` balances the classes.
+    if settings.balance and settings.split != "book":
         data = classification.balanced(data, cfg.seed)
     fractions = (1 - settings.val_fraction - settings.test_fraction, settings.val_fraction, settings.test_fraction)
     return split_labelled(
@@ -143,7 +149,10 @@ def loss(cfg: Config) -> Loss:
 
 
 def batch_shapes(cfg: Config, rows: int, width: int) -> LabelledBatch:
-    """Returns the shapes of a batch. The number of texts per packed row depends on the data, so it is estimated."""
+    """Returns the shapes of a batch of the classification task.
+
+    The number of texts per packed row depends on the data, so the number is estimated.
+    """
     n = max(1, width // MIN_TEXT_TOKENS) if cfg.classify.packing == "packed" else 1
 
     def shape(columns: int, dtype: type = np.int32) -> Any:
@@ -153,9 +162,9 @@ def batch_shapes(cfg: Config, rows: int, width: int) -> LabelledBatch:
 
 
 def plan(cfg: Config) -> list[str]:
-    """Returns lines of text that summarise the run, for --dry-run."""
+    """Returns the lines of text that --dry-run prints to summarise a training run."""
     splits, base = _data(cfg), tuning.base_model(cfg)
-    base.tokenizer()  # raises UserError if the tokenizer does not fit the model
+    base.tokenizer()  # The method `tokenizer` raises UserError if the tokenizer does not fit the base model.
     texts = " + ".join(f"{len(subset.texts):,}" for subset in splits[:3])
     epochs = f"{cfg.train.epochs:g} epochs" if cfg.train.epochs is not None else f"{cfg.train.max_steps:,} steps"
     return [
@@ -166,9 +175,10 @@ def plan(cfg: Config) -> list[str]:
 
 
 def new_head(key: jax.Array, cfg: ModelConfig) -> Params:
-    """Returns a classification head, initialised by the method `cfg.init`.
+    """Returns the params of a new classification head, initialised by the method `cfg.init`.
 
-    The head is {"kernel": [D, n_classes], "bias": [n_classes]}, without the bias if cfg.cls_bias is false.
+    The params of the head are {"kernel": [D, n_classes], "bias": [n_classes]}. If cfg.cls_bias is false, the head has
+    no bias.
     """
     small = dataclasses.replace(cfg, n_layer=1, vocab_size=2, d_ff=2)
     return init_params(key, small)["cls_head"]
@@ -186,10 +196,11 @@ def probabilities(params: Params, cfg: ModelConfig, examples: classification.Exa
 
 
 def score(result: TrainResult, splits: LabelledSplits) -> dict[str, Any]:
-    """Returns the scores of the classifier on the test texts, and the accuracy of two baselines.
+    """Returns the scores of the classifier on the test texts, and the accuracies of two baselines.
 
     The scores are computed by `evaluation.classification.report`. The baselines, the most common class and naive Bayes,
-    are fitted to the training texts. `leaked` is the number of validation and test texts that are also training texts.
+    are fitted to the training texts. The entry "leaked" is the number of validation and test texts that are also
+    training texts.
     """
     settings, cfg = read_labels(Path(result.run_dir) / "final"), result.cfg.model
     test = classification.encode(splits.test, result.tokenizer, settings["max_length"], settings["prompt"])
@@ -212,7 +223,7 @@ def summary(scores: dict[str, Any]) -> list[str]:
 
 
 def _table(labels: list[str], confusion: list[list[int]]) -> list[str]:
-    """Format a confusion matrix as lines of text, with one row per true class and one column per predicted class.
+    """Formats a confusion matrix as lines of text, with one row per true class and one column per predicted class.
 
     true \\ predicted    ham   spam
                   ham    812      3
@@ -229,15 +240,15 @@ def _table(labels: list[str], confusion: list[list[int]]) -> list[str]:
 
 
 def classify_texts(folder: str | Path, texts: list[str]) -> list[dict[str, float]]:
-    """Returns the class probabilities of each text, computed by the classifier in a run directory."""
+    """Computes the class probabilities of each text with the classifier in a run directory."""
     return load_classifier(folder)(texts)
 
 
 def load_classifier(folder: str | Path) -> Callable[[Sequence[str]], list[dict[str, float]]]:
-    """Load the classifier in a run directory, and return it as a function that can be called many times.
+    """Loads the classifier in a run directory, and returns a function that classifies texts.
 
-    Texts are padded to batches of `BATCH_SIZE` rows and a multiple of `PAD_TO` tokens, so that XLA compiles for few
-    shapes.
+    Texts are padded to batches of `BATCH_SIZE` rows and a multiple of `PAD_TO` tokens, so that XLA compiles programs
+    for only a few shapes.
 
     Returns:
         A function that maps texts to the class probabilities of each text, and raises UserError for a text without
@@ -271,7 +282,10 @@ def load_classifier(folder: str | Path) -> Callable[[Sequence[str]], list[dict[s
 
 
 def refuse_reward_model(settings: dict[str, Any], folder: str | Path) -> None:
-    """Raises UserError if the labels.json of a model has only one class: the probability of this class is always 1."""
+    """Raises UserError if the model in `folder` is a reward model, whose labels.json has only one class.
+
+    A reward model cannot classify texts, because the probability of its only class is always 1.
+    """
     if len(settings["labels"]) == 1:
         raise UserError(
             f"{folder} is a reward model, which has no classes: gptjax sample MODEL chat=true n=8 pick=reward "
@@ -280,6 +294,9 @@ def refuse_reward_model(settings: dict[str, Any], folder: str | Path) -> None:
 
 
 def __getattr__(name: str) -> Any:
-    """Returns the object for a deprecated name of this module: a renamed constant, or a function of `gptjax.losses`."""
+    """Returns the object that a deprecated name of this module refers to.
+
+    A deprecated name refers to a renamed constant or to a function of `gptjax.losses`.
+    """
     new = moved_name(__name__, name)
     return old_task(new, init_params) if name == "task" else new

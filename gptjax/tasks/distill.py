@@ -1,16 +1,17 @@
 """Knowledge distillation: a student learns the next-token probabilities of a larger model, the teacher.
 
-The teacher runs in every training step or, with distill.top_k, once before training; the log-probabilities of its most
-probable tokens are then read from a file in the cache:
+By default, the teacher runs in every training step. If distill.top_k is set, the teacher runs once before training, and
+the log-probabilities of its most probable tokens are written to a file in the cache, from which training reads them:
 
     teachers/KEY.npy     one record per token in the loss: ids [K] int32, log_probs [K + 1] float32
 
-KEY is a hash of everything that the log-probabilities depend on: the teacher's weights, the data and the settings.
+The file name KEY is a hash of the teacher's weights, the data and the settings on which the log-probabilities depend.
 
-With distill.on_policy, some batches are answers that the student has just given to the prompts of the conversations
-(GKD, arXiv:2306.13649). Each step draws anew, from the seed and its number, whether its batch is given or the student's
-own. A batch has one conversation per row in both cases. If all prompts leave room for an answer, the student answers
-the prompts of the conversations that would be given.
+If distill.on_policy is set, some batches consist of answers that the student has just generated from the prompts of the
+conversations (GKD, arXiv:2306.13649). A random number that depends on the seed and the step determines whether the
+batch of a step consists of the student's answers or of conversations from the data. Every batch has one conversation
+per row. If all prompts leave room for an answer, the student answers the prompts of the same conversations that the
+step would otherwise train on.
 """
 
 from __future__ import annotations
@@ -48,27 +49,40 @@ from gptjax.types import Batch, Params
 
 __all__ = ["evaluate", "loss", "plan", "prepare", "refuse_missing", "student"]
 RESULTS = "test.json"
-VERSION = 1  # of the files in the cache
-PROBE = 4000  # number of tokens whose text is encoded by both tokenizers to compare them
+VERSION = 1  # The version of the format of the cache files.
+# Two tokenizers are compared by encoding a text that consists of the texts of at most PROBE token ids.
+PROBE = 4000
 BECAUSE = " (distill.context_length, or less if the context of student or teacher is shorter)"
 
 
 class Data(NamedTuple):
-    """The models, whose tensors are not read yet, and the data."""
+    """The student, the teacher and the data of a distillation run. The tensors of both models are not read yet.
+
+    Attributes:
+        base: base model of the student.
+        teacher: the teacher.
+        model: model config of the student.
+        teacher_cfg: model config of the teacher.
+        vocab_size: number of logits that both models have.
+        tokenizer: tokenizer of the teacher, with the chat template of distill.style.
+        rows: the rows to train, validate and test on.
+        questions: the prompts that the student answers if distill.on_policy is set.
+        lines: lines of text that describe the data.
+    """
 
     base: weights.Model
     teacher: weights.Model
-    model: ModelConfig  # the student's
+    model: ModelConfig
     teacher_cfg: ModelConfig
-    vocab_size: int  # number of logits that both models have
-    tokenizer: Tokenizer  # that of the teacher, with the chat template of distill.style
-    rows: list[Rows]  # the rows to train, validate and test on
-    questions: list[Question]  # the prompts that the student answers, with distill.on_policy
-    lines: list[str]  # lines of text that describe the data
+    vocab_size: int
+    tokenizer: Tokenizer
+    rows: list[Rows]
+    questions: list[Question]
+    lines: list[str]
 
 
 def refuse_missing(cfg: Config) -> None:
-    """Check cheaply, before any data is read, that both models and the data exist. Downloads nothing.
+    """Checks that the student, the teacher and the data exist, without reading the data or downloading anything.
 
     Raises:
         UserError: a model or the data file is missing, a model is a classifier, or the data are plain text although
@@ -87,7 +101,11 @@ def refuse_missing(cfg: Config) -> None:
 
 
 def _teacher(cfg: Config) -> weights.Model:
-    """Open the teacher, without reading its tensors. Raises UserError if there is none, or if it is a classifier."""
+    """Opens the teacher model without reading its tensors.
+
+    Raises:
+        UserError: distill.teacher is not set, or the teacher does not exist or is a classifier.
+    """
     if not cfg.distill.teacher:
         raise UserError(
             "distill.teacher is missing: name the model to learn from, such as distill.teacher=runs/instruct; the "
@@ -99,14 +117,19 @@ def _teacher(cfg: Config) -> weights.Model:
 
 
 def teacher_config(cfg: Config) -> ModelConfig:
-    """Returns the teacher's model config, computed with the dtype and the other settings of the student's."""
+    """Returns the teacher's model config, with the dtype and the other compute settings of the student's config."""
     return _teacher(cfg).cfg.computed_as(cfg.model)
 
 
 def _refuse_other_tokenizer(cfg: Config, student: Tokenizer, teacher: Tokenizer) -> None:
-    """Raise UserError unless both tokenizers have the same ids for the same text. Names and chat templates may differ.
+    """Checks that the tokenizers of the student and the teacher have the same ids for the same text.
 
-    The texts of all ids are compared, and the ids of a text that consists of `PROBE` of these texts.
+    The function compares the texts of all token ids. The function also encodes one text, which consists of the texts of
+    at most `PROBE` token ids, with both tokenizers, and compares the resulting ids. The names and the chat templates of
+    the tokenizers may differ.
+
+    Raises:
+        UserError: the tokenizers differ.
     """
     if student == teacher:
         return
@@ -169,15 +192,16 @@ def _data(cfg: Config) -> Data:
 
 
 def _is_text(source: str | None) -> bool:
-    """Returns whether the source is plain text, not conversations."""
+    """Returns whether the data source is plain text instead of conversations."""
     path = Path(source or "").expanduser()
     return bool(source) and (path.suffix.lower() in (".txt", ".md") or path.is_dir())
 
 
 def _texts(cfg: Config, tokenizer: Tokenizer, width: int) -> list[Encoded]:
-    """Returns the documents of a text source, cut into examples of width + 1 ids whose every token is in the loss.
+    """Reads documents of plain text, and splits them into examples of at most width + 1 token ids.
 
-    The first id of an example is the last id of the example before it, so that every token of a document is a target.
+    The loss is computed on all targets of an example. The first token of an example is the last token of the preceding
+    example, so that every token of a document except the first token is a target.
     """
     ends = [tokenizer.eot_id] if tokenizer.eot_id is not None else []
     begins = [first] if (first := begin_id(tokenizer)) is not None else []
@@ -196,8 +220,11 @@ def _texts(cfg: Config, tokenizer: Tokenizer, width: int) -> list[Encoded]:
 
 
 def _encoded(cfg: Config, talks: Splits[Conversation], tokenizer: Tokenizer, width: int) -> list[Encoded]:
-    """Returns the conversations as examples. They have no token trees: a conversation whose template renders earlier
-    turns differently later gives one example per answer."""
+    """Encodes conversations as training examples, without token trees.
+
+    If the chat template renders earlier turns of a conversation differently after later turns, the conversation is
+    encoded as one example per answer.
+    """
     return [
         conversations.encode(
             subset, tokenizer, context_length=width, loss_on=cfg.distill.loss_on, trees=False, because=BECAUSE
@@ -242,7 +269,7 @@ def prepare(cfg: Config, progress: Progress) -> Ready:
 
         def eval_batches() -> Iterator[Batch | TeacherBatch]:
             for i, plain in enumerate(packing.eval_batches(val, size)):
-                index = np.minimum(np.arange(i * size, (i + 1) * size), len(val.tokens) - 1)  # padding has weight 0
+                index = np.minimum(np.arange(i * size, (i + 1) * size), len(val.tokens) - 1)  # Padding has weight 0.
                 yield _with_records(plain, records[places[1][index]])
 
     source = None
@@ -267,25 +294,28 @@ def prepare(cfg: Config, progress: Progress) -> Ready:
 
 
 def is_own(cfg: Config, step: int) -> bool:
-    """Returns whether the batch of a step is answers of the student, with probability distill.on_policy."""
+    """Returns whether the batch of a training step consists of the student's answers.
+
+    The result is True with probability distill.on_policy, and depends only on the seed and the step.
+    """
     return np.random.default_rng((cfg.seed, step)).random() < cfg.distill.on_policy
 
 
 def _roller(
     cfg: Config, tokenizer: Tokenizer, train: Rows, questions: Sequence[Question], combine: Callable[..., Params]
 ) -> Callable[[Params, Params, int, int], Rollouts]:
-    """Returns the function `RolloutSource.make`, for one step per call."""
+    """Returns the function that makes the batch of a training step, for use as `RolloutSource.make`."""
     settings, model, size = cfg.distill, cfg.model, cfg.train.batch_size
     longest = max(len(question.ids) for question in questions) + settings.max_new_tokens
 
     def given(step: int) -> Rollouts:
-        """Returns the given batch, without the columns that are padding in all its rows."""
+        """Returns the batch of a step from the data, without the columns that are padding in all rows of the batch."""
         batch = packing.batch(train, step, batch_size=size, seed=cfg.seed)
         length = bucket(int((batch.segment_ids > 0).sum(1).max()))
         return Rollouts(jax.tree.map(lambda leaf: leaf[None, :, :length], batch), {}, [])
 
     def roll(trained: Params, frozen: Params, step: int, k: int) -> Rollouts:
-        assert k == 1  # `Config.steps_per_rollout`
+        assert k == 1  # With on-policy distillation, `Config.steps_per_rollout` is 1.
         if not is_own(cfg, step):
             return given(step)
         began = time.monotonic()
@@ -308,8 +338,11 @@ def _roller(
 
 
 def with_teacher(trainable: Trainable, teacher: Params) -> Trainable:
-    """Returns the `Trainable` of a student whose loss also reads params["teacher"], which are frozen and not saved."""
-    # Closures over `trainable` itself would keep the initial weights in memory after training has replaced them.
+    """Adds the teacher's params to the `Trainable` of the student.
+
+    The loss reads the teacher's params at params["teacher"]. The teacher's params are frozen, and are not saved.
+    """
+    # A closure over `trainable` would keep the initial weights in memory after training has replaced these weights.
     combine, merge, export = trainable.combine, trainable.merge, trainable.export
 
     def with_params(trained: Params, frozen: Params, **options: Any) -> Params:
@@ -325,7 +358,7 @@ def with_teacher(trainable: Trainable, teacher: Params) -> Trainable:
 
 
 def student(params: Params) -> Params:
-    """Returns the parameters that the loss reads, without those of the teacher."""
+    """Returns the student's params, which are the params that the loss reads without the teacher's params."""
     return {name: node for name, node in params.items() if name != "teacher"}
 
 
@@ -350,7 +383,7 @@ def batch_shapes(cfg: Config, rows: int, width: int) -> Batch | TeacherBatch:
 
 
 def plan(cfg: Config) -> list[str]:
-    """Returns lines of text that summarise the run, for --dry-run."""
+    """Returns the lines of text that --dry-run prints to summarise a training run."""
     data, size = _data(cfg), cfg.train.batch_size
     n = len(data.rows[0].tokens)
     return [
@@ -361,11 +394,15 @@ def plan(cfg: Config) -> list[str]:
     ]
 
 
-# ---------------------------------------------------------------- the teacher's log-probabilities
+# ---------------------------------------------------------------- teacher log-probabilities
 
 
 def _places(*subsets: Rows) -> np.ndarray:
-    """Returns the index of the record of each token, [n, T]; tokens that are not in the loss have any index."""
+    """Returns the index of each token's record in the cache file, [n, T].
+
+    The records are stored in the order of the tokens in the loss. A token that is not in the loss has no record, and
+    its index is arbitrary.
+    """
     in_loss = np.concatenate([rows.weights for rows in subsets]) != 0
     return np.maximum(np.cumsum(in_loss).reshape(in_loss.shape) - 1, 0)
 
@@ -376,8 +413,10 @@ def _with_records(batch: Batch, records: np.ndarray) -> TeacherBatch:
 
 
 def _cached(cfg: Config, data: Data, teacher: Params, hashes: list[str], progress: Progress) -> tuple[np.ndarray, Path]:
-    """Returns the records of the training and validation tokens in the loss, as a memory map of a file in the cache,
-    and the path of the file. If there is no such file, or it is damaged, it is computed and written.
+    """Returns the teacher's log-probabilities for the training and validation tokens, and the path of the cache file.
+
+    The log-probabilities are a memory map of the cache file, with one record per token in the loss. If the cache file
+    does not exist or is damaged, the log-probabilities are computed and written to the cache file.
 
     Args:
         hashes: hashes of the teacher's weights and of the data.
@@ -420,13 +459,15 @@ def _opened(path: Path, kind: np.dtype, n: int) -> np.ndarray | None:
 
 
 def evaluate(result: TrainResult, test: Rows | None, say: Callable[[str], None]) -> None:
-    """Evaluate the student on the held-out tokens: its loss, that of the teacher, the divergence of the two and how
-    often their most probable token is the same. The teacher's whole distribution is used, also with distill.top_k.
+    """Evaluates the student on the held-out tokens, and writes the scores to test.json.
 
-    Writes test.json; if test.json exists, only prints its summary.
+    The scores are the student's loss, the teacher's loss, the divergence between the predictions of both models, and
+    the fraction of tokens for which both models have the same most probable token. The scores are computed from the
+    teacher's probabilities of all tokens, even if distill.top_k is set. If test.json exists already, the scores are not
+    computed again, and a summary of the scores in test.json is printed.
 
     Args:
-        test: the test rows, or None to read them again.
+        test: the test rows. None: the test rows are read again.
     """
     file = Path(result.run_dir) / RESULTS
     if not file.exists():
@@ -436,7 +477,7 @@ def evaluate(result: TrainResult, test: Rows | None, say: Callable[[str], None])
 
 def _scores(result: TrainResult, test: Rows) -> dict[str, Any]:
     cfg, teacher_cfg = result.cfg, teacher_config(result.cfg)
-    params, _ = weights.load(Path(result.run_dir) / "final")  # with the adapter merged into the weights
+    params, _ = weights.load(Path(result.run_dir) / "final")  # An adapter is merged into the loaded weights.
     teacher = _teacher(cfg).params(teacher_cfg.dtype, None)
 
     def mean_of(loss: Loss, params: Params) -> Any:

@@ -1,4 +1,4 @@
-"""Instruction tuning: fine-tune a language model on conversations, and evaluate its answers to held-out questions."""
+"""Instruction tuning: fine-tunes a language model on conversations, and evaluates its answers to held-out questions."""
 
 from __future__ import annotations
 
@@ -31,24 +31,28 @@ from gptjax.types import Batch, Params
 
 RESPONSES, BEFORE, RESULTS = "responses.jsonl", "responses-before.jsonl", "test.json"
 __all__ = ["answers", "conversations", "evaluate", "loss", "plan", "prepare", "refuse_missing"]
-INSPECTED = 200  # number of conversations in which `inspect` looks for one with branches
-TURNS = 8  # maximum number of questions per synthetic training conversation
+# The function `inspect` looks for a conversation with branches among the first INSPECTED conversations.
+INSPECTED = 200
+TURNS = 8  # The maximum number of questions in a synthetic training conversation.
 # With LoRA, the loss is computed in chunks of 256 tokens, so that only the logits of one chunk are in memory. Small
-# chunks slow down training only if the LM head is trained, and with LoRA it is frozen.
+# chunks slow down training only if the LM head is trained. With LoRA, the LM head is frozen.
 CHUNK = 256
 
 
 def evaluate(result: TrainResult, talks: Sequence[Conversation] | None, say: Callable[[str], None]) -> None:
-    """Answer the held-out questions and score the answers. Writes responses.jsonl and test.json; if test.json exists,
-    only prints its summary.
+    """Generates the model's answers to the held-out questions, and scores the answers.
+
+    The answers are written to responses.jsonl and the scores to test.json. If test.json exists already, no answers are
+    generated, and a summary of the scores in test.json is printed.
 
     Args:
-        talks: the test conversations, or None to read them again.
+        talks: the test conversations. None: the test conversations are read again.
     """
     folder = Path(result.run_dir)
     if not (folder / RESULTS).exists():
         test = talks or conversations(result.cfg, []).test
-        params, _ = weights.load(folder / "final")  # float32 params, with the adapter merged into the weights
+        # The loaded params have dtype float32, and an adapter is merged into the params.
+        params, _ = weights.load(folder / "final")
         with Progress(log=say) as progress:
             rows = _answer(folder / RESPONSES, params, result, test, progress, "the tuned model")
             test_scores = scores(rows)
@@ -89,7 +93,7 @@ def summary(results: dict[str, Any]) -> list[str]:
 
 
 def conversations(cfg: Config, notes: list[str] | None = None) -> Splits[Conversation]:
-    """Returns the conversations to train, validate and test on.
+    """Reads the conversations of the data source, and splits them into training, validation and test conversations.
 
     Args:
         notes: a list to which a line of text is appended that names the ignored keys of the records, if there are any.
@@ -161,7 +165,10 @@ def prepare(cfg: Config, progress: Progress) -> Ready:
 
 
 def inspect(cfg: Config) -> list[str]:
-    """Returns lines of text that show how one conversation is trained: the first one with branches, or the first."""
+    """Returns lines of text that show which tokens of one training conversation are in the loss.
+
+    The function shows the first conversation with branches, or the first conversation if no conversation has branches.
+    """
     base = tuning.base_model(cfg)
     tokenizer, style_lines = tuning.styled(base, cfg.instruct.style)
     talks = conversations(cfg).train[:INSPECTED]
@@ -183,7 +190,7 @@ def inspect(cfg: Config) -> list[str]:
 
 
 def token_trees(cfg: Config, model: ModelConfig) -> bool:
-    """Returns whether conversations with branches are encoded as token trees, by instruct.branches.
+    """Returns whether conversations with branches are encoded as token trees, as set by instruct.branches.
 
     Raises:
         UserError: instruct.branches=tree, but the model does not support token trees.
@@ -207,7 +214,7 @@ def batch_shapes(cfg: Config, rows: int, width: int) -> Batch:
 
 
 def plan(cfg: Config) -> list[str]:
-    """Returns lines of text that summarise the run, for --dry-run."""
+    """Returns the lines of text that --dry-run prints to summarise a training run."""
     notes: list[str] = []
     splits, base = conversations(cfg, notes), tuning.base_model(cfg)
     model = base.cfg.computed_as(cfg.model)
@@ -237,7 +244,7 @@ def answers(
     progress: Progress | None = None,
     name: str = "",
 ) -> list[dict[str, Any]]:
-    """Generate a greedy answer to the last question of each conversation, and compute -log p of the expected answer.
+    """Generates greedy answers to the last question of each conversation, and computes -log p of the expected answers.
 
     Args:
         params: the model's params.
@@ -258,7 +265,10 @@ def answers(
     size, longest = cfg.sample.batch_size, [0]
 
     def count(tokens: list[int]) -> bool:
-        """A stop condition for `generate` that is never met; it records the length of the longest answer in tokens."""
+        """Records the length of the longest answer in tokens.
+
+        The function is passed to `generate` as a stop condition, and always returns False, so that it stops no answer.
+        """
         longest[0] = max(longest[0], len(tokens))
         return False
 
@@ -285,9 +295,9 @@ def answers(
 
 
 def _scoring_batch(prompts: list[list[int]], expected: list[list[int]], size: int) -> Batch:
-    """Returns a batch of `size` rows, each a prompt and its expected answer.
+    """Returns a batch of `size` rows, each of which holds a prompt and its expected answer.
 
-    Rows are padded to a multiple of 64 tokens, so that XLA compiles for few shapes.
+    Rows are padded to a multiple of 64 tokens, so that XLA compiles programs for only a few shapes.
     """
     pairs = list(zip(prompts, expected, strict=True))
     pairs += pairs[:1] * (size - len(pairs))
@@ -298,7 +308,10 @@ def _scoring_batch(prompts: list[list[int]], expected: list[list[int]], size: in
 
 
 def row_of(talk: Conversation, answer: str) -> dict[str, Any]:
-    """Returns the dict of an answer to the last question of a conversation, without nats and tokens; see `answers`."""
+    """Returns a dict with the prompt, the expected answer and the model's answer to a conversation's last question.
+
+    The dict has the keys that `answers` describes, except nats and tokens.
+    """
     *before, question, expected = talk.messages
     row = {"where": talk.where, "prompt": _message_text(question), "expected": expected["content"], "answer": answer}
     system = [message["content"] for message in before if message["role"] == "system"]

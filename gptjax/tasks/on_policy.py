@@ -1,4 +1,7 @@
-"""Code that the tasks share whose model generates, during training, the answers that it is trained on next."""
+"""Functions for on-policy training, in which the model generates the answers that it is trained on.
+
+The tasks reward and distill share these functions.
+"""
 
 from __future__ import annotations
 
@@ -24,13 +27,16 @@ from gptjax.types import Params, RolloutBatch
 def questions(
     cfg: Config, talks: Sequence[Conversation], tokenizer: Tokenizer, width: int, because: str
 ) -> tuple[list[Question], int]:
-    """Returns the questions that leave room for an answer in a row of `width` tokens, and the number of the others.
+    """Selects the questions that leave room for an answer in a row of `width` tokens.
+
+    Returns:
+        (the selected questions, number of questions that were dropped because they are too long).
 
     Args:
         because: text for the error message that names the setting which `width` comes from.
 
     Raises:
-        UserError: no question leaves room.
+        UserError: no question leaves room for an answer.
     """
     most = getattr(cfg, cfg.task).max_new_tokens
     kept, dropped = rollouts.questions(talks, tokenizer, longest=width - most)
@@ -53,7 +59,9 @@ def sample_answers(
     key: jax.Array,
     n: int = 1,
 ) -> list[Completion]:
-    """Returns n answers to each question, drawn at temperature `at`, with the log-probabilities of that distribution.
+    """Samples n answers to each question at the temperature `at`.
+
+    Each answer has the log-probabilities of its tokens under the sampling distribution.
 
     Args:
         params: the parameters as `model.gpt.for_decoding` returns them.
@@ -66,7 +74,10 @@ def sample_answers(
 
 
 def rollout(question: Question, answer: Completion) -> Rollout:
-    """Returns a question and an answer of the sampler, whose end token is the last token if the answer has ended."""
+    """Returns the rollout of a question and a sampled answer.
+
+    If the answer ended with an end token, the end token is the last token of the rollout.
+    """
     tokens, logprobs = (answer.tokens, answer.logprobs) if answer.end is None else (
         [*answer.tokens, answer.end[0]], [*answer.logprobs, answer.end[1]]
     )  # fmt: skip
@@ -74,18 +85,21 @@ def rollout(question: Question, answer: Completion) -> Rollout:
 
 
 def to_batch(made: Sequence[Rollout], advantages: np.ndarray, longest: int) -> RolloutBatch:
-    """Returns the batch of rollouts, whose length is rounded up so that XLA compiles for few lengths, but at most
-    `longest`."""
+    """Returns a batch of rollouts, padded to a common length of at most `longest` tokens.
+
+    The common length is rounded up, so that XLA compiles programs for only a few lengths.
+    """
     needed = max(len(rollout.prompt) + len(rollout.tokens) for rollout in made)
     return rollouts.rollout_batch(made, advantages, min(bucket(needed), longest))
 
 
 def measures(answers: Sequence[Completion]) -> dict[str, float]:
-    """Returns metrics of answers: means over answers, unless the text says otherwise.
+    """Computes metrics of sampled answers.
 
-    length             number of tokens, with the end token
-    finished           fraction of answers that end with an end token
-    entropy            -log p of a token, averaged over tokens: an estimate of the entropy of the sampling distribution
+    Returns:
+        A dict with three metrics. "length" is the mean number of tokens per answer, including the end token. "finished"
+        is the fraction of answers that end with an end token. "entropy" is the mean of -log p over tokens, an estimate
+        of the entropy of the sampling distribution.
     """
     log_probs = [p for answer in answers for p in (*answer.logprobs, *(answer.end or (0, 0.0))[1:])]
     lengths = [len(answer.tokens) + (answer.end is not None) for answer in answers]
@@ -97,7 +111,7 @@ def measures(answers: Sequence[Completion]) -> dict[str, float]:
 
 
 def row(question: Question, text: str, answer: Completion, scores: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Returns the row of rollouts.jsonl for an answer, with its `scores`, such as its reward."""
+    """Returns the row of the file rollouts.jsonl for an answer, including the answer's scores, such as its reward."""
     example = instruct.row_of(question.talk, "")
     return {
         **{key: value for key, value in example.items() if key not in ("answer", "constraints")},

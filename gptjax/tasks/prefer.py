@@ -1,4 +1,4 @@
-"""Preference tuning (DPO and others): fine-tune on pairs of answers, and evaluate on held-out pairs."""
+"""Preference tuning (DPO and similar losses): fine-tunes a model on pairs of a chosen and a rejected answer."""
 
 from __future__ import annotations
 
@@ -29,23 +29,29 @@ from gptjax.training.task import Loss, Ready, resolve
 from gptjax.types import Params
 
 __all__ = ["evaluate", "loss", "plan", "prepare", "reference", "refuse_missing"]
-MIN_PAIR_TOKENS = 64  # assumed number of tokens per pair: batch_shapes estimates width // 64 pairs per packed row
+# The function `batch_shapes` assumes MIN_PAIR_TOKENS tokens per pair, to estimate how many pairs fit into a packed row.
+MIN_PAIR_TOKENS = 64
 RESULTS = "test.json"
 
 
 class HeldOut(NamedTuple):
-    """The test pairs, and the log-probabilities of their answers under the reference model. If the loss needs no
-    reference model, `reference` is None."""
+    """The test data of preference tuning.
+
+    Attributes:
+        rows: the test pairs.
+        reference: log-probabilities of the test pairs' answers under the reference model, or None if the loss needs no
+            reference model.
+    """
 
     rows: PairRows
     reference: np.ndarray | None
 
 
 def evaluate(result: TrainResult, held_out: HeldOut | None, say: Callable[[str], None]) -> None:
-    """Evaluate the model on the held-out pairs: loss, accuracy (how often the chosen answer has the larger reward) and
-    reward margin.
+    """Evaluates the model on the held-out pairs, and writes the scores to test.json.
 
-    Writes test.json; if test.json exists, only prints its summary.
+    The scores are the loss, the accuracy (how often the chosen answer has the larger reward) and the reward margin. If
+    test.json exists already, the scores are not computed again, and a summary of the scores in test.json is printed.
 
     Args:
         held_out: the test pairs. None: this function reads the data again, and computes the reference
@@ -71,11 +77,15 @@ def summary(scores: dict[str, Any]) -> str:
 
 
 def pairs(cfg: Config, notes: list[str] | None = None, special: Collection[str] = ()) -> Splits[Pair]:
-    """Returns the pairs to train, validate and test on. The synthetic pairs of a reward model are wrong answers to the
-    same question, those of this task answers to other questions.
+    """Reads pairs of answers, and splits the pairs into training, validation and test pairs.
 
-    A line of text that names the ignored keys of the file is appended to the list `notes`. If `notes` is None, the line
-    is printed to stderr. `special` is as in `preferences.read`.
+    Without a data source, the pairs are synthetic. The rejected answer of a synthetic pair is a wrong answer to the
+    same question if the task is reward_model, and an answer to another question if the task is prefer.
+
+    Args:
+        notes: a list to which a line of text is appended that names the ignored keys of the file. None: the line is
+            printed to stderr.
+        special: texts of the special tokens, as in `preferences.read`.
     """
     made = preferences.of_mistakes if cfg.task == "reward_model" else preferences.of_skills
     read = partial(preferences.read, special=special)
@@ -87,7 +97,10 @@ def loss(cfg: Config) -> Loss:
 
 
 def batch_shapes(cfg: Config, rows: int, width: int) -> PairBatch:
-    """Returns the shapes of a batch. The number of pairs per packed row depends on the data, so it is estimated."""
+    """Returns the shapes of a batch of the preference tuning task.
+
+    The number of pairs per packed row depends on the data, so the number is estimated.
+    """
     n = max(1, width // MIN_PAIR_TOKENS) if getattr(cfg, cfg.task).packing == "packed" else 1
     ids, *floats = (
         jax.ShapeDtypeStruct((rows, *shape), dtype)
@@ -97,23 +110,28 @@ def batch_shapes(cfg: Config, rows: int, width: int) -> PairBatch:
 
 
 def _rows(cfg: Config, pairs: list[Any], tokenizer: Tokenizer, model: ModelConfig) -> tuple[PairRows, int]:
-    """Encode the pairs as rows of tokens, packed if the task's `packing` is "packed", otherwise with one pair per row.
+    """Encodes pairs of answers as rows of tokens.
 
-    Returns the rows, and the number of pairs that were dropped because they do not fit into a row.
+    A row holds several pairs if the task's setting `packing` is "packed", and one pair otherwise.
+
+    Returns:
+        (rows, number of pairs that were dropped because they do not fit into a row).
     """
     width = tuning.longest_row(cfg, model)
     because, packed = tuning.why_so_long(cfg, model), getattr(cfg, cfg.task).packing == "packed"
+    # The end token is an input of a reward model, because a reward is computed from the hidden state of the end token.
     encoded = preferences.encode(
         pairs, tokenizer, context_length=width, because=because, end_as_input=cfg.task == "reward_model"
-    )  # a reward model reads the hidden state of the end token
+    )
     return preferences.rows(encoded, width if packed else None, packed), encoded.dropped
 
 
 def encoded_pairs(cfg: Config, base: weights.Model) -> tuple[Tokenizer, list[PairRows], list[str]]:
-    """Read and encode the pairs, for this task and for reward_model.
+    """Reads and encodes the pairs of answers of the tasks prefer and reward_model.
 
-    Returns the tokenizer with the chat template of the task's style, the rows to train, validate and test on, and lines
-    of text that describe them.
+    Returns:
+        (tokenizer with the chat template of the task's style, the rows to train, validate and test on, lines of text
+        that describe the rows).
     """
     settings, notes = getattr(cfg, cfg.task), list[str]()
     tokenizer, style_lines = tuning.styled(base, settings.style)
@@ -161,23 +179,29 @@ def prepare(cfg: Config, progress: Progress) -> Ready:
 
 
 def reference(params: Params, rows: PairRows, cfg: ModelConfig, batch_size: int) -> np.ndarray:
-    """Returns reference log-probabilities of the chosen and the rejected answer of each pair, [n_pairs, 2] float32."""
+    """Computes the log-probabilities of the chosen and the rejected answer of each pair, [n_pairs, 2] float32.
+
+    The log-probabilities are computed with `params`, the params of the reference model.
+    """
     log_probs = jax.jit(lambda params, batch: losses.answer_log_probs(params, batch, cfg)[0])
     outputs = [log_probs(params, batch) for batch in preferences.eval_batches(rows, batch_size)]
-    is_pair = rows.pairs >= 0  # entries of `rows.pairs` below 0 are padding
+    is_pair = rows.pairs >= 0  # Negative entries of `rows.pairs` are padding.
     out = np.zeros((int(is_pair.sum()), 2), np.float32)
     out[rows.pairs[is_pair]] = np.concatenate(outputs)[: len(rows.pairs)][is_pair]
     return out
 
 
 def plan(cfg: Config) -> list[str]:
-    """Returns lines of text that summarise the run, for --dry-run."""
+    """Returns the lines of text that --dry-run prints to summarise a training run."""
     base = tuning.base_model(cfg)
     return [*plan_pairs(cfg, base, base.cfg), f"loss               {cfg.prefer.loss}"]
 
 
 def plan_pairs(cfg: Config, base: weights.Model, model: ModelConfig) -> list[str]:
-    """Returns the lines of `plan` about the data, the base model and the steps, for this task and for reward_model."""
+    """Returns the lines of text about the data, the base model and the number of steps that --dry-run prints.
+
+    The tasks prefer and reward_model share this function.
+    """
     _, rows, lines = encoded_pairs(cfg, base)
     n, size = len(rows[0].tokens), cfg.train.batch_size
     return [
@@ -188,7 +212,10 @@ def plan_pairs(cfg: Config, base: weights.Model, model: ModelConfig) -> list[str
 
 
 def __getattr__(name: str) -> Any:
-    """Returns the object that a deprecated name of this module stands for. `task` stands for the function `task(cfg)`
-    of earlier releases, which returns a namespace of the functions prepare, init and loss."""
+    """Returns the object that a deprecated name of this module refers to.
+
+    The name `task` refers to the function `task(cfg)` of earlier releases, which returns a namespace of the functions
+    prepare, init and loss.
+    """
     new = moved_name(__name__, name)
     return old_task(new, init_params) if name == "task" else new

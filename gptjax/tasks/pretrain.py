@@ -1,4 +1,4 @@
-"""Pretraining: next-token prediction on windows of text, from scratch or from a base model."""
+"""Pretraining: trains a model to predict the next token of text, from scratch or from a base model."""
 
 from __future__ import annotations
 
@@ -27,15 +27,17 @@ from gptjax.training.run import TrainResult
 from gptjax.training.task import Loss, Ready, StepFunctions, Task, Validation, identity, resolve
 from gptjax.types import Batch, Params
 
-# Default number of tokens per window in continued pretraining. If the base model's context length is smaller, the
-# default is the context length.
+# In continued pretraining, a window of text has BASE_WINDOW tokens by default, but at most as many tokens as the base
+# model's context.
 BASE_WINDOW = 1024
-EVAL_TOKENS = 4096  # approximate minimum number of tokens per evaluation batch
-FIRST_EVAL_TOKENS = 16_384  # approximate number of tokens in the evaluation before the first step
+# An evaluation batch has at least about EVAL_TOKENS tokens.
+EVAL_TOKENS = 4096
+# The evaluation before the first training step uses about FIRST_EVAL_TOKENS tokens.
+FIRST_EVAL_TOKENS = 16_384
 
 
 def prepare(cfg: Config, progress: Progress) -> Ready:
-    """Tokenise the text, or read the tokens from the cache, and build the task."""
+    """Tokenises the text, or reads the tokens from the cache, and builds the pretraining task."""
     cfg, base = from_base(cfg)
     with progress.phase("preparing the data"):
         ready = data.prepare(cfg, base.tokenizer() if base else None, log=progress.say)
@@ -46,7 +48,7 @@ def prepare(cfg: Config, progress: Progress) -> Ready:
 
 
 def evaluate(result: TrainResult, held_out: None, say: Callable[[str], None]) -> None:
-    """Does nothing, because pretraining has no test data; the score of a run is its validation loss."""
+    """Does nothing, because pretraining has no test data. The score of a pretraining run is its validation loss."""
 
 
 def loss(cfg: Config) -> Loss:
@@ -59,7 +61,7 @@ def batch_shapes(cfg: Config, rows: int, width: int) -> Batch:
 
 
 def refuse_missing(cfg: Config) -> None:
-    """Check cheaply, before any text is read, that data, tokenizer and base model exist. Downloads nothing.
+    """Checks that the data, the tokenizer and the base model exist, without reading text or downloading anything.
 
     Raises:
         UserError: data, tokenizer or base model are missing, or the model has a classification head. The error message
@@ -75,7 +77,7 @@ def refuse_missing(cfg: Config) -> None:
 
 
 def from_base(cfg: Config) -> tuple[Config, weights.Model | None]:
-    """Open the base model of continued pretraining, and adapt the config to it.
+    """Opens the base model of continued pretraining, and copies its architecture and tokenizer into the config.
 
     Returns:
         The config with the base model's architecture and tokenizer, and with the window length filled in; and the base
@@ -99,7 +101,11 @@ def from_base(cfg: Config) -> tuple[Config, weights.Model | None]:
 
 
 def _task(cfg: Config, ready: data.Prepared, base: weights.Model | None) -> Task:
-    """Build the task. Raises UserError for an invalid prompt, before anything is trained."""
+    """Builds the `Task` of a pretraining run.
+
+    Raises:
+        UserError: the prompt for the text samples is invalid.
+    """
     model, settings, val = cfg.model, cfg.train, ready.val
     try:
         prompt = prompt_ids(ready.tokenizer, cfg.sample.prompt)
@@ -114,8 +120,8 @@ def _task(cfg: Config, ready: data.Prepared, base: weights.Model | None) -> Task
 
     rows = max(settings.batch_size // settings.accumulation, EVAL_TOKENS // cfg.window)
     n_batches = -(-(len(val) - 1) // (rows * cfg.window))
-    # Evaluate at least two batches. The time per batch is measured without the first batch, whose time includes
-    # compilation.
+    # The first evaluation uses at least two batches. The time per batch is measured without the first batch, because
+    # the time of the first batch includes compilation.
     first_batches = min(n_batches, max(2, FIRST_EVAL_TOKENS // (rows * cfg.window)))
 
     def eval_batches(first: bool) -> Iterator[Batch]:
@@ -174,8 +180,10 @@ def _task(cfg: Config, ready: data.Prepared, base: weights.Model | None) -> Task
 
 
 def sampling(cfg: Config, tokenizer: Tokenizer, prompts: list[list[int]]) -> Callable[[Params], list[str]]:
-    """Returns a function that takes params, generates a continuation of each prompt with the settings in `cfg.sample`,
-    and returns the texts. Each text begins with its prompt."""
+    """Returns a function that takes params, and generates a continuation of each prompt with the settings `cfg.sample`.
+
+    The function returns one text per prompt. Each generated text begins with its prompt.
+    """
     settings = cfg.sample
 
     def sample(params: Params) -> list[str]:
@@ -191,7 +199,10 @@ def sampling(cfg: Config, tokenizer: Tokenizer, prompts: list[list[int]]) -> Cal
 
 
 def __getattr__(name: str) -> Any:
-    """Returns the function of `gptjax.losses` that a deprecated name of this module stands for. `task` stands for the
-    function `task(cfg)` of earlier releases, which returns a namespace of the functions prepare, init and loss."""
+    """Returns the function of `gptjax.losses` that a deprecated name of this module refers to.
+
+    The name `task` refers to the function `task(cfg)` of earlier releases, which returns a namespace of the functions
+    prepare, init and loss.
+    """
     new = moved_name(__name__, name)
     return old_task(new, init_params) if name == "task" else new

@@ -1,5 +1,7 @@
-"""Reward tuning (GRPO and others): the model answers questions, functions reward the answers, and the model is trained
-to give answers with higher rewards."""
+"""Reward tuning (GRPO and similar losses): trains a model to give answers with higher rewards.
+
+In each step, the model generates answers to questions, and reward functions score the answers.
+"""
 
 from __future__ import annotations
 
@@ -42,20 +44,30 @@ from gptjax.types import Mean, Metrics, Params, RolloutBatch
 
 RESPONSES, BEFORE, RESULTS = instruct.RESPONSES, instruct.BEFORE, instruct.RESULTS
 __all__ = ["batch_shapes", "evaluate", "loss", "plan", "prepare", "refuse_missing"]
-SMOOTHED = 5  # number of successive rollouts whose mean rewards are averaged to detect a collapse
+# To detect a collapse of training, the mean rewards of SMOOTHED successive rollouts are averaged.
+SMOOTHED = 5
 
 
 # --- the data
 
 
 def refuse_missing(cfg: Config) -> None:
-    """Raises UserError if the base model, the data or a reward function do not exist. Downloads nothing."""
+    """Checks that the base model, the data and the reward functions exist, without downloading anything.
+
+    Raises:
+        UserError: the base model, the data or a reward function is missing.
+    """
     tuning.refuse_missing(cfg)
     rewards.parse(cfg.reward.functions)
 
 
 def conversations(cfg: Config, notes: list[str] | None = None) -> Splits[Conversation]:
-    """Returns the conversations to train, validate and test on; `notes` is as in `instruct.conversations`."""
+    """Reads the conversations of the data source, and splits them into training, validation and test conversations.
+
+    Args:
+        notes: a list to which a line of text is appended that names the ignored keys of the records, as in
+            `instruct.conversations`.
+    """
     splits = split_records(cfg.reward, cfg.seed, read, skills, notes)
     examples = ((talk.where, instruct.row_of(talk, "")) for talks in splits for talk in talks)
     rewards.check_rows(cfg.reward.functions, examples)
@@ -65,22 +77,26 @@ def conversations(cfg: Config, notes: list[str] | None = None) -> Splits[Convers
 def _questions(
     cfg: Config, model: ModelConfig, talks: Sequence[Conversation], tokenizer: Tokenizer
 ) -> tuple[list[Question], int]:
-    """Returns the questions that leave room for an answer, and the number of the others."""
+    """Selects the questions that leave room for an answer in a row.
+
+    Returns:
+        (the selected questions, number of questions that were dropped because they are too long).
+    """
     width, because = tuning.longest_row(cfg, model), tuning.why_so_long(cfg, model)
     return on_policy.questions(cfg, talks, tokenizer, width, because)
 
 
 def row_length(cfg: Config, kept: Sequence[Question], trees: bool) -> int:
-    """Returns the largest number of tokens per row, with the longest prompt and the longest possible answers."""
+    """Returns the maximum number of tokens per row, for the longest prompt and the longest possible answers."""
     answers = cfg.reward.group if trees else 1
     return max(len(question.ids) for question in kept) + answers * cfg.reward.max_new_tokens
 
 
 def token_trees(cfg: Config, model: ModelConfig, kept: Sequence[Question]) -> bool:
-    """Returns whether the answers to a question are trained as one token tree, by reward.branches.
+    """Returns whether the answers to a question are trained as one token tree, as set by reward.branches.
 
     Raises:
-        UserError: reward.branches=tree, but the rows would be too long, or do not fit the settings.
+        UserError: reward.branches=tree, but the rows would be too long, or other settings do not allow token trees.
     """
     rows, length = cfg.train.batch_size // cfg.reward.group, row_length(cfg, kept, trees=True)
     problems = []
@@ -101,7 +117,10 @@ def token_trees(cfg: Config, model: ModelConfig, kept: Sequence[Question]) -> bo
 
 
 def scorer(cfg: Config) -> Scorer:
-    """Returns the reward functions of a config, in processes that end with this process."""
+    """Returns a `Scorer` that computes the reward functions of a config in worker processes.
+
+    The worker processes end when this process ends.
+    """
     return Scorer(cfg.reward.functions, _shares(cfg), time_limit_s=cfg.reward.time_limit)
 
 
@@ -110,10 +129,10 @@ def _shares(cfg: Config) -> tuple[float, ...]:
 
 
 def score(scoring: Scorer, talks: Sequence[Conversation], answers: Sequence[str]) -> Scores:
-    """Returns the rewards of an answer to the last question of each conversation.
+    """Computes the rewards of answers, with one answer to the last question of each conversation.
 
     Raises:
-        UserError: no answer has a reward.
+        UserError: a reward function failed for every answer.
     """
     examples = [instruct.row_of(talk, answer) for talk, answer in zip(talks, answers, strict=True)]
     results = scoring.score([example["prompt"] for example in examples], answers, examples)
@@ -124,7 +143,15 @@ def score(scoring: Scorer, talks: Sequence[Conversation], answers: Sequence[str]
 
 
 class Group(NamedTuple):
-    """The answers to one question, as completions and as texts, with their rewards [n]; NaN where a function failed."""
+    """The n answers to one question, with their rewards.
+
+    Attributes:
+        question: the question.
+        completions: the answers as completions.
+        texts: the answers as texts.
+        rewards: rewards of the answers, [n]. NaN if a reward function failed.
+        parts: dict from the name of each reward function to its values, [n].
+    """
 
     question: Question
     completions: list[Completion]
@@ -139,8 +166,11 @@ class Group(NamedTuple):
 
 
 def group_advantages(groups: Sequence[Group], kind: Kind) -> np.ndarray:
-    """Returns the advantages [G, n] of the answers in G groups. An answer whose reward function failed has advantage 0,
-    and does not change the advantages of the others in its group by more than its place in the standard deviation."""
+    """Returns the advantages of the n answers in each of G groups, [G, n].
+
+    An answer whose reward function failed has advantage 0. A missing reward is replaced by the mean reward of the
+    answer's group, which changes the standard deviation of the group's rewards but not their mean.
+    """
     values = np.stack([group.rewards for group in groups])
     failed = np.isnan(values)
     means = np.nan_to_num(np.where(failed, 0, values).sum(1) / np.maximum((~failed).sum(1), 1))
@@ -225,12 +255,13 @@ def _roller(
     combine: Callable[[Params, Params], Params],
     start: Params | None,
 ) -> Callable[[Params, Params, int, int], Rollouts]:
-    """Returns the function `RolloutSource.make`.
+    """Returns a function that generates and scores answers, for use as `RolloutSource.make`.
 
     Args:
         train: the questions to train on.
         trees: whether the answers to a question are one token tree.
-        start: the trained params before the first step, which make the reference model of the KL penalty, or None.
+        start: the trained params before the first step, which are the reference model of the KL penalty. None: there is
+            no KL penalty.
     """
     reward, model = cfg.reward, cfg.model
     n, extra = cfg.train.batch_size // reward.group, reward.resample
@@ -248,7 +279,10 @@ def _roller(
         return losses.of_answers(log_probs, batch).reshape(batch.old.shape)
 
     def to_batch(groups: Sequence[Group], advantages: np.ndarray) -> RolloutBatch:
-        """Returns the batch, whose length is rounded up so that XLA compiles for few lengths."""
+        """Returns a batch of the groups' answers, padded to a common length.
+
+        The common length is rounded up, so that XLA compiles programs for only a few lengths.
+        """
         made = [[on_policy.rollout(group.question, answer) for answer in group.completions] for group in groups]
         if trees:
             merged = [rollouts.group_tree(group) for group in made]
@@ -257,7 +291,10 @@ def _roller(
         return on_policy.to_batch([rollout for group in made for rollout in group], advantages.reshape(-1), longest)
 
     def answered(params: Params, number: int, key: jax.Array) -> list[Group]:
-        """Lets the model answer the questions of draw `number`, and scores the answers."""
+        """Draws questions, generates the model's answers, and scores the answers.
+
+        The drawn questions depend on `number` and on the config's seed.
+        """
         questions = [train[i] for i in rollouts.draw(len(train), number, n, cfg.seed)]
         completions = on_policy.sample_answers(
             params, questions, model, tokenizer, max_new_tokens=reward.max_new_tokens, at=reward.temperature, key=key,
@@ -274,7 +311,7 @@ def _roller(
 
     def roll(trained: Params, frozen: Params, step: int, k: int) -> Rollouts:
         nonlocal start
-        if start is not None:  # on a mesh, sharded like the trained params
+        if start is not None:  # On a mesh, the reference params are sharded like the trained params.
             start = jax.device_put(start, jax.tree.map(lambda leaf: leaf.sharding, trained))
         began = time.monotonic()
         params, key = combine(trained, frozen), jax.random.fold_in(jax.random.key(cfg.seed), step)
@@ -304,13 +341,15 @@ def _roller(
 
 
 def measures(groups: Sequence[Group]) -> dict[str, float]:
-    """Returns metrics of the answers in `groups`: means over answers, unless the name says otherwise.
+    """Computes metrics of the answers in several groups.
 
-    reward             weighted sum of the reward functions; then each function's value, if there are several
-    reward_std         standard deviation of the rewards within a group, averaged over groups
-    flat               fraction of groups whose answers all have the same reward, and which teach nothing
-    failed             number of answers for which a reward function failed
-    and those of `on_policy.measures`.
+    Returns:
+        A dict with the metrics of `on_policy.measures` and the following metrics:
+            reward: weighted sum of the reward functions, averaged over answers.
+            reward_NAME: value of the reward function NAME, averaged over answers, if there are several functions.
+            reward_std: standard deviation of the rewards within a group, averaged over groups.
+            flat: fraction of groups whose answers all have the same reward, so that their advantages are 0.
+            failed: number of answers for which a reward function failed.
     """
     answers = [completion for group in groups for completion in group.completions]
     total = np.concatenate([group.rewards for group in groups])
@@ -331,7 +370,10 @@ def _mean(values: np.ndarray) -> float:
 
 
 def _rows(group: Group, advantages: np.ndarray | None) -> list[dict[str, Any]]:
-    """Returns the rows of rollouts.jsonl for the answers of a group; the advantage is null if the group is not used."""
+    """Returns the rows of the file rollouts.jsonl for the answers of a group.
+
+    The advantage of an answer is null in rollouts.jsonl if the model is not trained on the group.
+    """
 
     def number(value: float) -> float | None:
         return None if math.isnan(value) else float(value)
@@ -348,16 +390,20 @@ def _rows(group: Group, advantages: np.ndarray | None) -> list[dict[str, Any]]:
 
 
 class Watch:
-    """Notices that training collapses. Call it with the metrics of each rollouts, in order; it returns new warnings.
+    """Detects a collapse of training from the metrics of the rollouts.
+
+    A `Watch` is called with the metrics of each rollout step, in order, and returns new warnings.
 
     Args:
-        advice: what to change, the end of each warning.
+        advice: text that says which settings to change. Each warning ends with this text.
     """
 
     def __init__(self, advice: str):
         self.advice, self.said = advice, dict[str, str]()
-        self.seen: list[dict[str, float]] = []  # the metrics of all rollouts
-        self.best = (-math.inf, 0)  # the highest smoothed reward, and its step
+        # The list `seen` contains the metrics of all rollouts so far.
+        self.seen: list[dict[str, float]] = []
+        # The pair `best` contains the highest smoothed reward and the training step with this reward.
+        self.best = (-math.inf, 0)
 
     def __call__(self, step: int, metrics: dict[str, float]) -> list[str]:
         before = len(self.said)
@@ -373,13 +419,17 @@ class Watch:
         return list(self.said.values())[before:]
 
     def _compare(self, step: int, size: int) -> None:
-        """Compares the means of the last `size` rollouts with those of the first ones, and with the highest reward."""
+        """Compares the mean metrics of the last `size` rollouts with the mean metrics of the first `size` rollouts.
+
+        The mean reward is also compared with the highest mean reward so far. A collapse adds a warning.
+        """
         (before, recent), (entropy_before, entropy), (length_before, length), (ended_before, ended) = (
             (_mean(values[:size]), _mean(values[-size:]))
             for values in (self._series(name) for name in ("reward", "entropy", "length", "finished"))
         )
         best, at = self.best
-        # The noise of a mean reward is estimated from the differences of successive ones, which hardly have a trend.
+        # The standard error of a mean reward is estimated from the differences between successive rollouts' rewards,
+        # because the differences hardly have a trend.
         noise = float(np.nanstd(np.diff(self._series("reward")))) / 2**0.5 * (2 / size) ** 0.5
         fell = best - recent > max(0.5 * abs(best), 4 * noise, 1e-9)
         if fell:
@@ -399,7 +449,11 @@ class Watch:
             self.best = recent, step
 
     def resume(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Reads the rows of metrics.jsonl of the steps before a run was interrupted, and repeats no warning."""
+        """Restores the metrics of the rollouts before a run was interrupted, without repeating earlier warnings.
+
+        Args:
+            rows: rows of the run's file metrics.jsonl.
+        """
         for row in rows:
             if "rollout/reward" in row:
                 values = {key: math.nan if value is None else value for key, value in row.items()}
@@ -418,7 +472,7 @@ class Watch:
 def _validation(
     cfg: Config, tokenizer: Tokenizer, val: Sequence[Question], scoring: Scorer
 ) -> Callable[[Params], tuple[Mean, Metrics]]:
-    """Returns the function `Validation.score`: the rewards of greedy answers to the validation questions."""
+    """Returns a function that rewards greedy answers to the validation questions, for use as `Validation.score`."""
     stop, size = weights.stop_ids(tokenizer), cfg.train.batch_size
 
     def evaluate(params: Params) -> tuple[Mean, Metrics]:
@@ -440,11 +494,13 @@ def _validation(
 
 
 def evaluate(result: TrainResult, talks: Sequence[Conversation] | None, say: Callable[[str], None]) -> None:
-    """Answer the test questions greedily and reward the answers. Writes responses.jsonl and test.json; if test.json
-    exists, only prints its summary.
+    """Generates greedy answers to the test questions, and computes the rewards of the answers.
+
+    The answers are written to responses.jsonl and the mean rewards to test.json. If test.json exists already, no
+    answers are generated, and a summary of the scores in test.json is printed.
 
     Args:
-        talks: the test conversations, or None to read them again.
+        talks: the test conversations. None: the test conversations are read again.
     """
     folder, cfg = Path(result.run_dir), result.cfg
     if not (folder / RESULTS).exists():
@@ -467,7 +523,11 @@ def _answer(
     file: Path, params: Params, result: TrainResult, talks: Sequence[Conversation], scoring: Scorer,
     progress: Progress, name: str,
 ) -> dict[str, Any]:  # fmt: skip
-    """Writes the answers of a model with their rewards, and returns their metrics."""
+    """Generates a model's answers, computes their rewards, and writes the answers with their rewards to a file.
+
+    Returns:
+        Metrics of the answers, such as the mean reward.
+    """
     cfg = result.cfg
     cfg = dataclasses.replace(cfg, sample=dataclasses.replace(cfg.sample, max_new_tokens=cfg.reward.max_new_tokens))
     rows = instruct.answers(params, cfg, result.tokenizer, talks, progress, name)
@@ -496,7 +556,7 @@ def summary(results: dict[str, Any]) -> list[str]:
 
 
 def plan(cfg: Config) -> list[str]:
-    """Returns lines of text that summarise the run, for --dry-run."""
+    """Returns the lines of text that --dry-run prints to summarise a training run."""
     notes: list[str] = []
     splits, base = conversations(cfg, notes), tuning.base_model(cfg)
     model = base.cfg.computed_as(cfg.model)

@@ -1,5 +1,4 @@
-"""Reward model: fine-tune a language model with a head of one class on pairs of answers, and evaluate it on held-out
-pairs."""
+"""Reward model: fine-tunes a language model, with a classification head of one class, on pairs of answers."""
 
 from __future__ import annotations
 
@@ -32,13 +31,14 @@ RESULTS = "test.json"
 
 
 def evaluate(result: TrainResult, held_out: PairRows | None, say: Callable[[str], None]) -> None:
-    """Evaluate the reward model on the held-out pairs: loss, accuracy (how often the chosen answer has the larger
-    reward) with its 95 % confidence interval, and the mean of the reward margin.
+    """Evaluates the reward model on the held-out pairs, and writes the scores to test.json.
 
-    Writes test.json; if test.json exists, only prints its summary.
+    The scores are the loss, the accuracy (how often the chosen answer has the larger reward) with its 95 % confidence
+    interval, and the mean reward margin. If test.json exists already, the scores are not computed again, and a summary
+    of the scores in test.json is printed.
 
     Args:
-        held_out: the test pairs, or None to read them again.
+        held_out: the test pairs. None: the test pairs are read again.
     """
     file = Path(result.run_dir) / RESULTS
     if not file.exists():
@@ -64,8 +64,10 @@ def loss(cfg: Config) -> Loss:
 
 
 def _with_head(model: ModelConfig) -> ModelConfig:
-    """Returns the config of a model with a reward head. The head has no bias, because the Bradley-Terry loss does not
-    depend on it."""
+    """Returns the config of a model with a reward head.
+
+    The reward head has no bias, because the Bradley-Terry loss does not depend on the bias.
+    """
     return dataclasses.replace(model, n_classes=1, cls_bias=False)
 
 
@@ -98,6 +100,6 @@ def prepare(cfg: Config, progress: Progress) -> Ready:
 
 
 def plan(cfg: Config) -> list[str]:
-    """Returns lines of text that summarise the run, for --dry-run."""
+    """Returns the lines of text that --dry-run prints to summarise a training run."""
     base = tuning.base_model(cfg)
     return prefer.plan_pairs(cfg, base, _with_head(base.cfg))

@@ -1,4 +1,4 @@
-"""Fine-tuning with several seeds: sequentially, or vmapped in one compiled program."""
+"""Fine-tunes a model with several seeds, either sequentially or vmapped in one compiled program."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from gptjax.training.task import Ready, Task, Validation
 
 
 def over_seeds(cfg: Config, say: Callable[[str], None], hooks: Sequence[Hook] = ()) -> TrainResult:
-    """Train one run per seed, each in its own folder.
+    """Trains one run per seed, each in its own folder.
 
     The mean and the 95 % t interval of each test score are written to seeds.json.
     """
@@ -54,7 +54,7 @@ def over_seeds(cfg: Config, say: Callable[[str], None], hooks: Sequence[Hook] = 
 
 
 def refuse(cfg: Config) -> bool:
-    """Run the checks of `over_seeds` that need no data. Returns whether all runs are finished already.
+    """Runs those checks of `over_seeds` that need no data, and returns whether all runs have finished already.
 
     Raises:
         UserError: `resume.refuse` finds a problem in the config or in a run directory; or the folder of all seeds is
@@ -66,9 +66,9 @@ def refuse(cfg: Config) -> bool:
         refuse_foreign(folder.path, allowed=r"seed-\d+|seeds\.json")
     if is_vmapped(cfg):
         return resume.refuse(cfg, missing)
-    finished = [
-        resume.refuse(_seed_config(cfg, seed), missing) for seed in _seeds(cfg)
-    ]  # a list, so that every seed is checked: with a generator, `all` would stop at the first unfinished run
+    # The results are collected in a list, so that all seeds are checked. With a generator, `all` would stop at the
+    # first run that has not finished.
+    finished = [resume.refuse(_seed_config(cfg, seed), missing) for seed in _seeds(cfg)]
     return all(finished)
 
 
@@ -82,8 +82,9 @@ def _numbers(scores: dict[str, Any]) -> dict[str, Any]:
 def is_vmapped(cfg: Config) -> bool:
     """Returns whether the seeds are trained in one vmapped program, as set by finetune.together.
 
-    If finetune.together is null, the result is true only for adapters on an accelerator, because on a CPU one vmapped
-    program is no faster than sequential runs; and only without train.patience, which ends each run at its own step.
+    If finetune.together is null, the seeds are vmapped only if the trained params are adapters, the device is a GPU or
+    TPU, and train.patience is not set. On a CPU, one vmapped program is no faster than sequential runs. If
+    train.patience is set, runs with different seeds end at different steps.
     """
     if cfg.finetune.together is not None:
         return cfg.finetune.together
@@ -118,13 +119,14 @@ def _train_vmapped(cfg: Config, folder: Path, say: Callable[[str], None], hooks:
 
 
 def stacked(cfg: Config, prepare: Prepare, progress: Progress) -> Ready:
-    """Combine the tasks of all seeds into one task.
+    """Combines the tasks of all seeds into one task.
 
-    Trained params and batches have a leading seed axis, frozen params do not.
+    The trained params and the batches of the combined task have a leading axis over seeds. The frozen params have no
+    axis over seeds, because all seeds share the frozen params.
 
-    Initialisation, data split, data order, gradient, gradient clipping and optimizer state are computed per seed, as in
-    a separate run. If the loss or gradient of one seed is not finite, all seeds skip the step. All seeds train for as
-    many steps as the first seed.
+    The initialisation, data split, data order, gradient, gradient clipping and optimizer state are computed per seed,
+    as in a separate run. If the loss or gradient of one seed is not finite, all seeds skip the step. All seeds train
+    for as many steps as the first seed.
     """
     seed_tasks: list[Task] = []
     configs: list[Config] = []
@@ -136,7 +138,7 @@ def stacked(cfg: Config, prepare: Prepare, progress: Progress) -> Ready:
     first, n = seed_tasks[0], len(seed_tasks)
     configs = [dataclasses.replace(resolved, train=configs[0].train) for resolved in configs]
 
-    # Closures over `seed_tasks` would keep the initial params in memory after training has replaced them.
+    # A closure over `seed_tasks` would keep the initial params in memory after training has replaced these params.
     batch_fns, validations, write_fns = zip(
         *((task.batches, task.validation, task.write) for task in seed_tasks), strict=True
     )
@@ -147,7 +149,7 @@ def stacked(cfg: Config, prepare: Prepare, progress: Progress) -> Ready:
 
     def write(folder: Path, trained: Any, frozen: Any, files: dict[str, str]) -> None:
         runs = [(i, folder.parent / f"seed-{resolved.seed}" / folder.name) for i, resolved in enumerate(configs)]
-        # Write the shared folder last, because its existence means that the folders of all seeds are complete.
+        # The shared folder is written last, because its existence means that the folders of all seeds are complete.
         for i, run_folder in [*runs, (0, folder)]:
             params = jax.tree.map(lambda leaf, i=i: leaf[i], trained)
             write_fns[i](run_folder, params, frozen, files | {"config.yaml": config.to_yaml(configs[i])})

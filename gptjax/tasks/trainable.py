@@ -1,4 +1,7 @@
-"""Partition a model's params into trainable and frozen ones, by `finetune.trainable`, and combine them again."""
+"""Partitions a model's params into trainable and frozen params, and combines the params again.
+
+The setting `finetune.trainable` selects the trainable params.
+"""
 
 from __future__ import annotations
 
@@ -26,15 +29,16 @@ from gptjax.weights import families
 
 
 class Trainable(NamedTuple):
-    """The params of a model, partitioned into trained and frozen ones, and functions that combine and save them.
+    """The trained and frozen params of a model, and functions that combine and save the params.
 
-    params    the trainable params: {"adapter": .., "cls_head": ..}, a subset of the model's params, or all its params
-    frozen    the other params, which the optimizer does not update
-    combine   function (trained, frozen, settings) that returns the params for the loss; weights with an adapter are
-              `LoraWeight`s. `settings` is a LoraConfig whose scale and dropout may be tracers, by default cfg.lora
-    merge     function (trained, frozen) that returns the params to save: plain arrays, with the adapter merged
-    export    function (folder, trained, frozen) that writes the adapter in peft's format; it does nothing if peft's
-              format cannot represent the adapter
+    Attributes:
+        params: the trained params: {"adapter": .., "cls_head": ..}, a subset of the model's params, or all its params.
+        frozen: the params that the optimizer does not update.
+        combine: function (trained, frozen, settings) that returns the params for the loss. Weights with an adapter are
+            `LoraWeight`s. `settings` is a LoraConfig whose scale and dropout may be tracers, by default cfg.lora.
+        merge: function (trained, frozen) that returns the params to save: plain arrays, with the adapter merged.
+        export: function (folder, trained, frozen) that writes the adapter in peft's format. The function does nothing
+            if peft's format cannot represent the adapter.
     """
 
     params: Params
@@ -47,7 +51,9 @@ class Trainable(NamedTuple):
 def partition(
     cfg: Config, params: Params, heads: Params, model: ModelConfig, key: jax.Array, fingerprint: str = ""
 ) -> Trainable:
-    """Partition the params of a model by cfg.finetune.trainable. This function can be traced by JAX.
+    """Partitions the params of a model into trained and frozen params, as set by cfg.finetune.trainable.
+
+    This function can be traced by JAX.
 
     Args:
         params: the params of the base model.
@@ -72,9 +78,11 @@ def partition(
 
 
 def step_functions(cfg: Config, loss: Loss, combine: Callable[..., Params]) -> StepFunctions:
-    """Returns the `StepFunctions` of a fine-tuning run.
+    """Returns the `StepFunctions` of a fine-tuning run: the loss, the function `combine` and the optimizer.
 
-    `combine` returns the params for the loss, see `Trainable`. The hyperparameters in `cfg` may be tracers.
+    Args:
+        cfg: the config, whose hyperparameters may be tracers.
+        combine: function that returns the params for the loss, as `Trainable.combine`.
     """
     return StepFunctions(with_dropout(cfg, loss), partial(combine, settings=cfg.lora), optimizer(cfg))
 
@@ -88,24 +96,26 @@ def _join(trained: Params, frozen: Params, settings: LoraConfig | None = None) -
 
 
 def split_heads(params: Params) -> tuple[Params, Params]:
-    """Split params into those of the base model and those of the heads that fine-tuning adds."""
+    """Splits params into the params of the base model and the params of the heads that fine-tuning adds."""
     heads = {name: leaf for name, leaf in params.items() if name == "cls_head"}
     return {name: leaf for name, leaf in params.items() if name not in heads}, heads
 
 
 def frozen_share(cfg: Config, n_params: int, n_trained: int) -> float:
-    """Returns the fraction of the model's parameters that are frozen; with an adapter, the fraction is 1, because the
-    whole base model is frozen."""
+    """Returns the fraction of the model's parameters that are frozen.
+
+    If an adapter is trained, the fraction of frozen parameters is 1, because the whole base model is frozen.
+    """
     return 1.0 if cfg.finetune.trainable == "lora" else 1 - n_trained / n_params
 
 
 def with_dropout(cfg: Config, loss: Loss) -> Loss:
-    """Returns the loss function, with dropout on the adapter's input if lora.dropout is not 0."""
+    """Adds dropout on the adapter's input to the loss function, if an adapter is trained and lora.dropout is not 0."""
     return lora.with_dropout(loss) if cfg.finetune.trainable == "lora" and not off(cfg.lora.dropout) else loss
 
 
 def abstract_trained(cfg: Config, params: Params, heads: Params, model: ModelConfig) -> Params:
-    """Returns the shapes of `Trainable.params`, given the shapes of params and heads."""
+    """Returns the shapes of the trained params, given the shapes of the base model's params and of the heads."""
     if cfg.finetune.trainable == "lora":
         settings = dataclasses.replace(cfg.lora, init="lora", dora=False)
         adapter = jax.eval_shape(lambda: lora.init(jax.random.key(0), params, settings))
@@ -132,7 +142,7 @@ def optimizer(cfg: Config) -> optax.GradientTransformation:
 
 
 def _split(cfg: Config, whole: Params, heads: Params, model: ModelConfig) -> tuple[Params, Params]:
-    """Split the params of the whole model into (trained, frozen) by the pattern in finetune.trainable.
+    """Splits the params of the whole model into (trained, frozen) by the pattern in finetune.trainable.
 
     If the pattern names a single layer, such as blocks/11/*, the stacked layers are unstacked first.
     """
@@ -167,17 +177,17 @@ def _adapted(
         adapter, config = trained["adapter"], settings
         if start is not None:
             adapter = lora.to_lora(adapter, start)
-            # `to_lora` returns an adapter of twice the rank. The scale depends on alpha and the rank, so alpha is
-            # multiplied by the factor that keeps the scale unchanged.
+            # The adapter that `to_lora` returns has twice the rank of the trained adapter. The scale depends on alpha
+            # and the rank, so alpha is multiplied by the factor that keeps the scale unchanged.
             scaling = {"alpha/r": 2, "alpha/sqrt(r)": 2**0.5, "alpha": 1}
             alpha = settings.alpha * scaling[settings.scaling]
             config = dataclasses.replace(settings, init="lora", rank=2 * settings.rank, alpha=alpha)
         head = trained.get("cls_head")
         if head and "bias" in head:
-            head = None  # the head is not exported, because peft's format supports no head with a bias
+            head = None  # The head is not exported, because peft's format does not support heads with a bias.
         weights.export_peft(folder, adapter, config, body, head=head, base=fingerprint, base_name=cfg.finetune.base)
 
-    # `fits`: whether peft's format can represent this adapter; if not, the adapter is not exported to this format.
+    # The adapter is exported only if `fits` is True, which means that peft's format can represent the adapter.
     has_family = not complaints(families.family_of, body)
     fits = has_family and not (settings.dora and settings.init != "lora") and "embedding" not in settings.targets
     fits = fits and not (settings.miss and weights.peft.has_conv1d(body))
@@ -185,7 +195,7 @@ def _adapted(
 
 
 def with_heads(trained: Params) -> Params:
-    """Returns one dict with the params of the adapter and of the heads, the argument `adapter` of `lora.attach`."""
+    """Returns one dict with the params of the adapter and of the heads, for the argument `adapter` of `lora.attach`."""
     heads = {name: leaf for name, leaf in trained.items() if name != "adapter"}
     return trained["adapter"] | heads
 

@@ -1,4 +1,4 @@
-"""Code that all fine-tuning tasks share: opening and loading the base model, and building the `Task`."""
+"""Functions that all fine-tuning tasks share: opening and loading the base model, and building the `Task`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from gptjax.types import Mean, Metrics, Params
 
 
 def refuse_missing(cfg: Config) -> None:
-    """Check cheaply, before any data is read, that the base model and the data exist. Downloads nothing.
+    """Checks that the base model and the data exist, without reading the data or downloading anything.
 
     Raises:
         UserError: the base model or the data file is missing; the message lists all problems.
@@ -48,7 +48,7 @@ def refuse_missing(cfg: Config) -> None:
 
 
 def base_model(cfg: Config) -> weights.Model:
-    """Open the base model, without reading its tensors.
+    """Opens the base model of a fine-tuning run, without reading its tensors.
 
     Raises:
         UserError: the base model does not exist, or is a classifier although the task is generative.
@@ -60,21 +60,23 @@ def base_model(cfg: Config) -> weights.Model:
 
 
 def styled(base: weights.Model, style: chat.Style | None) -> tuple[Tokenizer, list[str]]:
-    """Returns the base model's tokenizer with the chat template of `style`, and the log lines about this style that
-    `chat.describe_style` returns."""
+    """Returns the base model's tokenizer with the chat template of `style`, and lines of text that describe the style.
+
+    The lines of text are made by `chat.describe_style`.
+    """
     tokenizer = base.tokenizer()
     return chat.styled(tokenizer, style), chat.describe_style(tokenizer, style)
 
 
 def longest_row(cfg: Config, model: ModelConfig) -> int:
-    """Returns the maximum number of tokens per row of the task."""
+    """Returns the maximum number of tokens per row of a fine-tuning task."""
     settings = getattr(cfg, cfg.task)
     most = settings.max_length if cfg.task == "classify" else settings.context_length
     return min(most or model.context_length, model.context_length)
 
 
 def why_so_long(cfg: Config, model: ModelConfig) -> str:
-    """Returns the part of an error message that names the setting which determines `longest_row`."""
+    """Returns a part of an error message: the name of the setting that limits the number of tokens per row."""
     requested = getattr(cfg, cfg.task).context_length
     if requested > model.context_length:
         return f" (that of the base {cfg.finetune.base}; {cfg.task}.context_length is {requested})"
@@ -84,9 +86,12 @@ def why_so_long(cfg: Config, model: ModelConfig) -> str:
 def load_base(
     cfg: Config, base: weights.Model, heads: Params, key: jax.Array, progress: Progress
 ) -> tuple[Trainable, str]:
-    """Load the base model's weights, and partition them and the new heads by `finetune.trainable`.
+    """Loads the base model's params, and partitions the params and the new heads into trained and frozen params.
 
-    Returns the trained and frozen params (a `Trainable`), and the fingerprint of the base model's weights.
+    The setting `finetune.trainable` selects the trained params.
+
+    Returns:
+        (trained and frozen params as a `Trainable`, fingerprint of the base model's weights).
     """
     with progress.phase("loading the base"):
         params = base.params("float32", None)
@@ -111,7 +116,7 @@ def make_task(
     score: Callable[[Params], tuple[Mean, Metrics]] | None = None,
     rollouts: RolloutSource | None = None,
 ) -> Task:
-    """Build the `Task` of a fine-tuning run.
+    """Builds the `Task` of a fine-tuning run.
 
     Args:
         cfg: the config, with the values filled in that depend on the data.
@@ -133,7 +138,7 @@ def make_task(
     n_params, base_shapes = tree.size(shapes), split_heads(shapes)[0]
     share = frozen_share(cfg, n_params, tree.size(trainable.params))
     base, source = _base_reference(cfg, fingerprint), getattr(cfg, cfg.task).source
-    # Closures over `trainable` itself would keep the initial weights in memory after training has replaced them.
+    # A closure over `trainable` would keep the initial weights in memory after training has replaced these weights.
     combine, merge, export = trainable.combine, trainable.merge, trainable.export
 
     def batches(step: int, k: int, rows: slice | None) -> Any:
@@ -169,10 +174,10 @@ def make_task(
 
 
 def _base_reference(cfg: Config, fingerprint: str) -> dict[str, Any] | None:
-    """Returns a dict with the fields of `weights.native.Base`, which are saved with an adapter to identify its base
-    model.
+    """Returns a dict that is saved with an adapter to identify the adapter's base model.
 
-    Returns None if all weights of the model are saved instead of an adapter.
+    The dict has the fields of `weights.native.Base`. The function returns None if the run saves all weights of the
+    model instead of an adapter.
     """
     name, save_merged = cfg.finetune.base, cfg.finetune.save_merged
     if cfg.finetune.trainable != "lora" or cfg.lora.init != "lora" or save_merged:
@@ -186,8 +191,7 @@ def _base_reference(cfg: Config, fingerprint: str) -> dict[str, Any] | None:
 
 
 def plan(cfg: Config, base: weights.Model, model: ModelConfig) -> str:
-    """Returns a line of text with the base model, the number of its parameters, and the number of trained
-    parameters."""
+    """Returns a line of text with the base model, its number of parameters, and the number of trained parameters."""
     shapes = abstract_params(model)
     n, n_trained = tree.size(shapes), tree.size(abstract_trained(cfg, *split_heads(shapes), model))
     return f"base               {base.location}: {n:,} parameters, {n_trained:,} trained ({n_trained / n:.2%})"

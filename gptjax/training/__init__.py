@@ -1,1 +1,1 @@
-"""The training step, the training loop and the run directory."""
+"""Modules for the training step, the training loop and the run directory."""

@@ -1,4 +1,4 @@
-"""Peak performance of accelerators, from their vendors' data sheets; used for MFU and `gptjax plan`."""
+"""Peak performance of GPUs and TPUs, from their vendors' data sheets, for computing MFU and for `gptjax plan`."""
 
 from __future__ import annotations
 
@@ -6,19 +6,26 @@ from typing import NamedTuple
 
 
 class Chip(NamedTuple):
-    """Specification of one chip. Only the chips that `gptjax plan` supports have all values; for the others, memory
-    and bandwidths are 0.
+    """Specification of one accelerator chip.
 
-    TPU values are from cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}, and v4's interconnect bandwidth from
-    arXiv:2304.01433, table 4. The interconnect bandwidth is the sum over all links of a chip in the sending direction,
-    which is half of the bidirectional bandwidth in the TPU documentation.
+    The memory and the bandwidths are 0 for chips that `gptjax plan` does not support. The TPU values are from
+    cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}, and the interconnect bandwidth of TPU v4 is from arXiv:2304.01433, table
+    4. The interconnect bandwidth is the sum over all links of a chip in the sending direction, which is half of the
+    bidirectional bandwidth in the TPU documentation.
+
+    Attributes:
+        kinds: substrings that identify the chip in JAX's `device_kind`.
+        tflops: peak TFLOP/s of dense bfloat16 matrix multiplications.
+        hbm_gib: memory in GiB.
+        hbm_gbps: memory bandwidth in 1e9 bytes per second.
+        ici_gbps: interconnect bandwidth in 1e9 bytes per second.
     """
 
-    kinds: tuple[str, ...]  # substrings that identify the chip in jax's device_kind
-    tflops: float  # peak TFLOP/s of dense bfloat16 matrix multiplications
-    hbm_gib: float = 0.0  # memory in GiB
-    hbm_gbps: float = 0.0  # memory bandwidth in 1e9 bytes per second
-    ici_gbps: float = 0.0  # interconnect bandwidth in 1e9 bytes per second
+    kinds: tuple[str, ...]
+    tflops: float
+    hbm_gib: float = 0.0
+    hbm_gbps: float = 0.0
+    ici_gbps: float = 0.0
 
 
 CHIPS = {

@@ -1,4 +1,4 @@
-"""Compiles the training step: sets the steps per call, makes the first call, explains out-of-memory errors."""
+"""Compiles the training step, chooses the number of training steps per compiled call, and explains memory errors."""
 
 from __future__ import annotations
 
@@ -21,19 +21,21 @@ from gptjax.training.run import Run
 from gptjax.training.step import TrainState, make_multi_step, make_train_step
 from gptjax.types import Metrics
 
-SMALL_MODEL = 20_000_000  # models with more parameters than this run one step per compiled call by default
+# By default, models with more than SMALL_MODEL parameters run one training step per compiled call.
+SMALL_MODEL = 20_000_000
 MOST_STEPS_PER_CALL = 10
 
 
 def steps_per_call(cfg: Config, n_params: int, start: int = 0, hooks: Sequence[int] = ()) -> int:
     """Returns the number of training steps per compiled call.
 
-    The number of steps per call divides max_steps and all intervals shorter than max_steps: eval_every,
-    checkpoint_every, log_every and those of the hooks. Evaluations, checkpoints and hooks can only run between two
-    calls. If train.steps_per_call is None, the number of steps per call is 1 for models with more than 20 million
-    parameters; for smaller models it is the largest number up to 10 that divides `start`, max_steps and every interval
-    shorter than max_steps. In reward tuning it is reward.updates, the number of steps on the same rollouts, and with
-    distill.on_policy 1.
+    Evaluations, checkpoints and hooks run only between two compiled calls. The number of steps per call must divide
+    max_steps and all intervals shorter than max_steps: eval_every, checkpoint_every, log_every and the intervals of the
+    hooks. If train.steps_per_call is None, the number of steps per call is 1 for models with more than 20 million
+    parameters. For smaller models, the default number of steps per call is the largest number up to 10 that divides
+    `start`, max_steps and every interval shorter than max_steps. In reward tuning, the number of steps per call is
+    reward.updates, the number of steps on the same rollouts. If distill.on_policy is set, the number of steps per call
+    is 1.
 
     Args:
         start: the step from which the run is resumed.
@@ -63,17 +65,19 @@ def steps_per_call(cfg: Config, n_params: int, start: int = 0, hooks: Sequence[i
 
 
 def make_call(run: Run) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
-    """Returns a jitted function that runs `run.k` training steps, the steps per call. The function takes the state and
-    the batches of these steps, and returns the new state and the metrics; it is compiled when it is first called."""
+    """Returns a jitted function that runs `run.k` training steps per call.
+
+    The jitted function takes the state and the batches of the k steps, and returns the new state and the metrics.
+    """
     loss, combine, optimizer = run.rules
     step = make_train_step(loss, optimizer, combine=combine, accumulation=run.cfg.train.accumulation)
     return parallel.jit_step(step if run.k == 1 else make_multi_step(step), run.mesh, run.state)
 
 
 def first_call(run: Run, call: Callable[[TrainState, Any], tuple[TrainState, Metrics]], batch: Any) -> Metrics:
-    """Make the first call of the training step, which compiles it, and return its metrics.
+    """Calls the jitted training step for the first time, which compiles the step, and returns the metrics of the call.
 
-    The call runs in a thread, so that a signal can end the process while XLA compiles.
+    The call runs in a thread, so that a signal can end the process while XLA compiles the step.
     """
     start, result = time.monotonic(), []
     run.progress.say("compiling the training step ...")
@@ -100,9 +104,13 @@ def first_call(run: Run, call: Callable[[TrainState, Any], tuple[TrainState, Met
 
 
 def _leave(run: Run) -> None:
-    """End the process after a signal, because XLA cannot be interrupted; in a notebook, raise Stopped instead.
+    """Ends the process after a signal during compilation, because compilation by XLA cannot be interrupted.
 
-    No steps are lost: compilation precedes the first step of this process, so the last checkpoint is still up to date.
+    In a notebook, the function raises `Stopped` instead of ending the process. No training steps are lost: compilation
+    precedes the first step of this process, so the last checkpoint is still up to date.
+
+    Raises:
+        Stopped: the process runs in a notebook.
     """
     code = run.signals.code
     run.progress.say(f"{signal_name(code)} while compiling: nothing to save, {run.saved:,} steps are on disk")
@@ -113,8 +121,10 @@ def _leave(run: Run) -> None:
 
 
 def too_large(run: Run, error: Exception) -> UserError:
-    """Returns the UserError for a training step that does not fit into memory; it lists changes of the config that
-    should help."""
+    """Returns the UserError for a training step that does not fit into device memory.
+
+    The error message lists changes of the config that should make the training step fit into memory.
+    """
     settings, device = run.cfg.train, jax.local_devices()[0]
     limit = (device.memory_stats() or {}).get("bytes_limit", 0)
     rows = settings.batch_size // settings.accumulation

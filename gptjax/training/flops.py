@@ -12,8 +12,8 @@ from gptjax.types import Params
 def flops_per_token(cfg: ModelConfig, params: Params, *, width: int | None = None, frozen: float = 0.0) -> float:
     """Returns the FLOPs per token of a training step (arXiv:2204.02311, appendix B).
 
-    Per token, a step takes 6 FLOPs for each weight in a matrix multiplication, and 12 L N H T FLOPs for attention in L
-    layers with N heads of dimension H.
+    For each token, a training step takes 6 FLOPs per weight in a matrix multiplication, and 12 L N H T FLOPs for
+    attention in L layers with N heads of size H and T tokens per row.
 
     Args:
         width: number of tokens per row, T, or None for the context length.

@@ -1,4 +1,7 @@
-"""Metric loggers: metrics.jsonl is always written, TensorBoard and Weights & Biases if train.loggers lists them."""
+"""Loggers for training metrics: the file metrics.jsonl, TensorBoard, and Weights & Biases.
+
+The file metrics.jsonl is always written. TensorBoard and Weights & Biases are used if train.loggers lists them.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +18,17 @@ from gptjax.errors import UserError
 
 class Logger(Protocol):
     def log(self, row: dict[str, Any]) -> None:
-        """Log a row of metrics: a dict with `step` and the value of each metric by name."""
+        """Logs a row of metrics, which is a dict with the training step and the value of each metric."""
 
     def close(self) -> None: ...
 
 
 class JsonLines:
-    """Writes metrics.jsonl, one JSON object per line. `log` passes each line to the operating system at once; `sync`
-    makes sure that all lines are on the disk (fsync)."""
+    """Writes metrics to the file metrics.jsonl, with one JSON object per line.
+
+    The method `log` passes each line to the operating system immediately. The method `sync` calls fsync, which writes
+    all lines to the disk.
+    """
 
     def __init__(self, path: Path):
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
@@ -52,9 +58,9 @@ class TensorBoard:
 
 
 class Wandb:
-    """Logs to Weights & Biases, in the project $WANDB_PROJECT (by default gptjax).
+    """Logs metrics to Weights & Biases, in the project $WANDB_PROJECT (by default gptjax).
 
-    With WANDB_MODE=offline in the environment, the metrics are logged to local files.
+    If the environment variable WANDB_MODE is "offline", the metrics are logged to local files.
     """
 
     def __init__(self, run_dir: Path, cfg: Config):
@@ -75,7 +81,11 @@ LOGGERS: dict[str, Callable[[Path, Config], Logger]] = {"tensorboard": TensorBoa
 
 
 def check(names: tuple[str, ...]) -> None:
-    """Raise UserError if the package that a logger in `names` needs is not installed."""
+    """Checks that the packages that the given loggers need are installed.
+
+    Raises:
+        UserError: a package is not installed.
+    """
     for name in names:
         _module({"tensorboard": "tensorboardX"}.get(name, name), name)
 

@@ -1,6 +1,7 @@
-"""The training loop: runs the compiled steps, and calls hooks at fixed intervals of steps.
+"""The training loop: runs the compiled training steps, and calls hooks at fixed intervals of steps.
 
-`gptjax.tasks` defines what is trained. A hook is a function that receives the `Run`. An example of a user's hook:
+The modules in `gptjax.tasks` define the models, data and losses. A hook is a function that receives the `Run`. The
+following hook of a user prints the standard deviation of each parameter array every 100 steps:
 
     def histogram(run): print(run.step, jax.tree.map(jnp.std, run.state.params))
     gptjax.train(cfg, hooks=[(100, histogram)])
@@ -39,9 +40,7 @@ def run_task(
     missing: Callable[[Config], None] = lambda cfg: None,
     hooks: Sequence[Hook] = (),
 ) -> tuple[TrainResult, Any]:
-    """Train the task that `prepare` builds from the config.
-
-    Returns the result and the task's held-out test data, which is None if the run was finished already.
+    """Trains the task that the function `prepare` builds from the config.
 
     Args:
         written: the config as the user wrote it. `prepare` fills in the values that depend on the data.
@@ -50,6 +49,9 @@ def run_task(
         log: function that is called with each line of output, or None to print the lines.
         missing: function that raises UserError if data, tokenizer or base model do not exist.
         hooks: pairs (every, fn): fn(run) is called every `every` steps and after the last step.
+
+    Returns:
+        (result of training, the task's held-out test data). The test data are None if the run had finished already.
 
     Raises:
         UserError: as in `tasks.train`.
@@ -64,7 +66,7 @@ def run_task(
         except Exception:
             if not signals.code or signals.polled:
                 raise
-            # An import that a signal interrupts may raise ImportError instead of KeyboardInterrupt.
+            # If a signal interrupts an import, the import may raise ImportError instead of KeyboardInterrupt.
             when = "before the first step: nothing to save"
         if signals.code:
             message = f"{signal_name(signals.code)} {when}; run the same command again to resume"
@@ -110,11 +112,12 @@ def _run(
         with distributed.synchronise_errors():
             if writes:
                 stack.enter_context(dir.locked())
-            dir.check(resolved)  # a second check, because `refuse` checked the directory before the lock was taken
+            # The run directory is checked again, because `refuse` checked the directory without holding the lock.
+            dir.check(resolved)
         to_log_file = Progress(lambda line: dir.append("log.txt", line), log, dir.touch)
         with to_log_file if writes else Progress(log=log) as progress:
             run = resume.begin(ready, dir, mesh, progress, signals)
-            del ready  # its arrays are donated to jitted functions, and unusable afterwards
+            del ready  # The arrays in `ready` have been donated to jitted functions, and can no longer be used.
             signals.raise_if_any()
             if warning := short_run(resolved):
                 progress.say(warning)
@@ -174,21 +177,22 @@ def _train(run: Run, hooks: Sequence[Hook]) -> TrainResult:
 
 
 def _until_done(run: Run, meter: Meter, call: Callable, hooks: Sequence[Hook]) -> None:
-    """Run the remaining steps.
+    """Runs the remaining training steps, and calls the hooks.
 
-    The metrics of a compiled call are read while the next call runs. Before a hook is called, the metrics of all steps
-    so far are read.
+    The metrics of a compiled call are read while the next compiled call runs. Before a hook is called, the metrics of
+    all previous steps are read.
     """
     steps = run.cfg.train.max_steps
     while True:
-        for every, hook in hooks:  # the first hook evaluates the model, after which the run may be done
+        # The first hook evaluates the model. After the evaluation, train.patience may end the run.
+        for every, hook in hooks:
             if run.step % every == 0 or run.done:
                 hook(run)
         if run.done:
             return
         run.poll()
         if run.task.rollouts:
-            meter.drain()  # the rollouts need the parameters of the last call
+            meter.drain()  # Rollouts are generated with the parameters after the last compiled call.
         meter.start()
         batch = roll(run, meter) if run.task.rollouts else run.batch(run.step, run.k)
         if meter.compiled:

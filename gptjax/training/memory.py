@@ -1,4 +1,4 @@
-"""Formulas that estimate the memory of a training step, for `gptjax plan` and for the out-of-memory error."""
+"""Formulas that estimate the device memory of a training step, for `gptjax plan` and for out-of-memory errors."""
 
 from __future__ import annotations
 
@@ -9,27 +9,36 @@ from gptjax.config import Config, ModelConfig
 
 GIB = 2**30
 Remat = Literal["none", "dots", "full", "offload"]
-SMALLER_REMAT: dict[Remat, tuple[Remat, ...]] = {"none": ("dots", "full"), "dots": ("full",)}  # keep fewer activations
-_MAX_SHARE = 0.75  # a change of the config is proposed only if it shrinks the activations to this fraction or less
-MARGIN = 0.85  # maximum fraction of the device's memory that an estimate may fill
-# memory for the logits of one chunk of tokens, their exponentials and their gradients; the loss runs chunk by chunk
+# SMALLER_REMAT maps each value of model.remat to the values of model.remat that keep fewer activations.
+SMALLER_REMAT: dict[Remat, tuple[Remat, ...]] = {"none": ("dots", "full"), "dots": ("full",)}
+# A change of the config is proposed only if it shrinks the activations to at most _MAX_SHARE of their size.
+_MAX_SHARE = 0.75
+# The estimated memory of a training step may fill at most the fraction MARGIN of the device's memory.
+MARGIN = 0.85
+# The loss is computed in chunks of tokens. WORKSPACE_BYTES is the memory for the logits of one chunk, their
+# exponentials and their gradients.
 WORKSPACE_BYTES = 2**30
 _PROGRAM_BYTES = 2**28
-_WEIGHT, _GRADIENT, _MOMENTS = 4, 4, 8  # bytes per trained parameter, all in float32; AdamW keeps two moments
-_FROZEN = {"none": 4.0, "int8": 1.0, "nf4": 0.52}  # bytes per frozen parameter for each finetune.quantize
+# The numbers of bytes per trained parameter of the weight, the gradient and AdamW's two moments, all in float32.
+_WEIGHT, _GRADIENT, _MOMENTS = 4, 4, 8
+# The number of bytes per frozen parameter for each value of finetune.quantize.
+_FROZEN = {"none": 4.0, "int8": 1.0, "nf4": 0.52}
 
-Shape = tuple[int, int, int, int]  # sizes of the mesh axes data, fsdp, tensor and context
+# The sizes of the mesh axes data, fsdp, tensor and context.
+Shape = tuple[int, int, int, int]
 
 
 def memory_bytes(cfg: Config, n_params: int, vocab_size: int) -> dict[str, int]:
     """Returns a rough estimate of the memory of a training step in bytes, by category.
 
-    For five configurations on a CPU, the estimate was within about 20 % of XLA's own figure.
+    For five configurations on a CPU, the estimate differed by at most about 20 % from the memory that XLA reports.
 
-    weights      4 bytes per parameter, 4 bytes for its gradient and 4 bytes for its update
-    optimizer    two float32 moments per parameter; with Muon, only one for parameters in matrices of the blocks; the
-                 average of the parameters, if train.ema or train.average_last is set
-    activations  the activations of one micro-batch; see `activation_elements`
+    Returns:
+        A dict with three categories:
+            weights, gradients and updates: 4 bytes per parameter each.
+            optimizer: two float32 moments per parameter, or one moment with Muon for parameters in matrices of the
+                blocks; the average of the parameters, if train.ema or train.average_last is set.
+            activations: the activations of one micro-batch, as estimated by `activation_elements`.
     """
     model, rows = cfg.model, cfg.train.batch_size // cfg.train.accumulation
     matrices = max(0, n_params - (1 if model.tie_embeddings else 2) * vocab_size * model.d_model)
@@ -42,16 +51,16 @@ def memory_bytes(cfg: Config, n_params: int, vocab_size: int) -> dict[str, int]:
 
 
 def chip_bytes(cfg: Config, n_params: int, width: int, shape: Shape) -> float:
-    """Returns the estimated memory of a training step on one chip of a mesh, in bytes, if attention runs with fused
-    kernels.
+    """Estimates the memory of a training step on one chip of a device mesh, in bytes.
 
-    If AdamW trains all weights, the estimate is within about 20 % of the TPU compiler's own figure.
+    Attention is assumed to run in a fused kernel. If AdamW trains all weights, the estimate differs by at most about 20
+    % from the memory that the TPU compiler reports. The estimate is the sum of the following terms:
 
-    state        `param_bytes` per parameter, divided by fsdp x tensor
-    head         the output head's matrix in bfloat16 and its gradient in float32, both unsharded; on several chips, two
-                 copies of the gradient, because it is summed over the chips
-    activations  the elements counted by `activation_elements`, plus the all-gathered weights of two layers
-    constants    WORKSPACE_BYTES and _PROGRAM_BYTES
+        state        `param_bytes` per parameter, divided by fsdp x tensor
+        head         the LM head's matrix in bfloat16 and its gradient in float32, both unsharded; on several chips, two
+                     copies of the gradient, because the gradient is summed over the chips
+        activations  the elements counted by `activation_elements`, plus the all-gathered weights of two layers
+        constants    WORKSPACE_BYTES and _PROGRAM_BYTES
 
     Args:
         width: number of tokens per row.
@@ -60,15 +69,20 @@ def chip_bytes(cfg: Config, n_params: int, width: int, shape: Shape) -> float:
     tokens = cfg.train.batch_size // cfg.train.accumulation * width / (data * fsdp * context)
     state = param_bytes(cfg, accumulation=cfg.train.accumulation) * n_params / (fsdp * tensor)
     head = (10 if data * fsdp * tensor > 1 else 6) * model.d_model * model.vocab_size
-    layer = 2 * 2 * 12 * model.d_model**2 / tensor  # bytes of the all-gathered weights of one layer and the next
+    # The number of bytes of the all-gathered weights of two successive layers.
+    layer = 2 * 2 * 12 * model.d_model**2 / tensor
     elements = activation_elements(model, width, tensor=tensor, scores=False)
     return state + head + (itemsize(model) * tokens * elements + layer) + WORKSPACE_BYTES + _PROGRAM_BYTES
 
 
 def param_bytes(cfg: Config, *, accumulation: int = 1) -> float:
-    """Returns the bytes per parameter: its weight, its gradient, AdamW's two moments, its average if there is one and,
-    with gradient accumulation, the sum of its gradients. With LoRA, returns the bytes per frozen weight, which depend
-    on finetune.quantize, and neglects the adapter."""
+    """Returns the number of bytes of training state per parameter.
+
+    The training state of a parameter is the weight, the gradient, AdamW's two moments, the average of the weights if
+    train.ema or train.average_last is set, and the sum of the gradients if gradients are accumulated. With LoRA, the
+    function returns the number of bytes per frozen weight, which depends on finetune.quantize, and neglects the
+    adapter.
+    """
     if cfg.task != "pretrain" and cfg.finetune.trainable == "lora":
         return _FROZEN[cfg.finetune.quantize]
     return _WEIGHT + _GRADIENT + _MOMENTS + _average(cfg) + (_GRADIENT if accumulation > 1 else 0)
@@ -79,21 +93,24 @@ def _average(cfg: Config) -> int:
 
 
 def activation_bytes(model: ModelConfig, rows: int, width: int) -> int:
-    """Returns the bytes of the activations that the backward pass needs for `rows` rows of `width` tokens. Attention is
-    assumed to run without a fused kernel, so that its scores are kept."""
+    """Returns the size in bytes of the activations that the backward pass needs for `rows` rows of `width` tokens.
+
+    Attention is assumed to run without a fused kernel, so that the attention scores are kept for the backward pass.
+    """
     return round(itemsize(model) * rows * width * activation_elements(model, width))
 
 
 def activation_elements(model: ModelConfig, width: int, *, tensor: int = 1, scores: bool = True) -> float:
-    """Returns the number of activation elements per token that the backward pass needs: the activations kept by all
-    blocks, and temporary ones, such as those of the one block whose backward pass is running.
+    """Returns the number of activation elements per token that the backward pass needs.
 
-    `model.remat` decides which activations of a block are kept on the device:
+    The function counts the activations that all blocks keep, and temporary activations, such as the activations of the
+    block whose backward pass is running. The setting `model.remat` selects the activations of a block that are kept on
+    the device:
 
-    none     two activations of the residual stream, and all those of the attention and feed-forward layers
-    dots     two activations of the residual stream, and the outputs of the matrix multiplications
-    full     the block's input
-    offload  no activations, because the block's input is kept in host memory
+        none     two activations of the residual stream, and all activations of the attention and feed-forward layers
+        dots     two activations of the residual stream, and the outputs of the matrix multiplications
+        full     the block's input
+        offload  no activations, because the block's input is kept in host memory
 
     Args:
         width: number of tokens per row.
@@ -119,20 +136,21 @@ def activation_elements(model: ModelConfig, width: int, *, tensor: int = 1, scor
 def block_elements(model: ModelConfig) -> int:
     """Returns the number of activation elements per token and block that tensor parallelism shards.
 
-    These are the activations that the backward pass keeps: two copies of the queries, keys and values, three copies of
-    the hidden units of the feed-forward layer (four if it is gated), and 4 x d_model further elements.
+    The following activations are kept for the backward pass and sharded: two copies of the queries, keys and values,
+    three copies of the hidden units of the feed-forward layer (four copies if the layer is gated), and 4 x d_model
+    further elements.
     """
     projected = (model.n_head + 2 * model.n_kv_head) * model.head_dim
     return 4 * model.d_model + 2 * projected + (4 if model.gated else 3) * model.d_ff
 
 
 def itemsize(model: ModelConfig) -> int:
-    """Returns the bytes per element of the activations."""
+    """Returns the number of bytes per element of the model's activations."""
     return 2 if model.dtype == "bfloat16" else 4
 
 
 def what_fits(cfg: Config, width: int, *, rows_per_device: int, lasting_bytes: int = 0, limit: int = 0) -> list[str]:
-    """Returns changes of the config, each of which should make a training step fit into memory.
+    """Returns a list of changes of the config, each of which should make a training step fit into device memory.
 
     Args:
         width: number of tokens per row.

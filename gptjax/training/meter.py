@@ -1,4 +1,4 @@
-"""Computes the metrics of a run (losses, throughput, remaining time) and writes them as rows of metrics.jsonl."""
+"""Computes the metrics of a training run, such as losses and throughput, and writes the metrics to metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ from gptjax.training.progress import duration, peak_flops
 from gptjax.training.run import Run
 from gptjax.types import Metrics
 
-_OWN = {"loss", "weight", "grad_norm", "skipped", "skipped_in_a_row"}  # metrics of every training step
+# The metrics that every training step returns, independently of the task.
+_OWN = {"loss", "weight", "grad_norm", "skipped", "skipped_in_a_row"}
 
 
 class Meter:
     """Reads the metrics of the training steps, and logs them every `train.log_every` steps.
 
-    A compiled call is one call of the compiled program, which runs `run.k` training steps. Its metrics are read only
-    after the next call has been started, so that the device does not wait for the host.
+    A compiled call is one call of the compiled program, which runs `run.k` training steps. The metrics of a compiled
+    call are read only after the next call has been started, so that the device does not wait for the host.
 
     Args:
         run: the run whose metrics are read.
@@ -43,25 +44,28 @@ class Meter:
             self.file = loggers.JsonLines(run.dir.metrics)
             others = [loggers.LOGGERS[name](run.dir.path, run.cfg) for name in run.cfg.train.loggers]
             self.loggers = [self.file, *others]
-        self.busy_s, self.busy_tokens = 0.0, 0  # seconds and tokens of training since the last row of metrics
-        self.mark = 0.0  # time at which the current compiled call began on the device
-        self.rate = 0.0  # throughput in the last row of metrics, in tokens per second
-        # estimated seconds of a full evaluation and of sampling, excluding compilation
+        # The training time in seconds and the number of trained tokens since the last row of metrics.
+        self.busy_s, self.busy_tokens = 0.0, 0
+        # The time at which the current compiled call began on the device.
+        self.mark = 0.0
+        # The throughput in the last row of metrics, in tokens per second.
+        self.rate = 0.0
+        # The estimated durations of a full evaluation and of sampling in seconds, excluding compilation.
         self.eval_s = self.sample_s = 0.0
         self.pending: tuple[int, Metrics] | None = None
         self.compiled = False
 
     def start(self) -> None:
-        """Record the time at which a compiled call is started.
+        """Records the time at which a compiled call is started.
 
-        If the device is still busy with the previous call, nothing is recorded here: the new call begins on the device
-        only when the previous one ends, and `_read` records that time.
+        If the device is still busy with the previous call, this method records nothing, because the new call begins on
+        the device only when the previous call ends. The method `_read` records the time at which a call ends.
         """
         if self.pending is None:
             self.mark = time.monotonic()
 
     def put(self, end: int, metrics: Metrics) -> None:
-        """Keep the metrics of the compiled call that was just started, and read those of the previous call.
+        """Stores the metrics of the compiled call that was just started, and reads the metrics of the previous call.
 
         Args:
             end: the last step of the call that was just started.
@@ -72,13 +76,17 @@ class Meter:
             self._read(*before)
 
     def drain(self) -> None:
-        """Wait for the last compiled call and read its metrics."""
+        """Waits until the last compiled call has finished, and reads the metrics of this call."""
         before, self.pending = self.pending, None
         if before:
             self._read(*before)
 
     def log(self, row: dict[str, Any]) -> None:
-        """Write a row of metrics to all loggers. Raises UserError if the disk is full."""
+        """Writes a row of metrics to all loggers.
+
+        Raises:
+            UserError: a logger cannot write its file, for example because the disk is full.
+        """
         try:
             for logger in self.loggers:
                 logger.log(row)
@@ -151,7 +159,7 @@ class Meter:
         return "  ".join(field for field in fields if field)
 
     def _eta(self, step: int) -> float:
-        """Returns the estimated seconds until the end of the run, including evaluations and sampling."""
+        """Returns the estimated time until the end of the run in seconds, including evaluations and sampling."""
         settings = self.run.cfg.train
         steps, now = settings.max_steps - step, step % settings.eval_every == 0 or step == settings.max_steps
         evals = math.ceil(steps / settings.eval_every) + now

@@ -1,4 +1,4 @@
-"""Figures: loss.png (training and validation loss), confusion.png (confusion matrix), sweep.png (a sweep's losses)."""
+"""Plots training and validation losses (loss.png), confusion matrices (confusion.png) and sweeps (sweep.png)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gptjax._moved import moved_name
 from gptjax.files import replacing
 from gptjax.show import log_ticks
 
-# The figure of a sweep has no legend if it would have more than MAX_LABELS entries or an entry of more than
+# The figure of a sweep has no legend if the legend would have more than MAX_LABELS entries or an entry with more than
 # MAX_LABEL_LENGTH characters, because such a legend would hide the curves.
 MAX_LABELS, MAX_LABEL_LENGTH = 12, 60
 # Losses are smoothed by a centred moving average over at most 2 * MAX_NEIGHBOURS + 1 losses.
@@ -20,8 +20,10 @@ MAX_NEIGHBOURS = 50
 
 
 def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
-    """Plot the training and validation losses in the rows of metrics.jsonl, or the mean rewards if there are any.
-    Atomically replaces the image `path`."""
+    """Plots the training and validation losses of a run, or the mean rewards in reward tuning.
+
+    The losses are read from `rows`, the rows of metrics.jsonl. The image file `path` is replaced atomically.
+    """
     figure, axes = _figure(8, 4.8)
     rewards = _series(rows, "rollout/reward")
     train, val = rewards or _series(rows, "train/loss"), _series(rows, "val/loss")
@@ -30,7 +32,7 @@ def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
         axes.plot(*zip(*_smooth(train), strict=True), color="tab:blue", linewidth=1.8, label="train (smoothed)")
     if val:
         step, best = min(val, key=lambda point: point[1])
-        if rewards:  # the validation loss is the negative mean reward
+        if rewards:  # In reward tuning, the validation loss is the negative mean reward.
             val, best = [(at, -loss) for at, loss in val], -best
         label = f"validation (best {best:.3f} at step {step:,})"
         axes.plot(*zip(*val, strict=True), color="tab:orange", linewidth=1.8, marker="o", markersize=4, label=label)
@@ -44,8 +46,10 @@ def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
 
 
 def draw_confusion(table: np.ndarray, names: Sequence[str], path: Path) -> None:
-    """Plot a confusion matrix [C, C] of counts, with one row per true class. The colour of a cell shows its count as a
-    fraction of the row's total."""
+    """Plots a confusion matrix [C, C] of counts, with one row per true class.
+
+    The colour of a cell shows the count in the cell as a fraction of the row's total.
+    """
     size = 2.5 + 0.7 * len(names)
     figure, axes = _figure(size + 0.8, size)
     shares = table / table.sum(1, keepdims=True).clip(1)
@@ -67,11 +71,11 @@ def draw_sweep(
     curves: Mapping[tuple, Sequence[np.ndarray]],
     path: Path,
 ) -> None:
-    """Plot the results of a sweep in two panels.
+    """Plots the validation losses and the training losses of a sweep in two panels.
 
-    The left panel plots the validation loss against one setting: the first setting in `names` that has at least two
-    different values and only numbers as values. Each run is a dot. For each combination of the other settings, a line
-    connects the losses averaged over the seeds, and error bars show their 95 % confidence intervals. The right panel
+    The left panel plots the validation loss against the first setting in `names` that has at least two different values
+    and only numbers as values. Each run is a dot. For each combination of the remaining settings, a line connects the
+    losses averaged over the seeds, and error bars show the 95 % confidence intervals of the averages. The right panel
     plots the training loss against the step, smoothed and averaged over the seeds, with one curve for each combination
     of all settings.
 
@@ -154,14 +158,16 @@ def _series(rows: list[dict[str, Any]], key: str) -> list[tuple[int, float]]:
 
 
 def _smooth(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    """Average each loss with its neighbours on both sides. An average over earlier losses only would make the smoothed
-    curve lag behind the losses."""
+    """Smooths a curve of losses by a moving average over the neighbours of each loss on both sides.
+
+    An average over earlier losses only would make the smoothed curve lag behind the losses.
+    """
     width = min(MAX_NEIGHBOURS, len(points) // 20)
     losses = [loss for _, loss in points]
     out = []
     for i, (step, _) in enumerate(points):
-        # Near the ends of the curve, the window shrinks on both sides, because a window with more losses on one side
-        # than on the other would bias the mean.
+        # Near the ends of the curve, the window of the moving average shrinks on both sides, because a window with
+        # different numbers of losses on its two sides would bias the average.
         reach = min(width, i, len(points) - 1 - i)
         window = losses[i - reach : i + reach + 1]
         out.append((step, sum(window) / len(window)))

@@ -1,4 +1,4 @@
-"""Sets up a training process: compilation cache, memory allocation, exit codes."""
+"""Configures the compilation cache and the memory allocation of a training process, and defines its exit codes."""
 
 from __future__ import annotations
 
@@ -12,15 +12,19 @@ from gptjax import assets
 from gptjax.signals import HEARD
 from gptjax.signals import Stopped as Stopped
 
-NON_FINITE = 3  # exit code after train.max_nonfinite consecutive steps with a loss or gradient that is not finite
+# The exit code of a run that ends after train.max_nonfinite consecutive steps with a non-finite loss or gradient.
+NON_FINITE = 3
 HUGE_PAGES, TUNABLE = Path("/sys/kernel/mm/transparent_hugepage/enabled"), "glibc.malloc.hugetlb"
 
 
 def keep_buffers() -> bool:
-    """Make glibc keep freed memory, instead of returning it to the system and page-faulting it in again at every step.
+    """Makes glibc keep freed memory, so that the memory does not cause page faults again at every training step.
 
     Keeping XLA's temporary buffers halved the time of a training step on a CPU (from 42 ms to 20 ms, for a model of 0.8
-    million parameters). Call this function before the first step. Returns False if the process does not use glibc.
+    million parameters). The function `keep_buffers` must be called before the first training step.
+
+    Returns:
+        Whether glibc keeps freed memory. False if the process does not use glibc.
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -32,14 +36,15 @@ def keep_buffers() -> bool:
 
 
 def ask_for_huge_pages() -> None:
-    """Make glibc use transparent huge pages, if Linux gives them only to programs that request them ("madvise" mode).
+    """Makes glibc use transparent huge pages, if Linux is configured for "madvise" mode.
 
-    To enable huge pages, the program is restarted in the same process (exec), because glibc reads its tunables only
-    when a process starts. Call this function at the very start of a training program, because everything before the
+    In "madvise" mode, Linux gives huge pages only to programs that request huge pages. To enable huge pages, the
+    program is restarted in the same process (exec), because glibc reads its tunables only when a process starts. The
+    function `ask_for_huge_pages` must be called at the very start of a training program, because everything before the
     call runs twice.
 
-    XLA's CPU backend allocates its temporary buffers anew at every step. For a LoRA step of a model of 135 million
-    parameters, the page faults for 2 GB of buffers in pages of 4 KiB took 0.4 s of the step's 2.2 s.
+    XLA's CPU backend allocates new temporary buffers at every training step. In a LoRA training step of a model with
+    135 million parameters, the page faults for 2 GB of buffers in pages of 4 KiB took 0.4 s of the step's 2.2 s.
     """
     tunables = os.environ.get("GLIBC_TUNABLES", "")
     if TUNABLE not in tunables and HUGE_PAGES.exists() and "[madvise]" in HUGE_PAGES.read_text():
@@ -50,7 +55,7 @@ def ask_for_huge_pages() -> None:
 
 
 def use_compile_cache() -> None:
-    """Enable JAX's persistent compilation cache in the user's cache folder, or in $JAX_COMPILATION_CACHE_DIR."""
+    """Enables JAX's persistent compilation cache in the user's cache folder, or in $JAX_COMPILATION_CACHE_DIR."""
     import jax
 
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
@@ -61,5 +66,5 @@ def use_compile_cache() -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:
-        return  # without a cache, training works, but starts more slowly
+        return  # Training works without a compilation cache, but starts more slowly.
     jax.config.update("jax_compilation_cache_dir", str(folder))

@@ -1,4 +1,8 @@
-"""Progress output of a run: a rich progress bar on a terminal, plain lines elsewhere, at least one line every 10 s."""
+"""Prints the progress of a training run.
+
+On a terminal, the progress is shown as a progress bar of the package rich. If the output is not a terminal, the
+progress is printed as plain lines, at least one line every 10 s.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +16,16 @@ from typing import Any
 
 from gptjax.training.chips import peak_flops as peak_flops
 
-LINE_EVERY_S = 5.0  # minimum seconds between progress lines, which are printed if the output is not a terminal
-SILENCE_S = 8.0  # seconds without output until a heartbeat line is printed, because some CI systems kill silent jobs
+# If the output is not a terminal, progress lines are printed at intervals of at least LINE_EVERY_S seconds.
+LINE_EVERY_S = 5.0
+# After SILENCE_S seconds without output, a heartbeat line is printed, because some CI systems kill silent jobs.
+SILENCE_S = 8.0
 
 
 class Progress:
-    """Prints lines and a progress bar, writes log.txt, and prints heartbeat lines during long phases.
+    """Prints lines of output and a progress bar, writes the lines to log.txt, and prints heartbeat lines.
+
+    Heartbeat lines show during long phases, such as compilation, that the process is alive.
 
     Args:
         write: function that is called with each line for log.txt.
@@ -51,7 +59,7 @@ class Progress:
             self._bar.stop()
 
     def say(self, line: str) -> None:
-        """Print a line and write it to log.txt."""
+        """Prints a line of output, and writes the line to log.txt."""
         self._spoke = time.monotonic()
         plain = without_colours(line)
         self._write(f"{time.strftime('%H:%M:%S')} {plain}\n")
@@ -65,7 +73,7 @@ class Progress:
             print(line if self._rich else plain, flush=True)
 
     def status(self, step: int, total: int, line: str) -> None:
-        """Show the progress of training: update the bar on a terminal, or print a line every few seconds."""
+        """Shows the progress of training: updates the progress bar on a terminal, or prints lines at intervals."""
         if self._rich:
             if not self._bar:
                 from rich.progress import BarColumn, Progress, TextColumn
@@ -76,15 +84,18 @@ class Progress:
                 self._bar.start()
             self._bar.update(self._task, completed=step, description=line)
         elif (now := time.monotonic()) - self._told >= LINE_EVERY_S:
-            # The interval is measured from the last progress line, not from the last heartbeat line; otherwise,
-            # frequent heartbeat lines of a slow run would suppress its progress lines.
+            # The interval is measured from the last progress line instead of the last heartbeat line, because the
+            # frequent heartbeat lines of a slow run would otherwise suppress the run's progress lines.
             self._told = now
             self.say(line)
 
     @contextmanager
     def phase(self, what: str | Callable[[], str]) -> Iterator[None]:
-        """Set the name of the current phase, which heartbeat lines show. If `what` is a function, it is called for each
-        heartbeat line and returns the name."""
+        """Sets the name of the current phase, which heartbeat lines show.
+
+        Args:
+            what: name of the phase, or a function that is called for each heartbeat line and returns the name.
+        """
         before, self._phase, self._since = self._phase, what, time.monotonic()
         try:
             yield
@@ -101,14 +112,16 @@ class Progress:
 
 
 def without_colours(text: str) -> str:
-    """Returns the text without colours, for a file or a pipe: green text is put between « and », other escape sequences
-    are removed."""
+    """Removes the terminal's escape sequences for colours from a text, so that the text can be written to a file.
+
+    Text that is green on the terminal is put between « and » instead.
+    """
     text = re.sub(r"\x1b\[32m(.*?)\x1b\[0m", r"«\1»", text, flags=re.DOTALL)
     return re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", text)
 
 
 def duration(seconds: float) -> str:
-    """Format a duration: "1:05" (m:ss) or "2:03:04" (h:mm:ss)."""
+    """Formats a duration in seconds as "1:05" (m:ss) or "2:03:04" (h:mm:ss)."""
     minutes, second = divmod(round(seconds), 60)
     hour, minute = divmod(minutes, 60)
     return f"{hour}:{minute:02}:{second:02}" if hour else f"{minute}:{second:02}"

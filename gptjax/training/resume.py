@@ -1,4 +1,4 @@
-"""Starts, resumes and checkpoints a run."""
+"""Starts a training run, resumes a run from a checkpoint, and saves checkpoints."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ from gptjax.weights.native import recover_folder
 
 
 def refuse(written: Config, missing: Callable[[Config], None]) -> bool:
-    """Run the checks of a config and its run directory that need no data; they take about a second and write nothing.
+    """Checks a config and its run directory, without reading data or writing files.
+
+    The checks take about a second.
 
     Args:
         written: the config as the user wrote it, without the values that depend on the data.
@@ -67,13 +69,13 @@ def refuse(written: Config, missing: Callable[[Config], None]) -> bool:
 
 
 def _stopped_early(run: RunDir, written: Config) -> bool:
-    """Returns True if train.patience of `written` rules out further training of the run, of which final/ exists."""
+    """Returns whether the train.patience of the config `written` rules out further training of a finished run."""
     since_best = use_json(run.final / "result.json", lambda result: number(result.get("best/evaluations_since", 0)))
     return since_best >= written.train.patience > 0
 
 
 def finished(run: RunDir, written: Config, say: Callable[[str], None]) -> TrainResult:
-    """Returns the result of a finished run, and tells the user that there is nothing to do."""
+    """Returns the result of a finished run, and prints that the run has finished already."""
     (step, loss), cfg = use_json(run.final / "result.json", result_of), run.stored()
     params, _ = weights.load(run.final)
     early = _stopped_early(run, written)
@@ -90,9 +92,10 @@ def finished(run: RunDir, written: Config, say: Callable[[str], None]) -> TrainR
 
 
 def result_of(result: dict[str, Any]) -> tuple[int, float]:
-    """Returns (step, validation loss) from a result.json.
+    """Returns the training step and the validation loss from the contents of a result.json file.
 
-    Raises TypeError, ValueError or LookupError if the contents of the file are invalid.
+    Raises:
+        TypeError, ValueError, LookupError: the contents of the file are invalid.
     """
     step, loss = number(result["step"]), float(number(result["val/loss"]))
     if type(step) is not int or step < 0:
@@ -100,11 +103,11 @@ def result_of(result: dict[str, Any]) -> tuple[int, float]:
     return step, loss
 
 
-# ---------------------------------------------------------------- the run, and its checkpoints
+# ---------------------------------------------------------------- checkpoints
 
 
 def begin(ready: Ready, dir: RunDir, mesh: Mesh | None, progress: Progress, signals: Signals) -> Run:
-    """Create the run, with a newly initialised state or the state of the newest checkpoint."""
+    """Creates a training run, with a newly initialised state or with the state of the newest checkpoint."""
     cfg, task, _ = ready
     functions, (init, start) = task.functions(cfg), task.initial()
 
@@ -129,7 +132,8 @@ def begin(ready: Ready, dir: RunDir, mesh: Mesh | None, progress: Progress, sign
     if restored:
         go_on(run, restored, abstract)
     else:
-        start = parallel.place_params(start, mesh)  # else an array could be donated to one that is sharded otherwise
+        # The initial params are sharded first, so that no array is donated to an array with another sharding.
+        start = parallel.place_params(start, mesh)
         with progress.phase("compiling the initialisation"):
             run.state = parallel.init_on(new_state, mesh, start, donate=(0,), offload=cfg.optim.offload)
         if run.writes:
@@ -143,8 +147,8 @@ def begin(ready: Ready, dir: RunDir, mesh: Mesh | None, progress: Progress, sign
 def checkpointer(meter: Meter) -> Callable[[Run], None]:
     """Returns a hook function that saves a checkpoint of the run.
 
-    A checkpoint holds the state, the counters, the data hashes, the config and the environment. When the run is
-    resumed, hashes, config and environment are compared with the current ones.
+    A checkpoint contains the state, the counters, the data hashes, the config and the environment. When a run is
+    resumed, the hashes, the config and the environment in the checkpoint are compared with the current values.
     """
 
     def save(run: Run) -> None:
@@ -159,7 +163,7 @@ def checkpointer(meter: Meter) -> Callable[[Run], None]:
             run.counters.seconds = run.seconds()
             meta = {
                 "identity": hashes(run.task),
-                "counters": {  # inf and nan are stored as text, because JSON has no numbers for them
+                "counters": {  # Infinity and NaN are stored as text, because JSON cannot represent them as numbers.
                     name: value if math.isfinite(value) else str(value)
                     for name, value in dataclasses.asdict(run.counters).items()
                 },
@@ -173,12 +177,16 @@ def checkpointer(meter: Meter) -> Callable[[Run], None]:
 
 
 def hashes(task: Task) -> dict[str, str]:
-    """Returns a dict that maps the names of the data and weights that a checkpoint depends on to their hashes."""
+    """Returns the hashes of the data and weights that a checkpoint depends on, as a dict from name to hash."""
     return {name: digest for name, (digest, _) in task.fingerprints.items()}
 
 
 def accept(dir: RunDir, cfg: Config, task: Task, meta: dict[str, Any]) -> None:
-    """Raise UserError if a checkpoint was saved with other data, another tokenizer or other settings."""
+    """Checks that a checkpoint was saved with the same data, tokenizer and settings as the current run.
+
+    Raises:
+        UserError: the data, the tokenizer or the settings differ.
+    """
     stored = meta_config(meta)
     if bad := [name for name, (digest, _) in task.fingerprints.items() if meta["identity"].get(name) != digest]:
         settings = dict.fromkeys(task.fingerprints[name][1] for name in bad)
@@ -198,7 +206,7 @@ def accept(dir: RunDir, cfg: Config, task: Task, meta: dict[str, Any]) -> None:
 
 
 def meta_config(meta: dict[str, Any]) -> Config:
-    """Validate the metadata of a checkpoint and return the config in it.
+    """Validates the metadata of a checkpoint, and returns the config that the metadata contain.
 
     Raises:
         Damaged: a field is missing or has the wrong type.
@@ -209,12 +217,15 @@ def meta_config(meta: dict[str, Any]) -> Config:
     try:
         _counters(meta["counters"])
         return config.from_yaml(meta["config"], "its settings")
-    except (TypeError, ValueError, OverflowError) as error:  # also catches UserError, a subclass of ValueError
+    except (TypeError, ValueError, OverflowError) as error:  # UserError, a subclass of ValueError, is caught too.
         raise Damaged(f"meta.json: {error}") from error
 
 
 def go_on(run: Run, restored: Restored, abstract: TrainState) -> None:
-    """Resume the run from a checkpoint: take its state and counters, and delete metrics and samples of later steps."""
+    """Resumes a run from the state and the counters in a checkpoint.
+
+    The metrics and samples of steps after the checkpoint are deleted.
+    """
     run.step = run.saved = restored.step
     run.state = restored.state
     if run.mesh is not None:
@@ -235,9 +246,10 @@ def go_on(run: Run, restored: Restored, abstract: TrainState) -> None:
 
 
 def _counters(values: dict[str, Any]) -> Counters:
-    """Returns the counters in a checkpoint's metadata.
+    """Validates and returns the counters in a checkpoint's metadata.
 
-    Raises ValueError, TypeError or OverflowError if the counters are invalid.
+    Raises:
+        ValueError, TypeError, OverflowError: the counters are invalid.
     """
     fields = {field.name: type(field.default) for field in dataclasses.fields(Counters)}
     if unknown := sorted(values.keys() - fields.keys()):

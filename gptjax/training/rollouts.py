@@ -1,4 +1,4 @@
-"""Lets the model generate the batches that it is trained on next, for tasks with `Task.rollouts`."""
+"""Generates the training batches of on-policy tasks, in which the model is trained on its own answers."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from gptjax.training.run import Run
 
 
 def roll(run: Run, meter: Meter) -> Any:
-    """Returns the batches of the next compiled call, with leaves [k, B, ..], or [B, ..] if k is 1.
+    """Generates answers, and returns the batches of the next compiled call, which trains the model on the answers.
 
-    The answers are appended to rollouts.jsonl and their metrics, if there are any, to metrics.jsonl, as rows of the
-    first step that is trained on them.
+    The leaves of the batches have shape [k, B, ..], or [B, ..] if k is 1. The answers are appended to rollouts.jsonl.
+    The metrics of the answers, if there are any, are appended to metrics.jsonl. The rows in both files have the number
+    of the first step that trains the model on the answers.
     """
     assert run.task.rollouts is not None
     with run.progress.phase("generating answers"):

@@ -1,4 +1,4 @@
-"""The state of a training run, which the modules of the training loop and users' hooks share."""
+"""Data classes for the state of a training run, which the training loop and users' hooks share."""
 
 from __future__ import annotations
 
@@ -36,39 +36,56 @@ class TrainResult(NamedTuple):
 
 
 class Interrupted(Exception):
-    """Raised by `Run.poll` if a signal was received. `Run.poll` is called only where the run can be stopped."""
+    """Raised by `Run.poll` if a signal was received, such as Ctrl-C.
+
+    The training loop calls `Run.poll` only at points where the run can be stopped.
+    """
 
 
 @dataclasses.dataclass
 class Counters:
-    """The part of a run's state that is not in the TrainState; like the TrainState, it is saved in every checkpoint."""
+    """Counters of a training run, which are saved in every checkpoint together with the TrainState.
 
-    evaluated: int = -1  # step of the last evaluation
+    Attributes:
+        evaluated: step of the last evaluation.
+        val_loss: validation loss of the last evaluation.
+        best_loss: lowest validation loss so far.
+        best_step: step with the lowest validation loss.
+        loss_total: weighted sum of the training losses since the last row of metrics.
+        loss_weight: sum of the weights of the losses in `loss_total`.
+        since_best: number of evaluations since the evaluation with the lowest validation loss.
+        samples_bytes: length of samples.txt in bytes.
+        seconds: wall time of the run so far, in seconds.
+    """
+
+    evaluated: int = -1
     val_loss: float = math.nan
     best_loss: float = math.inf
     best_step: int = -1
-    loss_total: float = 0.0  # weighted sum of the training losses since the last row of metrics
-    loss_weight: float = 0.0  # sum of the weights of the losses in `loss_total`
-    since_best: int = 0  # number of evaluations since the one with the lowest validation loss
-    samples_bytes: int = 0  # length of samples.txt in bytes
-    seconds: float = 0.0  # wall time of the run so far, in seconds
+    loss_total: float = 0.0
+    loss_weight: float = 0.0
+    since_best: int = 0
+    samples_bytes: int = 0
+    seconds: float = 0.0
 
 
 @dataclasses.dataclass
 class Run:
-    """One training run. `state`, `step` and `counters` change as it trains.
+    """One training run. The attributes `state`, `step` and `counters` change during training.
 
-    cfg               the config, with the values that depend on the data filled in
-    task              the task; its `start` and `frozen` are None once `state` holds these arrays
-    rules             the `StepFunctions` of the task
-    dir               the run directory
-    mesh              the device mesh, or None on one device
-    writes            whether this process writes files
-    state, step       TrainState and step after the last call of the compiled function; it may still be running
-    saved             step of the last checkpoint, or 0 if there is none
-    k                 steps per compiled call
-    n_params          number of trained parameters
-    tokens_per_step   number of tokens per training step, over all devices
+    Attributes:
+        cfg: the config, with the values that depend on the data filled in.
+        task: the task. Its `start` and `frozen` are None once `state` holds these arrays.
+        rules: the `StepFunctions` of the task.
+        dir: the run directory.
+        mesh: the device mesh, or None on one device.
+        writes: whether this process writes files.
+        state, step: TrainState and training step after the last compiled call, which may still be running.
+        saved: step of the last checkpoint, or 0 if there is no checkpoint.
+        k: number of training steps per compiled call.
+        n_params: number of trained parameters.
+        tokens_per_step: number of tokens per training step, over all devices.
+        rolled: metrics of the last rollouts.
     """
 
     cfg: Config
@@ -89,17 +106,20 @@ class Run:
     k: int = 1
     counters: Counters = dataclasses.field(default_factory=Counters)
     last_sample: str | None = None
-    rolled: dict[str, float] = dataclasses.field(default_factory=dict)  # metrics of the last rollouts
+    rolled: dict[str, float] = dataclasses.field(default_factory=dict)
     began: float = 0.0
 
     @property
     def both(self) -> tuple[Any, Any]:
-        """(trained params, frozen params). With train.ema or train.average_last, the average of the trained params."""
+        """The pair (trained params, frozen params).
+
+        If train.ema or train.average_last is set, the average of the trained params replaces the trained params.
+        """
         return average_of(self.state.params, self.state.opt_state), self.state.frozen
 
     @property
     def stopped_early(self) -> bool:
-        """Whether train.patience has ended the run."""
+        """True if train.patience has ended the run."""
         return self.counters.since_best >= self.cfg.train.patience > 0
 
     @property
@@ -111,8 +131,10 @@ class Run:
         return self.rules.combine(*distributed.on_host(self.both))
 
     def seconds(self) -> float:
-        """Returns the wall time of the run in seconds, including the time of earlier processes from which it was
-        resumed."""
+        """Returns the wall time of the run in seconds.
+
+        The wall time of a resumed run includes the time of the earlier processes.
+        """
         return round(time.monotonic() - self.began, 3)
 
     def poll(self) -> None:
@@ -122,8 +144,7 @@ class Run:
             raise Interrupted
 
     def batch(self, step: int, k: int = 1) -> Any:
-        """Returns the batch of step `step` or, if k > 1, the batches of the k steps from `step`, stacked along a
-        leading axis.
+        """Returns the batches of the k training steps from `step`, stacked along a leading axis if k is larger than 1.
 
         Each process reads only its own rows of a batch.
         """
@@ -135,4 +156,5 @@ class Run:
         return place_batch(batch, self.mesh, rows=rows, of=batch_size)
 
 
-Hook = tuple[int, Callable[[Run], None]]  # (every, fn): fn(run) is called every `every` steps and after the last step
+# A hook is a pair (every, fn): the function fn(run) is called every `every` training steps and after the last step.
+Hook = tuple[int, Callable[[Run], None]]

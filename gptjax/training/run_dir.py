@@ -1,12 +1,14 @@
-"""The directory of one run, and the checks and the lock that protect it.
+"""The run directory, which holds the files of one training run.
 
-config.yaml        all settings, with the values that depend on the data filled in
-environment.json   versions, device and command line of the last start of the run
-metrics.jsonl      one JSON object per line
-rollouts.jsonl     for tasks that train on answers of the model: one JSON object per answer
-log.txt  samples.txt  loss.png
-checkpoints/       training states from which the run can be resumed
-best/  final/      self-contained models: the one with the lowest validation loss, and the one of the last step
+Checks and a lock protect the files of a run from other runs and other processes. A run directory contains:
+
+    config.yaml        all settings, with the values that depend on the data filled in
+    environment.json   versions, device and command line of the last start of the run
+    metrics.jsonl      one JSON object per line
+    rollouts.jsonl     for tasks that train on answers of the model: one JSON object per answer
+    log.txt  samples.txt  loss.png
+    checkpoints/       training states from which the run can be resumed
+    best/  final/      self-contained models: the model with the lowest validation loss, and the model of the last step
 """
 
 from __future__ import annotations
@@ -33,17 +35,19 @@ from gptjax.config.uses import verb_of
 from gptjax.errors import UserError
 from gptjax.files import user_path, write_text
 
+# The Python module fcntl does not exist on Windows, where only the age of the lock file shows whether the lock is held.
 try:
     import fcntl
-except ImportError:  # Windows has no fcntl: only the lock file's age shows whether the lock is held
+except ImportError:
     fcntl = None  # type: ignore[assignment]
 
-OF_THE_END = ("test.json", "responses.jsonl", "confusion.png")  # files with the test results of a fine-tuned model
+# The files that contain the test results of a fine-tuned model.
+OF_THE_END = ("test.json", "responses.jsonl", "confusion.png")
 # A lock file that has not been modified for LOCK_STALE_S seconds counts as abandoned. The process that holds the lock
 # updates the file's modification time at least every 10 s.
 LOCK_STALE_S = 180
 
-# Settings that may differ when a run is resumed. They do not affect the trained weights.
+# The following settings may differ when a run is resumed, because they do not affect the trained weights.
 MAY_CHANGE = (
     "run_dir", "train.eval_every", "train.checkpoint_every", "train.log_every", "train.keep_checkpoints",
     "train.max_nonfinite", "train.patience", "train.resume", "train.loggers", "data.cache_dir", "sample.*", "mesh.*",
@@ -52,7 +56,11 @@ MAY_CHANGE = (
 
 
 class RunDir:
-    """Paths and files of one run. Call `check` first, and write files only inside `with run_dir.locked():`."""
+    """The paths and files of one training run.
+
+    The method `check` must be called before files are written. Files may be written only inside
+    `with run_dir.locked():`.
+    """
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
@@ -67,7 +75,7 @@ class RunDir:
         return self.config.exists() or self.checkpoints.exists() or self.final.exists()
 
     def check(self, cfg: Config) -> None:
-        """Check that a run of `cfg` can be started or resumed in this directory. Writes nothing.
+        """Checks that a run of the config `cfg` can be started or resumed in this directory, without writing files.
 
         Raises:
             UserError: the directory holds a run of another config, or any run if `train.resume=never`, or files of
@@ -101,8 +109,11 @@ class RunDir:
             )
 
     def _ended(self, stored: Config) -> str:
-        """Returns "" if the run can be extended to more steps; otherwise a text that says why its learning rate
-        schedule rules that out."""
+        """Returns the reason why a run cannot be extended to more steps, or "" if the run can be extended.
+
+        The schedule of the learning rate or of the weight decay may rule out more steps, for example because the
+        learning rate was planned to decay to its minimum at the last step.
+        """
         optim, steps = stored.optim, stored.train.max_steps
         saved = max((int(path.name) for path in self.checkpoints.glob("*") if path.name.isdecimal()), default=0)
         decay_start = steps - max(1, round(optim.decay_fraction * steps))
@@ -120,14 +131,14 @@ class RunDir:
         )
 
     def stored(self) -> Config:
-        """Returns the config in the run's config.yaml.
+        """Reads and returns the config in the run's file config.yaml.
 
         Raises:
             UserError: the file was not written by gptjax, or is damaged.
         """
         try:
             return config.from_yaml(self.config.read_text(encoding="utf-8"), str(self.config))
-        except (OSError, ValueError) as error:  # also catches UserError, a subclass of ValueError
+        except (OSError, ValueError) as error:  # UserError, a subclass of ValueError, is caught too.
             details = "\n".join(f"  {line}" for line in str(error).splitlines())
             raise UserError(
                 f"run_dir={self.path} is taken: its config.yaml was not written by gptjax, or is damaged; "
@@ -136,7 +147,7 @@ class RunDir:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the lock of the run directory, so that no other process trains in it.
+        """Holds the lock of the run directory while a `with` block runs, so that no other process trains in it.
 
         Raises:
             UserError: another process holds the lock, or the directory cannot be written to.
@@ -162,7 +173,7 @@ class RunDir:
                     lock.truncate()
 
     def refuse_busy(self) -> None:
-        """Check, without taking the lock or writing anything, that no other process trains in this directory.
+        """Checks that no other process trains in this directory, without taking the lock or writing files.
 
         Raises:
             UserError: another process holds the lock.
@@ -171,15 +182,15 @@ class RunDir:
             _refuse_owner(self.path, lock)
 
     def touch(self) -> None:
-        """Update the modification time of the lock file, which shows that the process that holds the lock is alive."""
+        """Updates the modification time of the lock file, to show that the process that holds the lock is alive."""
         with suppress(OSError):
             os.utime(self.path / ".lock")
 
     def begin(self, cfg: Config, environment: dict[str, Any]) -> None:
-        """Write environment.json, and config.yaml if there is none.
+        """Writes environment.json, and writes config.yaml if the file does not exist.
 
-        If `cfg` has more steps than the stored config, update the number of steps and epochs in config.yaml. If the run
-        had ended before, delete the test results of the shorter run.
+        If `cfg` has more steps than the stored config, the numbers of steps and epochs in config.yaml are updated. If
+        the run had ended before, the test results of the shorter run are deleted.
         """
         stored = self.stored() if self.config.exists() else None
         if stored is None:
@@ -192,8 +203,10 @@ class RunDir:
         write_text(self.path / "environment.json", json.dumps(environment, indent=1) + "\n")
 
     def cut_metrics(self, step: int, say: Callable[[str], None]) -> None:
-        """Remove from metrics.jsonl and rollouts.jsonl the rows of steps after `step`, an incomplete last line and,
-        with a warning, damaged lines."""
+        """Removes the rows of all steps after `step` from metrics.jsonl and rollouts.jsonl.
+
+        An incomplete last line of a file is removed too. Damaged lines are removed with a warning.
+        """
         for file in filter(Path.exists, (self.metrics, self.rollouts)):
             lines, damaged = _lines(file)
             if damaged:
@@ -211,7 +224,11 @@ class RunDir:
 
 
 def refuse_unwritable(path: Path) -> None:
-    """Raise UserError if the folder cannot be created because a parent folder is a file or is not writable."""
+    """Checks that a run directory can be created or written to.
+
+    Raises:
+        UserError: the path or one of its parents is a file, or the folder is not writable.
+    """
     if path.exists() and not path.is_dir():
         raise UserError(f"run_dir={path} is a file: choose another run_dir=FOLDER")
     nearest = next((folder for folder in (path, *path.parents) if folder.exists()), Path())
@@ -224,12 +241,16 @@ def refuse_unwritable(path: Path) -> None:
 
 
 def refuse_foreign(path: Path, allowed: str = "") -> None:
-    """Raise UserError if the directory holds files of another program.
+    """Checks that a directory without a run contains no files of other programs.
 
-    A run that was killed while it started may have left a lock file and temporary files; these are allowed.
+    A lock file and temporary files are allowed, because a run that was killed during its start may have left such
+    files.
 
     Args:
         allowed: regular expression that matches the names of further files that the directory may hold.
+
+    Raises:
+        UserError: the directory contains files of another program, or cannot be read.
     """
     try:
         names = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
@@ -245,7 +266,11 @@ def refuse_foreign(path: Path, allowed: str = "") -> None:
 
 
 def _refuse_owner(path: Path, lock: TextIO) -> None:
-    """Lock the open file `lock`. Raises a UserError that names the other process if another process holds the lock."""
+    """Takes the lock of a run directory by locking the open lock file.
+
+    Raises:
+        UserError: another process holds the lock. The error message names this process.
+    """
     held = False
     if fcntl:
         try:
@@ -253,14 +278,14 @@ def _refuse_owner(path: Path, lock: TextIO) -> None:
         except BlockingIOError:
             held = True
         except OSError:
-            pass  # the file system does not support locks
+            pass  # The file system does not support locks.
     try:
         owner = json.loads(lock.read() or "{}")
     except (ValueError, RecursionError):
         owner = {}
     owner = owner if isinstance(owner, dict) else {}
-    # On this machine, the operating system releases the lock of a process that has ended. For a process on another
-    # machine, only the age of the lock file shows whether the process has ended.
+    # The operating system releases the lock of a process on this machine when the process ends. If the process runs on
+    # another machine, only the age of the lock file shows whether the process has ended.
     other_host = bool(owner) and (not fcntl or owner.get("host") != socket.gethostname())
     if held or (other_host and time.time() - os.fstat(lock.fileno()).st_mtime < LOCK_STALE_S):
         process = f"process {owner.get('pid', '?')} on {owner.get('host', '?')}"
@@ -272,9 +297,9 @@ def _refuse_owner(path: Path, lock: TextIO) -> None:
 
 
 def read_metrics(run_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Returns the rows of metrics.jsonl.
+    """Reads the file metrics.jsonl of a run directory, and returns its rows as dicts.
 
-    An incomplete last line is left out; damaged lines are left out with a Python warning.
+    An incomplete last line of the file is left out. Damaged lines are left out with a Python warning.
     """
     path = Path(run_dir) / "metrics.jsonl"
     if not path.exists():
@@ -286,9 +311,12 @@ def read_metrics(run_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def _lines(path: Path) -> tuple[list[tuple[bytes, dict[str, Any]]], int]:
-    """Returns the valid lines of metrics.jsonl, each with the row parsed from it, and the number of damaged lines.
+    """Reads the valid lines of a metrics.jsonl file, and counts the damaged lines.
 
-    An incomplete last line is left out and not counted.
+    An incomplete last line of the file is neither returned nor counted as damaged.
+
+    Returns:
+        (list of pairs (line, row parsed from the line), number of damaged lines).
     """
     *complete, _ = path.read_bytes().split(b"\n")
     rows = []
@@ -307,8 +335,8 @@ def _dropped(path: Path, damaged: int) -> str:
 def changes(stored: Config, cfg: Config) -> list[str]:
     """Lists the settings that differ between two configs although they must be equal to resume the run.
 
-    Each item shows the old and the new value, such as "optim.lr: 0.001 -> 0.0003". A larger number of steps or epochs
-    is allowed, so it is not listed.
+    Each line shows the old and the new value of a setting, such as "optim.lr: 0.001 -> 0.0003". A larger number of
+    steps or epochs is not listed, because a run may be resumed with more steps or epochs.
 
     Args:
         stored: the config in the run directory.
@@ -323,7 +351,7 @@ def changes(stored: Config, cfg: Config) -> list[str]:
 
 
 def train_further(stored: Config, path: Path) -> str:
-    """Returns advice on how to train for more steps when the run itself cannot be extended."""
+    """Returns advice on how to train a model further if its run cannot be extended to more steps."""
     if stored.task in ("classify", "reward_model"):
         return "for more steps run the same command with another run_dir=FOLDER"
     key = "pretrain.base" if stored.task == "pretrain" else "finetune.base"
@@ -331,7 +359,7 @@ def train_further(stored: Config, path: Path) -> str:
 
 
 def longer(stored: Config, cfg: Config) -> bool:
-    """Returns True if `cfg` has more steps or epochs than the stored config."""
+    """Returns True if the config `cfg` has more training steps or epochs than the config `stored`."""
     before, now = stored.train, cfg.train
     if before.epochs is None or now.epochs is None:
         return before.epochs is now.epochs is None and now.max_steps > before.max_steps
@@ -339,10 +367,10 @@ def longer(stored: Config, cfg: Config) -> bool:
 
 
 def _resolve_like(stored: Config, written: Config) -> Config:
-    """Returns the config `written`, with the values that depend on the data or the base model taken from `stored`."""
+    """Returns the config `written`, in which values that depend on the data or the base model come from `stored`."""
     model, train = written.model, written.train
     pretrain, tokenizer = written.pretrain, written.tokenizer
-    if written.task != "pretrain" or pretrain.base is not None:  # the base model determines the architecture
+    if written.task != "pretrain" or pretrain.base is not None:  # The base model determines the architecture.
         model = stored.model.computed_as(model)
     elif not model.vocab_size:
         model = dataclasses.replace(model, vocab_size=stored.model.vocab_size)
@@ -356,12 +384,12 @@ def _resolve_like(stored: Config, written: Config) -> Config:
 
 
 def may_change(key: str) -> bool:
-    """Returns True if the setting may have another value when a run is resumed."""
+    """Returns True if the setting `key` may have another value when a run is resumed."""
     return key in MAY_CHANGE or key.rpartition(".")[0] + ".*" in MAY_CHANGE
 
 
 def environment() -> dict[str, Any]:
-    """Returns the contents of environment.json: time, command line, versions, devices and XLA_FLAGS. Imports jax."""
+    """Returns the contents of the file environment.json: time, command line, versions, devices and XLA_FLAGS."""
     import jax
 
     device = jax.devices()[0]
@@ -380,7 +408,7 @@ def environment() -> dict[str, Any]:
     }
 
 
-# A resumed run is bitwise equal to an uninterrupted one only if none of these entries of `environment` has changed.
+# A resumed run is bitwise equal to an uninterrupted run only if none of these entries of environment.json has changed.
 BITWISE = ("versions", "backend", "device", "devices", "XLA_FLAGS")
 
 

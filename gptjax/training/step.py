@@ -1,4 +1,4 @@
-"""The training step: a pure function of (state, batch), for any loss and any pytree of parameters."""
+"""Builds training steps: pure functions of (state, batch), for any loss function and any pytree of parameters."""
 
 from __future__ import annotations
 
@@ -14,18 +14,27 @@ from gptjax.errors import UserError
 from gptjax.ops.device import platform
 from gptjax.types import Mean, Metrics
 
-# A function loss(params, batch, key) that returns (Mean, metrics).
+# The type of a loss function loss(params, batch, key), which returns (Mean, metrics).
 Loss = Callable[[Any, Any, Any], tuple[Mean, Metrics]]
-# A function gradient(params, frozen, batch, key) that returns the gradient of the loss's total, and (Mean, metrics).
+# The type of a function gradient(params, frozen, batch, key) that returns the gradient of the loss's total, and (Mean,
+# metrics).
 Gradient = Callable[[Any, Any, Any, Any], tuple[Any, tuple[Mean, Metrics]]]
 
 
 class TrainState(struct.PyTreeNode):
-    """The state of training: a pytree of arrays, so that it can be saved, donated and sharded as a whole.
+    """The training state, a pytree of arrays that can be saved, donated and sharded as a whole.
 
-    `key` never changes: step n uses `fold_in(key, n)`. `frozen` holds params that the loss reads and the optimizer does
-    not update. A step with a loss or gradient that is not finite leaves params and opt_state unchanged and increments
+    A training step with a non-finite loss or gradient leaves `params` and `opt_state` unchanged, and increments
     `skipped` and `skipped_in_a_row`.
+
+    Attributes:
+        step: number of training steps so far.
+        params: the trained params.
+        opt_state: the optimizer state.
+        key: random key for dropout, which never changes: training step n uses `jax.random.fold_in(key, n)`.
+        frozen: params that the loss reads and the optimizer does not update.
+        skipped: number of training steps with a non-finite loss or gradient so far.
+        skipped_in_a_row: number of consecutive training steps with a non-finite loss or gradient up to the last step.
     """
 
     step: jax.Array
@@ -38,7 +47,7 @@ class TrainState(struct.PyTreeNode):
 
     @classmethod
     def create(cls, params: Any, *, tx: optax.GradientTransformation, key: jax.Array, frozen: Any = None) -> TrainState:
-        """Create the state before the first step.
+        """Creates the training state before the first training step.
 
         Args:
             params: the trained params, any pytree of arrays.
@@ -55,14 +64,23 @@ class TrainState(struct.PyTreeNode):
 def init_state(
     init: Callable[[jax.Array, Any], Any], tx: optax.GradientTransformation, seed: int | jax.Array, start: Any
 ) -> TrainState:
-    """Returns the initial state of a run with this seed. `init` and `start` are the results of `Task.initial`."""
+    """Returns the initial training state of a run with the random seed `seed`.
+
+    Args:
+        init, start: the results of `Task.initial`.
+    """
     init_key, key = jax.random.split(jax.random.key(seed))
     return TrainState.create(init(init_key, start), tx=tx, key=key)
 
 
 def _checked(result: Any) -> tuple[Mean, Metrics]:
-    """Check, while the step is traced, that a loss returns (Mean, dict), and return the pair. Raises UserError
-    otherwise."""
+    """Checks that a loss function returned a pair (Mean, dict), and returns the pair.
+
+    The check runs when the training step is traced.
+
+    Raises:
+        UserError: the loss function returned anything else.
+    """
     pair = type(result) is tuple and len(result) == 2
     if pair and isinstance(result[0], Mean) and isinstance(result[1], dict):
         return result
@@ -81,10 +99,11 @@ def make_train_step(
     accumulation: int = 1,
     transform: Callable[[Gradient], Gradient] = lambda gradient: gradient,
 ) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
-    """Build the training step for a loss function.
+    """Builds the training step for a loss function.
 
-    The step computes the gradient of the loss's total, divides it once by the weight of the whole batch, and applies
-    `tx`. If `tx` takes extra arguments, it receives the gradient's norm as `grad_norm`.
+    The training step computes the gradient of the loss's total, divides the gradient once by the weight of the whole
+    batch, and applies the optimizer `tx`. If the optimizer takes extra arguments, the training step passes the norm of
+    the gradient to the optimizer as `grad_norm`.
 
     Args:
         loss: function (params, batch, key) that returns (Mean(total, weight), metrics). The step reports each
@@ -142,9 +161,9 @@ def make_train_step(
             return optax.apply_updates(params, updates), opt_state
 
         operands = (grads, scale, norm, state.params, state.opt_state)
-        # On a GPU, lax.cond would copy the whole state and make the host wait for `finite`, so jnp.where is used.
-        # If the optimizer state is in host memory (optim.offload), lax.cond is used on a GPU, too, because arrays in
-        # host memory can only be copied: jnp.where does not work on them.
+        # On a GPU, jnp.where is used, because lax.cond would copy the whole state and make the host wait for `finite`.
+        # If the optimizer state is in host memory (optim.offload), lax.cond is used on a GPU too, because arrays in
+        # host memory can only be copied, so that jnp.where does not work on such arrays.
         spaces = (str(getattr(jax.typeof(m), "memory_space", "")).lower() for m in jax.tree.leaves(state.opt_state))
         if platform() == "gpu" and not any("host" in space for space in spaces):
             params, opt_state = jax.tree.map(
@@ -176,8 +195,8 @@ def make_train_step(
 def make_multi_step(step: Callable) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
     """Returns a function steps(state, batches) that runs K training steps with one `jax.lax.scan`.
 
-    The leaves of `batches` are the batches of the K steps, stacked along a leading axis. The function returns the state
-    after the last step, and the metrics of all steps, [K].
+    The argument `batches` contains the batches of the K training steps, stacked along a leading axis. The function
+    returns the state after the last training step, and the metrics of all steps as arrays [K].
     """
 
     def steps(state: TrainState, batches: Any) -> tuple[TrainState, Metrics]:
@@ -187,10 +206,11 @@ def make_multi_step(step: Callable) -> Callable[[TrainState, Any], tuple[TrainSt
 
 
 def evaluate(loss: Loss, params: Any, batches: Iterable[Any]) -> tuple[Mean, Metrics]:
-    """Sum the totals and the weights of the loss, and of each metric that is a `Mean`, over all batches.
+    """Sums the totals and the weights of the loss, and of each metric that is a `Mean`, over all batches.
 
-    The sums are computed on the host in float64. `Mean.value()` divides the total by the weight: the weighted mean over
-    all targets, in which a short last batch counts less than a full one. `loss` should be jitted by the caller.
+    The sums are computed on the host in float64. The method `Mean.value` divides the summed total by the summed weight,
+    which gives the weighted mean over the targets of all batches. In the weighted mean, a short last batch counts less
+    than a full batch. The caller should jit the function `loss`.
 
     Returns:
         (loss, metrics): the `Mean` of the loss over all batches, and a dict with the `Mean` of each metric over all

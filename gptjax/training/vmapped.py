@@ -1,20 +1,25 @@
-"""Trains N runs in one compiled program: `make_train_step`, the loss and the initial state, vmapped over the runs.
+"""Trains N runs in one compiled program.
 
-states = create(init, lambda hparams: build(hparams).optimizer, seeds, hparams)     a TrainState of leaves [N, ..]
-step   = jax.jit(make_step(build))
-states, metrics = step(states, hparams, frozen, batch)     `frozen` is shared by all runs, not copied
+The training step of `make_train_step`, the loss and the initial state are vmapped over the runs:
 
-`hparams` is a pytree of leaves [N, ..], the traced hyperparameters of each run. `build` maps the hyperparameters of one
-run to its `StepFunctions`.
+    states = create(init, lambda hparams: build(hparams).optimizer, seeds, hparams)     a TrainState of leaves [N, ..]
+    step   = jax.jit(make_step(build))
+    states, metrics = step(states, hparams, frozen, batch)     `frozen` is shared by all runs, not copied
 
-There are two ways to build the training step, whose results differ in rounding:
+The argument `hparams` is a pytree of leaves [N, ..] that contains the traced hyperparameters of each run. The function
+`build` maps the hyperparameters of one run to the run's `StepFunctions`.
 
-make_step   N independent runs, each with its own step counter, key and skipped steps; used for sweeps and for many
-            adapters.
-as_one      N runs as one run of the training loop, with one step counter and one checkpoint; used for fine-tuning
-            with several seeds. The loss is the sum of the runs' mean losses, with weight N, so the step divides
-            gradients by N, and the optimizer multiplies them by N again. The dropout keys of all runs are split from
-            one key. If the loss or gradient of one run is not finite, all runs skip the step.
+The vmapped training step can be built with the function `make_step` or with the function `as_one`. The results of
+`make_step` and `as_one` differ in rounding.
+
+The function `make_step` trains N independent runs, each with its own step counter, random key and number of skipped
+steps. Sweeps and the training of many adapters use `make_step`.
+
+The function `as_one` makes N runs look like one run to the training loop, with one step counter and one checkpoint.
+Fine-tuning with several seeds uses `as_one`. The loss function of `as_one` returns the sum of the mean losses of the
+runs, with weight N. The training step therefore divides the gradients by N, and the optimizer of `as_one` multiplies
+the gradients by N again. The dropout keys of all runs are split from one key. If the loss or gradient of one run is not
+finite, all runs skip the training step.
 """
 
 from __future__ import annotations
@@ -36,9 +41,10 @@ from gptjax.types import Mean, Metrics
 def make_step(
     build: Callable[[Any], StepFunctions], *, batches: bool = False, accumulation: int = 1
 ) -> Callable[[TrainState, Any, Any, Any], tuple[TrainState, Metrics]]:
-    """Returns a function step(states, hparams, frozen, batch): the step of `make_train_step`, vmapped over N runs.
+    """Returns the training step of `make_train_step`, vmapped over N runs.
 
-    The function returns the new states, and metrics with leaves [N].
+    The training step is a function step(states, hparams, frozen, batch) that returns the new states, and metrics with
+    leaves [N].
 
     Args:
         batches: if True, every leaf of the batch has a leading axis N, with one batch per run; if False, all runs share
@@ -56,11 +62,12 @@ def make_step(
 
 
 def make_loss(build: Callable[[Any], StepFunctions], *, batches: bool = False) -> Callable[..., tuple[Mean, Metrics]]:
-    """Returns a function loss(params, hparams, frozen, batch, keys=None): the loss of `build`, vmapped over N runs.
+    """Returns the loss function that `build` returns, vmapped over N runs.
 
-    The function returns (Mean, metrics) with leaves [N]. `keys` [N] are the random keys for dropout, or None for no
-    dropout. `params` are the trained params of the runs; the other arguments are those of the step that `make_step`
-    returns.
+    The vmapped loss is a function loss(params, hparams, frozen, batch, keys=None) that returns (Mean, metrics) with
+    leaves [N]. The argument `params` contains the trained params of the N runs. The argument `keys` [N] contains the
+    random keys for dropout, or is None for no dropout. The arguments `hparams`, `frozen` and `batch` are described in
+    `make_step`.
     """
 
     def loss_of_run(params: Any, hparams: Any, frozen: Any, batch: Any, key: jax.Array | None) -> tuple[Mean, Metrics]:
@@ -78,7 +85,7 @@ def create(
     hparams: Any = None,
     start: Any = None,
 ) -> TrainState:
-    """Returns the states of N runs before the first step, with leaves [N, ..]: the `init_state` of each seed.
+    """Returns the training states of N runs before the first step, with leaves [N, ..].
 
     Args:
         init: function (key, start) that returns the initial trained params of one run. `Task.initial` returns such a
@@ -92,9 +99,10 @@ def create(
 
 
 def as_one(functions: StepFunctions, n: int) -> StepFunctions:
-    """Returns the step functions of one run that trains n models.
+    """Returns the `StepFunctions` of one run that trains n models.
 
-    Every leaf of the trained params and of the batches has a leading axis of size n; the leaves of `frozen` do not.
+    Every leaf of the trained params and of the batches has a leading axis of size n. The frozen params have no leading
+    axis of size n, because all models share the frozen params.
     """
     losses = make_loss(lambda _: functions, batches=True)
     tx = optax.with_extra_args_support(functions.optimizer)
@@ -103,16 +111,17 @@ def as_one(functions: StepFunctions, n: int) -> StepFunctions:
         trained, frozen = params
         mean, metrics = losses(trained, None, frozen, batch, None if key is None else jax.random.split(key, n))
         metrics = {k: Mean(v.total.sum(), v.weight.sum()) for k, v in metrics.items() if isinstance(v, Mean)}
-        # `key` is None in validation. The caller adds up the totals and the weights of all batches before it divides,
-        # so the total of one batch must not be divided here.
+        # During validation, `key` is None. The caller sums the totals and the weights over all batches and then divides
+        # the summed total by the summed weight, so the total of one batch must not be divided here.
         if key is None:
             return Mean(mean.total.sum(), mean.weight.sum()), metrics
         return Mean((mean.total / jnp.maximum(mean.weight, 1e-9)).sum(), jnp.float32(n)), metrics
 
     def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        """Update each run separately, so that the gradients of a run are clipped by the norm of its own gradients.
+        """Updates each run separately, so that the gradients of a run are clipped by the norm of its own gradients.
 
-        The gradients are first multiplied by n, because the training step has divided them by the loss's weight n.
+        The gradients are first multiplied by n, because the training step has divided the gradients by the loss's
+        weight, which is n.
         """
         undivided = jax.tree.map(lambda g: g * n, grads)
         return jax.vmap(lambda g, s, p: tx.update(g, s, p))(undivided, state, params)
@@ -122,10 +131,10 @@ def as_one(functions: StepFunctions, n: int) -> StepFunctions:
 
 
 def stack(batches: Sequence[Any], axis: int = 0) -> Any:
-    """Stack the batches of N runs along a new axis.
+    """Stacks the batches of N runs along a new axis.
 
-    A leaf that differs in size between the batches is padded with zeros to the largest size. Zeros mean padding in the
-    batches of all tasks.
+    A leaf that differs in size between the batches is padded with zeros to the largest size. In the batches of all
+    tasks, zeros stand for padding.
     """
 
     def padded(*leaves: np.ndarray) -> np.ndarray:
@@ -138,9 +147,9 @@ def stack(batches: Sequence[Any], axis: int = 0) -> Any:
 
 
 def zip_batches(batches_of_runs: Sequence[Iterable[Any]]) -> Iterator[Any]:
-    """Yields, for each i, the i-th batches of all N runs, stacked into one batch with leaves [N, ..].
+    """Iterates over the batches of N runs in parallel, and yields stacked batches with leaves [N, ..].
 
-    Runs with fewer batches are continued with batches of zeros, which count as padding.
+    If a run has fewer batches than other runs, batches of zeros, which stand for padding, replace the missing batches.
     """
     for group in itertools.zip_longest(*batches_of_runs):
         blank = jax.tree.map(np.zeros_like, next(batch for batch in group if batch is not None))

@@ -1,6 +1,6 @@
-"""Layer architectures for experiments, independent of `gptjax.model`.
+"""Attention, recurrent and mixture-of-experts layers for experiments; the layers do not depend on `gptjax.model`.
 
-Each architecture is a module with the same four functions:
+Each architecture is a module that defines four functions, `init`, `apply`, `init_cache` and `extend`:
 
     params   = init(key, cfg)                  nested dict, paths such as "q/kernel"
     y        = apply(params, x, cfg)           x and y [B, T, D]; causal
@@ -14,10 +14,10 @@ Each architecture is a module with the same four functions:
     deltanet         gated DeltaNet: caches one matrix per head, whose size does not depend on the sequence length
     costs            formulas for cache bytes, numbers of parameters and FLOPs; no architecture
 
-The functions are pure. Calls of `extend` on consecutive parts of a sequence return the same y as `apply` on the whole
-sequence, wherever the sequence is split. All rows of a batch have the same length; for rows of different lengths, use
-`jax.vmap` over the rows. Params are plain nested dicts, so `jax.grad`, `vmap`, optimizers and `gptjax.lora`
-(targets="*/kernel") work on them as on the params of a GPT model.
+The functions are pure. A sequence may be split anywhere: calls of `extend` on its consecutive parts return the same
+outputs as one call of `apply` on the whole sequence. All rows of a batch have the same length; for rows of different
+lengths, use `jax.vmap` over the rows. The params of a layer are a plain nested dict, so `jax.grad`, `jax.vmap`, optax
+optimizers and `gptjax.lora` (targets="*/kernel") accept the params.
 """
 
 from __future__ import annotations

@@ -1,11 +1,13 @@
-"""Attention with rotary position embeddings; n_kv_head selects multi-head, grouped-query or multi-query attention.
+"""Attention with rotary position embeddings (RoPE).
+
+The number of key/value heads, n_kv_head, selects multi-head, grouped-query or multi-query attention:
 
     n_kv_head = n_head   multi-head      arXiv:1706.03762, 3.2.2
     values in between    grouped-query   arXiv:2305.13245: n_head / n_kv_head query heads share one key head
     n_kv_head = 1        multi-query     arXiv:1911.02150
 
-The KV cache holds 2 * n_kv_head * head_dim elements per token. In shapes, B is the number of rows, T of tokens, D =
-d_model, N = n_head, K = n_kv_head and H = head_dim.
+The KV cache holds 2 * n_kv_head * head_dim elements per token. In shapes, B is the number of rows, T is the number of
+tokens per row, D = d_model, N = n_head, K = n_kv_head and H = head_dim.
 """
 
 from __future__ import annotations
@@ -26,9 +28,10 @@ from gptjax.types import Params
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes of the layer.
+    """Sizes of the attention layer.
 
-    Raises UserError if the head size d_model / n_head is not an even integer, or if n_kv_head does not divide n_head.
+    Raises:
+        UserError: the head size d_model / n_head is not an even integer, or n_kv_head does not divide n_head.
     """
 
     d_model: int
@@ -49,7 +52,10 @@ class Config:
 
 
 class Cache(NamedTuple):
-    """KV cache with S slots: k and v [B, K, S, H] float32, of which the first `length` (int32) slots are filled."""
+    """KV cache with S slots per row: keys and values [B, K, S, H] float32.
+
+    The integer `length` (int32) is the number of filled slots; the filled slots come first.
+    """
 
     k: jax.Array
     v: jax.Array
@@ -57,13 +63,13 @@ class Cache(NamedTuple):
 
 
 def init(key: jax.Array, cfg: Config) -> Params:
-    """Initialises the projection kernels: q [D, N*H], k and v [D, K*H], o [N*H, D]."""
+    """Initialises the kernels of the attention projections: q [D, N*H], k and v [D, K*H], and output o [N*H, D]."""
     D, wide, narrow = cfg.d_model, cfg.n_head * cfg.head_dim, cfg.n_kv_head * cfg.head_dim
     return kernels(key, {"q": (D, wide), "k": (D, narrow), "v": (D, narrow), "o": (wide, D)})
 
 
 def apply(params: Params, x: jax.Array, cfg: Config) -> jax.Array:
-    """Applies causal attention: x [B, T, D] -> [B, T, D]."""
+    """Applies causal self-attention to x [B, T, D], and returns the outputs [B, T, D]."""
     return project_output(params, heads_attention(*project_qkv(params, x, cfg, 0)))
 
 
@@ -73,9 +79,9 @@ def init_cache(cfg: Config, batch: int, length: int) -> Cache:
 
 
 def extend(params: Params, x: jax.Array, cfg: Config, cache: Cache) -> tuple[jax.Array, Cache]:
-    """Applies attention to x [B, T, D], the next T tokens, and adds their keys and values to the cache.
+    """Applies causal attention to the next T tokens x [B, T, D], and writes the tokens' keys and values to the cache.
 
-    The caller must ensure that cache.length + T does not exceed the number of slots.
+    The caller must ensure that cache.length + T does not exceed the number of slots in the cache.
     """
     q, k, v = project_qkv(params, x, cfg, cache.length)
     k, v = (
@@ -88,7 +94,10 @@ def extend(params: Params, x: jax.Array, cfg: Config, cache: Cache) -> tuple[jax
 def project_qkv(
     params: Params, x: jax.Array, cfg: Config, first: int | jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Projects x to q [B, T, N, H], k and v [B, K, T, H]. RoPE rotates q and k, whose positions start at `first`."""
+    """Projects x [B, T, D] to queries [B, T, N, H], and to keys and values [B, K, T, H].
+
+    RoPE rotates the queries and keys; the first token has the position `first`.
+    """
     B, T, _ = x.shape
     q, k, v = (linear(x, params[name]["kernel"]).reshape(B, T, -1, cfg.head_dim) for name in "qkv")
     table = rope_table(first + jnp.arange(T), rope_frequencies(cfg.head_dim, cfg.rope_base))
@@ -96,7 +105,7 @@ def project_qkv(
 
 
 def project_output(params: Params, y: jax.Array) -> jax.Array:
-    """Concatenates the heads' outputs [B, T, N, H] and applies the output projection: [B, T, D]."""
+    """Concatenates the outputs of the attention heads, [B, T, N, H], and applies the output projection to [B, T, D]."""
     return linear(y.reshape(*y.shape[:2], -1), params["o"]["kernel"])
 
 

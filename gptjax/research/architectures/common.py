@@ -1,4 +1,4 @@
-"""Helpers shared by the architectures: initialisation and config validation."""
+"""Functions that the layers of `gptjax.research.architectures` share: initialisation and config validation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gptjax.types import Params
 
 
 def kernels(key: jax.Array, shapes: Mapping[str, tuple[int, ...]]) -> Params:
-    """Initialises float32 kernels [.., in, out] from N(0, 1 / in).
+    """Initialises float32 kernels of shape [.., in, out] from a normal distribution with mean 0 and variance 1 / in.
 
     Returns:
         A nested dict with one kernel per entry of `shapes`, at the path "<name>/kernel".
@@ -28,7 +28,7 @@ def norm_scale(size: int) -> Params:
 
 
 def require(*conditions: tuple[bool, str]) -> None:
-    """Checks conditions, given as pairs (condition, error message).
+    """Raises an error if a condition is false. Each argument is a pair (condition, error message).
 
     Raises:
         UserError: at least one condition is false. The error lists the messages of all false conditions.

@@ -1,6 +1,6 @@
-"""Formulas for costs: bytes of a cache, parameters of a mixture of experts, FLOPs of a decoder.
+"""Formulas for the bytes of a KV cache, the parameters of a mixture of experts, and the FLOPs of a decoder.
 
-Byte counts are exact for `itemsize` bytes per element (2 for bfloat16); 1 GB = 10^9 bytes.
+The functions count `itemsize` bytes per cached element (2 for bfloat16), without any overhead. 1 GB is 10^9 bytes.
 """
 
 from __future__ import annotations
@@ -14,16 +14,19 @@ from gptjax.research.architectures import deltanet, mla, moe
 def kv_cache_bytes(cfg: ModelConfig, batch: int = 1, itemsize: int = 2) -> int:
     """Returns the size in bytes of the KV caches of all layers for `cfg.context_length` tokens.
 
-    Sliding-window layers, marked S in cfg.window_pattern, cache only their window of cfg.sliding_window tokens.
-    Multi-head, grouped-query and multi-query attention differ only in cfg.n_kv_head. In contrast, the cache of the GPT
-    model, `gptjax.model.cache`, allocates context_length slots in every layer, including sliding-window layers.
+    Sliding-window layers, marked S in cfg.window_pattern, are counted with a cache of cfg.sliding_window tokens. The
+    cache of the GPT model, `gptjax.model.cache`, is larger: it allocates context_length slots in every layer, including
+    sliding-window layers. Multi-head, grouped-query and multi-query attention differ only in cfg.n_kv_head, the number
+    of key/value heads.
     """
     slots = sum(min(window or cfg.context_length, cfg.context_length) for window in cfg.windows)
     return batch * slots * 2 * cfg.n_kv_head * cfg.head_dim * itemsize
 
 
 def mla_cache_bytes(cfg: mla.Config, n_layer: int, length: int, batch: int = 1, itemsize: int = 2) -> int:
-    """Returns the size in bytes of an MLA cache of `length` tokens, which holds latent vectors and shared RoPE keys.
+    """Returns the size in bytes of the caches of `n_layer` layers of multi-head latent attention, for `length` tokens.
+
+    The cache of a layer holds one latent vector and one shared RoPE key per token.
 
     Source: arXiv:2405.04434, table 1.
     """
@@ -31,9 +34,10 @@ def mla_cache_bytes(cfg: mla.Config, n_layer: int, length: int, batch: int = 1, 
 
 
 def deltanet_state_bytes(cfg: deltanet.Config, n_layer: int, batch: int = 1, itemsize: int = 2) -> int:
-    """Returns the size in bytes of a Gated DeltaNet cache (state matrices, last inputs of the convolution).
+    """Returns the size in bytes of the caches of `n_layer` Gated DeltaNet layers.
 
-    The size of a Gated DeltaNet cache does not depend on the sequence length.
+    The cache of a layer holds the state matrices and the last inputs of the convolution. The size of the cache does not
+    depend on the sequence length.
     """
     tail = (cfg.conv_width - 1) * 3 * cfg.n_head * cfg.d_head
     return batch * n_layer * (cfg.n_head * cfg.d_head**2 + tail) * itemsize
@@ -42,10 +46,11 @@ def deltanet_state_bytes(cfg: deltanet.Config, n_layer: int, batch: int = 1, ite
 class MoeParams(NamedTuple):
     """Parameter counts of one mixture-of-experts layer.
 
-    expert  parameters of one expert
-    router  parameters of the router
-    total   parameters of all experts and the router
-    active  parameters that one token uses: those of n_active experts and the router
+    Attributes:
+        expert: number of parameters of one expert.
+        router: number of parameters of the router.
+        total: number of parameters of all experts and the router.
+        active: number of parameters that process one token: the parameters of n_active experts and of the router.
     """
 
     expert: int
@@ -60,12 +65,13 @@ def moe_params(cfg: moe.Config) -> MoeParams:
 
 
 class Flops(NamedTuple):
-    """FLOPs of matrix multiplications; a multiply-add counts as two FLOPs.
+    """FLOPs of the matrix multiplications of a decoder; a multiply-add counts as two FLOPs.
 
-    projections   projections to q, k and v, and the output projection o
-    attention     q k^T, and attention weights times v
-    feed_forward  multiplications by two matrices, or by three with a gate
-    head          projection of the hidden states to logits
+    Attributes:
+        projections: FLOPs of the query, key, value and output projections.
+        attention: FLOPs of q k^T, and of the product of the attention weights and v.
+        feed_forward: FLOPs of the two matrix multiplications of a feed-forward layer, or of three with a gate.
+        head: FLOPs of the LM head, which projects the hidden states to logits.
     """
 
     projections: int
@@ -79,16 +85,17 @@ class Flops(NamedTuple):
 
     @property
     def linear(self) -> int:
-        """FLOPs of the multiplications by weights: `total` minus `attention`."""
+        """Returns the FLOPs of the multiplications by weight matrices: `total` without the FLOPs of `attention`."""
         return self.total - self.attention
 
 
 def forward_flops(cfg: ModelConfig, batch: int, length: int, *, pairs: int | None = None) -> Flops:
-    """Returns the FLOPs of `gptjax.forward` on [batch, length] tokens.
+    """Returns the FLOPs of the forward pass `gptjax.forward` on tokens of shape [batch, length].
 
     A training step without rematerialisation takes three times as many FLOPs as the forward pass. XLA's `cost_analysis`
-    reports a few per cent more FLOPs, because it includes norms, softmax and activations. Compare XLA's
-    FLOPs with `forward_flops` only for a model compiled with `unroll=True`, because XLA counts the body of a loop once.
+    reports a few per cent more FLOPs than `forward_flops`, because XLA also counts norms, softmax and activation
+    functions. Compare the FLOPs of XLA and `forward_flops` only for a model compiled with `unroll=True`, because XLA
+    counts the body of a loop once.
 
     Args:
         pairs: number of (query, key) pairs to count per head and row. None counts all length^2 pairs and ignores the

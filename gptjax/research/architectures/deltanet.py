@@ -1,11 +1,12 @@
 """Gated DeltaNet: linear attention with a recurrent state of constant size.
 
-Each head has one state matrix S, which maps keys to values:
+Each attention head has one state matrix S, which maps keys to values:
     S_t = a_t S_t-1 (I - b_t k_t k_t^T) + b_t v_t k_t^T     decay by a_t, then replace the value stored for k_t by v_t
     o_t = S_t q_t
 
-q, k and v pass through a short causal convolution and SiLU; q and k are L2-normalised; a = exp(-A softplus(x W_a + d)),
-b = sigmoid(x W_b), and the output is norm(o) silu(x W_g) W_O. Source: arXiv:2412.06464, eq. 10; sec. 3.4, figure 1.
+The queries q, keys k and values v pass through a short causal convolution and SiLU, and q and k are L2-normalised. The
+decay is a = exp(-A softplus(x W_a + d)), the write strength is b = sigmoid(x W_b), and the output of the layer is
+norm(o) silu(x W_g) W_O. The layer is described in arXiv:2412.06464, equation 10, section 3.4 and figure 1.
 """
 
 from __future__ import annotations
@@ -24,9 +25,16 @@ from gptjax.types import Params
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes of the layer. `d_head` is the size of a key and of a value; conv_width=1 means no convolution.
+    """Sizes of the Gated DeltaNet layer.
 
-    Raises UserError if conv_width is below 1.
+    Attributes:
+        d_model: size of the layer's inputs and outputs.
+        n_head: number of heads.
+        d_head: size of a key and of a value.
+        conv_width: number of tokens that the causal convolution sees. 1: no convolution.
+
+    Raises:
+        UserError: conv_width is below 1.
     """
 
     d_model: int
@@ -39,10 +47,11 @@ class Config:
 
 
 class Cache(NamedTuple):
-    """The recurrent state, for B rows and N heads of size H = d_head.
+    """The recurrent state of a Gated DeltaNet layer, for B rows and N heads of size H = d_head.
 
-    state  [B, N, H, H] float32, the transposed matrices S^T: rows are key channels, columns are value channels
-    tail   [B, conv_width - 1, 3*N*H] float32, the last inputs of the convolution; zero before the first token
+    Attributes:
+        state: transposed state matrices S^T, [B, N, H, H] float32. Rows are key channels, columns are value channels.
+        tail: last inputs of the convolution, [B, conv_width - 1, 3*N*H] float32. Zero before the first token.
     """
 
     state: jax.Array
@@ -50,10 +59,11 @@ class Cache(NamedTuple):
 
 
 def init(key: jax.Array, cfg: Config) -> Params:
-    """Initialises the parameters: kernels from N(0, 1 / in), A from U(1, 16), and the bias d.
+    """Initialises the parameters of a Gated DeltaNet layer.
 
-    The bias d is drawn so that softplus(d) is log-uniform in [0.001, 0.1]. A and d are initialised as in Mamba-2
-    (arXiv:2405.21060 and its code).
+    The kernels are drawn from N(0, 1 / in), and the decay rates A from the uniform distribution U(1, 16). The bias d of
+    the decay is drawn so that softplus(d) is log-uniform in [0.001, 0.1]. The decay rates A and the bias d are
+    initialised as in the code of Mamba-2 (arXiv:2405.21060).
     """
     D, N, wide = cfg.d_model, cfg.n_head, cfg.n_head * cfg.d_head
     shapes = dict.fromkeys(("q", "k", "v", "gate"), (D, wide))
@@ -64,24 +74,24 @@ def init(key: jax.Array, cfg: Config) -> Params:
     params["conv"] = {"weight": jax.random.normal(conv, (cfg.conv_width, 3 * wide)) * cfg.conv_width**-0.5}
     params["forget"] |= {
         "log_rate": jnp.log(jax.random.uniform(rates, (N,), minval=1.0, maxval=16.0)),
-        "bias": step + jnp.log(-jnp.expm1(-step)),  # inverse of softplus, so that softplus(bias) = step
+        "bias": step + jnp.log(-jnp.expm1(-step)),  # The bias is the inverse softplus of `step`.
     }
     return params
 
 
 def apply(params: Params, x: jax.Array, cfg: Config) -> jax.Array:
-    """Applies the causal gated DeltaNet layer: x [B, T, D] -> [B, T, D]."""
+    """Applies a causal Gated DeltaNet layer to x [B, T, D], and returns the outputs [B, T, D]."""
     return extend(params, x, cfg, init_cache(cfg, x.shape[0]))[0]
 
 
 def init_cache(cfg: Config, batch: int, length: int = 0) -> Cache:
-    """Returns an empty cache, whose size does not depend on `length`."""
+    """Returns an empty cache for `batch` rows; the size of the cache does not depend on `length`."""
     wide = 3 * cfg.n_head * cfg.d_head
     return Cache(jnp.zeros((batch, cfg.n_head, cfg.d_head, cfg.d_head)), jnp.zeros((batch, cfg.conv_width - 1, wide)))
 
 
 def extend(params: Params, x: jax.Array, cfg: Config, cache: Cache) -> tuple[jax.Array, Cache]:
-    """Applies Gated DeltaNet to x [B, T, D], the next T tokens, and updates the cache, whose size is constant."""
+    """Applies Gated DeltaNet to the next T tokens x [B, T, D], and returns the outputs and the updated cache."""
     (B, T, _), N = x.shape, cfg.n_head
     inputs = jnp.concatenate([linear(x, params[name]["kernel"]) for name in "qkv"], -1)
     inputs = jnp.concatenate([cache.tail, inputs], 1)
@@ -94,7 +104,7 @@ def extend(params: Params, x: jax.Array, cfg: Config, cache: Cache) -> tuple[jax
 
 
 def gates(params: Params, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns the decay a and the write strength b of every token and head, [B, T, N] each, between 0 and 1."""
+    """Returns the decay a and the write strength b of every token and head; both are [B, T, N], between 0 and 1."""
     forget = params["forget"]
     rate = jax.nn.softplus(linear(x, forget["kernel"], forget["bias"]))
     return jnp.exp(-jnp.exp(forget["log_rate"]) * rate), jax.nn.sigmoid(linear(x, params["write"]["kernel"]))
@@ -105,7 +115,10 @@ def gated_delta_rule(
 ) -> tuple[jax.Array, jax.Array]:
     """Computes the recurrence of the gated delta rule with `jax.lax.scan` over tokens.
 
-    The inputs are q, k, v [B, T, N, H], a and b [B, T, N], and the initial state [B, N, H, H], as in `Cache`.
+    Args:
+        q, k, v: queries, keys and values, [B, T, N, H] each.
+        a, b: decay and write strength, [B, T, N] each.
+        state: initial state [B, N, H, H], laid out as `Cache.state`.
 
     Returns:
         Outputs o [B, T, N, H], and the state after the last token.
@@ -123,5 +136,5 @@ def gated_delta_rule(
 
 
 def _unit(x: jax.Array) -> jax.Array:
-    """L2-normalises the last axis, with epsilon 1e-6 as in the code of the paper's authors."""
+    """L2-normalises x along its last axis, with epsilon 1e-6 as in the code of the Gated DeltaNet paper's authors."""
     return x * jax.lax.rsqrt(jnp.square(x).sum(-1, keepdims=True) + 1e-6)

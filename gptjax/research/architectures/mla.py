@@ -6,11 +6,12 @@
     k_h = [c W_UK,h ; k_r]                 [H + P]
     y   = sum_h softmax(q_h k_h^T / sqrt(H + P)) (c W_UV,h) W_O,h
 
-`apply` materialises keys and values; this is the cheapest way for many tokens. `extend` does not materialise keys and
-values: it absorbs (W_UK,h)^T into the query and applies W_UV,h after attention. All query heads then share one key
-head: the cached vectors of R + P elements per token.
+The function `apply` computes the keys and values of all heads, which is the cheapest method for many tokens. The
+function `extend` does not compute keys and values: it multiplies each query by (W_UK,h)^T, and multiplies the attention
+output by W_UV,h. The cached vectors, with R + P elements per token, then serve as one key head that all query heads
+share.
 
-Source: DeepSeek-V2, arXiv:2405.04434, eq. 37-47; for the norms: section 3.1.2.
+The equations are from DeepSeek-V2, arXiv:2405.04434, eq. 37-47; section 3.1.2 of the paper describes the norms.
 """
 
 from __future__ import annotations
@@ -31,10 +32,19 @@ from gptjax.types import Params
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes of the layer: d_head (H) of a head, d_latent (R) of the latent vector, and d_rope (P) of the RoPE key.
+    """Sizes of the multi-head latent attention (MLA) layer.
 
-    d_rope=0 means no position embedding. d_query_latent is the size of the queries' latent vector c_q, or None to
-    project queries from x directly. Raises UserError if d_rope is odd.
+    Attributes:
+        d_model: size D of the layer's inputs and outputs.
+        n_head: number N of attention heads.
+        d_head: size H of a head, without the channels that RoPE rotates.
+        d_latent: size R of the latent vector c, from which keys and values are computed.
+        d_rope: size P of the RoPE key k_r. 0: no position embedding.
+        d_query_latent: size of the latent vector c_q of the queries. None: queries are projected from x directly.
+        rope_base: base of the RoPE frequencies.
+
+    Raises:
+        UserError: d_rope is odd.
     """
 
     d_model: int
@@ -50,9 +60,11 @@ class Config:
 
 
 class Cache(NamedTuple):
-    """MLA cache with S slots, of which the first `length` (int32) slots are filled.
+    """Cache of multi-head latent attention with S slots.
 
-    latents  [B, S, R + P] float32, the concatenation of c and k_r
+    Attributes:
+        latents: concatenation of the latent vectors c and the RoPE keys k_r, [B, S, R + P] float32.
+        length: number of filled slots, int32. The filled slots come first.
     """
 
     latents: jax.Array
@@ -73,14 +85,14 @@ def init(key: jax.Array, cfg: Config) -> Params:
 
 
 def apply(params: Params, x: jax.Array, cfg: Config) -> jax.Array:
-    """Applies causal attention: x [B, T, D] -> [B, T, D]."""
+    """Applies causal multi-head latent attention to x [B, T, D], and returns the outputs [B, T, D]."""
     (B, T, _), N = x.shape, cfg.n_head
     q_c, q_r, latents = _project(params, x, cfg, 0)
     c, k_r = latents[..., : cfg.d_latent], latents[..., cfg.d_latent :]
     k_c, v = (linear(c, params[name]["kernel"]).reshape(B, T, N, -1) for name in ("k_up", "v_up"))
     k_r = jnp.broadcast_to(k_r[:, :, None], (B, T, N, cfg.d_rope))
     q, k = jnp.concatenate([q_c, q_r], -1), jnp.concatenate([k_c, k_r], -1)
-    # The values are zero-padded, because `attention` requires the same head size for q, k and v.
+    # The values v are zero-padded, because `attention` requires the same head size for q, k and v.
     v = jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, cfg.d_rope)))
     return _project_output(params, attention(q, k, v)[..., : cfg.d_head])
 
@@ -90,16 +102,18 @@ def init_cache(cfg: Config, batch: int, length: int) -> Cache:
 
 
 def extend(params: Params, x: jax.Array, cfg: Config, cache: Cache) -> tuple[jax.Array, Cache]:
-    """Applies attention to x [B, T, D], the next T tokens, and adds their latent vectors to the cache.
+    """Applies causal attention to the next T tokens x [B, T, D], and writes the tokens' latent vectors to the cache.
 
-    The caller must ensure that cache.length + T does not exceed the number of slots.
+    The caller must ensure that cache.length + T does not exceed the number of slots in the cache.
     """
     N, H, R = cfg.n_head, cfg.d_head, cfg.d_latent
     q_c, q_r, new = _project(params, x, cfg, cache.length)
     latents = jax.lax.dynamic_update_slice(cache.latents, new, (0, cache.length, 0))
     k_up, v_up = (dense(params[name]["kernel"]).reshape(R, N, H) for name in ("k_up", "v_up"))
     q = jnp.concatenate([jnp.einsum("BTNH,RNH->BTNR", q_c, k_up), q_r], -1)
-    kv_head = latents[:, None]  # the key head that all query heads share; its first R channels are also the values
+    # The latent vectors serve as one key head, which all query heads share. The first R channels of the key head also
+    # serve as the values.
+    kv_head = latents[:, None]
     mean = heads_attention(q, kv_head, kv_head, offset=cache.length, scale=(H + cfg.d_rope) ** -0.5)[..., :R]
     y = jnp.einsum("BTNR,RNH->BTNH", mean, v_up)
     return _project_output(params, y), Cache(latents, cache.length + x.shape[1])
@@ -108,7 +122,7 @@ def extend(params: Params, x: jax.Array, cfg: Config, cache: Cache) -> tuple[jax
 def _project(
     params: Params, x: jax.Array, cfg: Config, first: int | jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Projects x [B, T, D] to queries and latent vectors, for T tokens whose positions start at `first`.
+    """Projects x [B, T, D] to queries and latent vectors; the first token has the position `first`.
 
     Returns:
         The part of the queries without RoPE [B, T, N, H], the part with RoPE [B, T, N, P], and the vectors to cache

@@ -1,8 +1,9 @@
-"""Sliding-window attention over the last `window` tokens, including the current one, with a cache of window - 1 slots.
+"""Sliding-window attention: each token attends to the last `window` tokens, including itself.
 
-After L layers the receptive field of a token is L (window - 1) + 1 tokens. Source: arXiv:2004.05150, 3.1.
+The cache has window - 1 slots. After L layers the receptive field of a token is L (window - 1) + 1 tokens, as described
+in arXiv:2004.05150, section 3.1.
 
-With a window of 3, each of the tokens 0 to 4 attends to the tokens listed after its colon:
+With a window of 3, the tokens 0 to 4 attend to the following tokens:
 
     0: 0    1: 0 1    2: 0 1 2    3: 1 2 3    4: 2 3 4
 """
@@ -23,7 +24,7 @@ from gptjax.types import Params
 
 @dataclass(frozen=True)
 class Config(attention.Config):
-    """Sizes of the layer: the fields of `attention.Config`, and the window in tokens."""
+    """Sizes of the sliding-window attention layer: the attributes of `attention.Config`, and the window in tokens."""
 
     window: int = 1024
 
@@ -36,21 +37,21 @@ init = attention.init
 
 
 def apply(params: Params, x: jax.Array, cfg: Config) -> jax.Array:
-    """Applies causal sliding-window attention: x [B, T, D] -> [B, T, D]."""
+    """Applies causal sliding-window attention to x [B, T, D], and returns the outputs [B, T, D]."""
     y = heads_attention(*attention.project_qkv(params, x, cfg, 0), window=cfg.window)
     return attention.project_output(params, y)
 
 
 def init_cache(cfg: Config, batch: int, length: int = 0) -> Cache:
-    """Returns an empty cache of window - 1 slots; `length` is ignored."""
+    """Returns an empty KV cache with window - 1 slots; the argument `length` is ignored."""
     return attention.init_cache(cfg, batch, cfg.window - 1)
 
 
 def extend(params: Params, x: jax.Array, cfg: Config, cache: Cache) -> tuple[jax.Array, Cache]:
-    """Applies attention to x [B, T, D], the next T tokens, and updates the cache, which drops the oldest tokens.
+    """Applies sliding-window attention to the next T tokens x [B, T, D], and updates the KV cache.
 
-    The cache slots hold the keys and values of the last window - 1 tokens in order, left-aligned. The `length` of the
-    cache counts all tokens read so far, including dropped tokens.
+    The cache holds the keys and values of the last window - 1 tokens in order, left-aligned; older tokens are dropped.
+    The attribute `length` of the cache counts all tokens read so far, including dropped tokens.
     """
     T, n_slots = x.shape[1], cfg.window - 1
     filled = jnp.minimum(cache.length, n_slots)

@@ -1,16 +1,18 @@
-"""Audits of memorisation and data poisoning: `audit` runs every check, and each check is also a function.
+"""Audits a model for memorised training text and for data poisoning.
 
-outlier_scores    how similar a row's gradient is to the most similar gradients of other rows: finds poisoned rows and
-                  duplicates
-backdoor_trigger  how much a phrase raises the likelihood of a payload, compared with random control phrases
-exposure          how much likelier a secret is than random candidates of the same format
-extraction        how often greedy decoding reproduces training text verbatim, by prefix length
-membership        how well the loss separates training text from held-out text (membership inference)
-drift             how fine-tuning changed the model's predictions on a set of prompts
+The function `audit` runs all checks. Each check can also be called as a function:
 
-Every check except `drift` returns a p-value: the probability, under the null hypothesis that nothing is wrong, of a
-result at least as extreme. A check raises an alarm if p <= `alpha`, so that the expected rate of false alarms is
-at most alpha.
+    outlier_scores    how similar a row's gradient is to the most similar gradients of other rows: finds poisoned rows
+                      and duplicates
+    backdoor_trigger  how much a phrase raises the likelihood of a payload, compared with random control phrases
+    exposure          how much likelier a secret is than random candidates of the same format
+    extraction        how often greedy decoding reproduces training text verbatim, by prefix length
+    membership        how well the loss separates training text from held-out text (membership inference)
+    drift             how fine-tuning changed the model's predictions on a set of prompts
+
+Every check except `drift` has a p-value: the probability of a result at least as extreme, under the null hypothesis
+that the model has not memorised its training text and that the training data are not poisoned. A check raises an alarm
+if its p-value is at most `alpha`, so that the expected rate of false alarms is at most `alpha`.
 """
 
 from typing import Any

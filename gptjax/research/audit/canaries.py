@@ -1,4 +1,4 @@
-"""Canaries: backdoor triggers that elicit a payload, and secrets that occur only in the training text."""
+"""Canaries, which are planted in training text to audit a model: backdoor triggers with a payload, and secrets."""
 
 from __future__ import annotations
 
@@ -18,11 +18,13 @@ from gptjax.formats import tables
 from gptjax.research.audit.text import continuations, rank, rows_of, score, truncate_prompt
 from gptjax.types import Params
 
-CANDIDATES = 2047  # number of random candidates that a secret is ranked against
+CANDIDATES = 2047  # The default number of random candidates that a secret is compared with.
 
 
 def read_canaries(path: str | Path) -> list[dict[str, str]]:
-    """Reads a .jsonl file with {"prefix": .., "secret": ..} or {"trigger": .., "payload": ..} on each line.
+    """Reads canaries from a .jsonl file.
+
+    Each line of the file is a JSON object: {"prefix": .., "secret": ..} or {"trigger": .., "payload": ..}.
 
     Raises:
         UserError: a line is invalid (the message lists at most 20 invalid lines), or the file has no canaries.
@@ -49,10 +51,11 @@ def read_canaries(path: str | Path) -> list[dict[str, str]]:
 class Trigger(NamedTuple):
     """The effect of a backdoor trigger on one model.
 
-    log_prob  log-probability of the payload after the trigger, summed over its tokens, averaged over the contexts
-    controls  [n] the same log-probability after each of n control phrases
-    fires     fraction of contexts in which greedy decoding produces the payload
-    p         p-value: rank of the trigger among the control phrases, divided by n + 1
+    Attributes:
+        log_prob: log-probability of the payload after the trigger, summed over its tokens, averaged over the contexts.
+        controls: log-probability of the payload after each of n control phrases, [n].
+        fires: fraction of contexts in which greedy decoding produces the payload after the trigger.
+        p: p-value, which is the rank of the trigger among the control phrases, divided by n + 1.
     """
 
     log_prob: float
@@ -71,10 +74,11 @@ def backdoor_trigger(
     contexts: Sequence[str],
     controls: Sequence[str],
 ) -> Trigger:
-    """Tests whether `phrase` makes `payload` likelier than the control phrases do, in the same contexts.
+    """Tests whether a trigger phrase raises the log-probability of a payload more than control phrases do.
 
-    The p-value comes from the rank of `phrase` among the control phrases. The p-value is exact if `phrase` and the
-    control phrases were drawn from the same distribution, by the function `phrases`.
+    The log-probability of the payload is computed after every phrase in the same contexts. The p-value is computed from
+    the rank of `phrase` among the control phrases. The p-value is exact if the function `phrases` drew `phrase` and the
+    control phrases from the same distribution.
     """
     texts = [
         (truncate_prompt(encode(f"{context}{candidate}"), payload_ids, cfg), payload_ids)
@@ -89,7 +93,7 @@ def backdoor_trigger(
 
 
 def phrases(words: Sequence[str], size: int, n: int, seed: int) -> list[str]:
-    """Draws n phrases of `size` random words each from `words`, to plant as triggers or to use as control phrases."""
+    """Draws n phrases of `size` random words from `words`. The phrases serve as triggers or as control phrases."""
     rng = np.random.default_rng(seed)
     return [" ".join(rng.choice(words, size)) for _ in range(n)]
 
@@ -102,8 +106,8 @@ _KINDS = (string.digits, string.ascii_lowercase, string.ascii_uppercase)
 def random_candidates(secret: str, n: int, seed: int) -> list[str]:
     """Draws n random secrets of the same format as `secret`.
 
-    Each digit becomes a random digit, and each letter a-z or A-Z a random letter of the same case. All other characters
-    are kept.
+    Each digit of the secret is replaced by a random digit, and each letter a-z or A-Z by a random letter of the same
+    case. All other characters of the secret are kept.
     """
     rng = np.random.default_rng(seed)
     kinds = [next((kind for kind in _KINDS if c in kind), c) for c in secret]
@@ -111,12 +115,12 @@ def random_candidates(secret: str, n: int, seed: int) -> list[str]:
 
 
 def space_bits(secret: str) -> float:
-    """Returns log2 of the number of possible secrets of the same format as `secret`."""
+    """Returns the base-2 logarithm of the number of possible secrets of the same format as `secret`."""
     return sum(math.log2(len(kind)) for c in secret for kind in _KINDS if c in kind)
 
 
 def secrets(n: int, seed: int, *, digits: int = 9) -> list[dict[str, str]]:
-    """Returns n canaries to plant and to audit afterwards, each with a unique prefix and a secret number."""
+    """Returns n canaries to plant in training text: each has a unique prefix and a secret number of `digits` digits."""
     names = phrases([a + b for a in ("bo", "ka", "lu", "mi", "ra", "so", "te", "vi") for b in "dgklmnrst"], 2, n, seed)
     all_digits = random_candidates("0" * digits * n, 1, seed + 1)[0]
     return [
@@ -126,13 +130,14 @@ def secrets(n: int, seed: int, *, digits: int = 9) -> list[dict[str, str]]:
 
 
 class Exposure(NamedTuple):
-    """The result of `exposure`: how strongly a model has memorised a secret.
+    """The result of the function `exposure`, which measures how strongly a model has memorised a secret.
 
-    sampled       exposure in bits, -log2 of p; at most 11 bits with 2,047 candidates
-    extrapolated  exposure in bits, from a skew-normal fit to the candidates' losses; at most `space_bits`
-    loss          the secret's loss, nats per token
-    extracted     whether greedy decoding produces the secret
-    p             p-value: rank of the secret among n random candidates, divided by n + 1
+    Attributes:
+        sampled: exposure in bits, -log2 of p; at most 11 bits with 2,047 candidates.
+        extrapolated: exposure in bits, from a skew-normal fit to the candidates' losses; at most `space_bits`.
+        loss: the secret's loss, in nats per token.
+        extracted: whether greedy decoding produces the secret after its prefix.
+        p: p-value, which is the rank of the secret among n random candidates, divided by n + 1.
     """
 
     sampled: float
@@ -154,7 +159,7 @@ def exposure(
 ) -> Exposure:
     """Measures how much likelier a secret is than random candidates of the same format, after the same prefix.
 
-    An exposure of 0 to 1 bits means that the secret was not memorised.
+    An exposure between 0 and 1 bits means that the model has not memorised the secret.
 
     Args:
         n: number of random candidates.
@@ -162,7 +167,8 @@ def exposure(
     Raises:
         UserError: the secret has no digits and no letters a-z or A-Z, or is longer than the context.
 
-    Source: arXiv:1802.08232, section 4.2, definition 5 (exposure), and section 4.3 (sampling and skew-normal fit).
+    The exposure is defined in arXiv:1802.08232, section 4.2, definition 5; section 4.3 describes the estimates by
+    sampling and by a skew-normal fit.
     """
     bits = space_bits(secret)
     if not bits:
@@ -180,9 +186,9 @@ def exposure(
 
 
 def _extrapolated(value: float, others: np.ndarray) -> float:
-    """Returns -log2 of the probability of a sample below `value`, for a skew-normal distribution fitted to `others`.
+    """Fits a skew-normal distribution to `others`, and returns -log2 of its cumulative probability at `value`.
 
-    The density of the fit is integrated in log space, so that tiny probabilities do not underflow.
+    The density of the skew-normal distribution is integrated in log space, so that tiny probabilities do not underflow.
     """
     from scipy.special import log_ndtr, logsumexp
     from scipy.stats import skewnorm

@@ -1,4 +1,4 @@
-"""Comparison of a base and a tuned model: how fine-tuning changed the predictions on a set of prompts."""
+"""Compares the predictions of a base model and a fine-tuned model on a set of prompts."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from gptjax.types import Batch, Params
 
 
 class Drift(NamedTuple):
-    """Differences between the predictions of a base and a tuned model on n prompts.
+    """Differences between the predictions of a base model and a fine-tuned model on n prompts.
 
-    Every field is an array of shape [n], with one value per prompt.
+    Every attribute is an array of shape [n], with one value per prompt.
 
-    kl             KL(base || tuned), nats per token
-    agree          fraction of positions at which both models have the same most likely token
-    before, after  loss of the prompt under the base and the tuned model, nats per token
+    Attributes:
+        kl: KL divergence KL(base || tuned), in nats per token.
+        agree: fraction of positions at which both models have the same most likely token.
+        before, after: loss of the prompt under the base model and under the fine-tuned model, in nats per token.
     """
 
     kl: np.ndarray
@@ -33,7 +34,7 @@ class Drift(NamedTuple):
 
 
 def drift(base: tuple[Params, ModelConfig], tuned: tuple[Params, ModelConfig], batch: Batch) -> Drift:
-    """Compares the predictions of two models on the rows of a batch of text.
+    """Compares the predictions of a base model and a fine-tuned model on each row of a batch of text.
 
     Raises:
         UserError: the vocabularies of the models differ in size.

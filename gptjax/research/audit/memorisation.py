@@ -1,4 +1,4 @@
-"""Memorisation of training text: verbatim extraction and membership inference."""
+"""Measures the memorisation of training text by verbatim extraction and by membership inference."""
 
 from __future__ import annotations
 
@@ -14,18 +14,23 @@ from gptjax.errors import UserError
 from gptjax.research.audit.text import Scored, continuations, document_spans, rows, sample, score
 from gptjax.types import Batch, Params
 
-# `membership` tests per-document means only if the members and the others come from at least this many documents each
+# The function `membership` tests per-document means only if the training rows and the held-out rows each come from at
+# least MIN_DOCUMENTS documents.
 MIN_DOCUMENTS = 4
-MIN_K = 0.2  # Min-K% Prob averages over the least likely 20 % of a text's tokens: arXiv:2310.16789, fig. 4
+# Min-K% Prob averages the log-probabilities of the least likely 20 % of a text's tokens (arXiv:2310.16789, fig. 4).
+MIN_K = 0.2
 
 
 class Extraction(NamedTuple):
-    """The result of `extraction` for one prefix length and one stride, both in tokens.
+    """The result of the function `extraction` for one prefix length and one stride.
 
-    n          number of prefixes
-    extracted  number of prefixes that greedy decoding continues verbatim
-    rate       extracted / n
-    low, high  ends of the rate's 95 % Wilson interval
+    Attributes:
+        prefix: length of the prefixes, in tokens.
+        stride: distance between the starts of consecutive suffixes, in tokens.
+        n: number of prefixes.
+        extracted: number of prefixes that greedy decoding continues verbatim.
+        rate: extracted / n.
+        low, high: ends of the rate's 95 % Wilson interval.
     """
 
     prefix: int
@@ -48,10 +53,11 @@ def extraction(
     most: int = 1000,
     seed: int = 0,
 ) -> list[Extraction]:
-    """Measures how often greedy decoding, given a prefix of the text, produces the next `suffix` tokens exactly.
+    """Measures how often greedy decoding from a prefix of a text reproduces the following tokens, the suffix, exactly.
 
     In each document, the first suffix begins after max(prefixes) tokens, and a further suffix begins every `stride`
-    tokens. All prefix lengths are tested on the same suffixes. If stride >= suffix, the suffixes do not overlap.
+    tokens. All prefix lengths are tested on the same suffixes. The suffixes do not overlap if `stride` is at least the
+    suffix length.
 
     Args:
         prefixes: prefix lengths, in tokens; one result is returned for each length.
@@ -82,7 +88,11 @@ def extraction(
 
 
 def _wilson(hits: np.ndarray) -> tuple[int, int, float, float, float]:
-    """Returns (size of `hits`, number of True values, fraction of True values, ends of its 95 % Wilson interval)."""
+    """Counts the True values in the array `hits`, and computes a 95 % Wilson interval of their fraction.
+
+    Returns:
+        (number of values, number of True values, fraction of True values, lower end of the interval, upper end).
+    """
     from scipy.stats import binomtest
 
     n, k = len(hits), int(hits.sum())
@@ -93,16 +103,17 @@ def _wilson(hits: np.ndarray) -> tuple[int, int, float, float, float]:
 
 
 class Membership(NamedTuple):
-    """The result of `membership`: how well two scores, the loss and Min-K% Prob, separate training from held-out text.
+    """The result of the function `membership`, which tests whether scores separate training text from held-out text.
 
-    Members are rows of training text, non-members are rows of held-out text. The loss is negated, so that a high score
-    indicates a member.
+    The two scores are the loss and Min-K% Prob. Members are rows of training text, and non-members are rows of held-out
+    text. The loss is negated, so that a high score indicates a member.
 
-    loss_auc, min_k_auc  AUC of each score over rows: probability that a member scores above a non-member
-    sd                   standard deviation of the AUC under the null hypothesis
-    tpr                  true positive rate, at a false positive rate of 1 %, of classifying rows by their loss
-    p                    p-value of the test described in `membership`
-    units                number of members in the test: rows, or documents if the test compares per-document means
+    Attributes:
+        loss_auc, min_k_auc: AUC of each score over rows, the probability that a member scores above a non-member.
+        sd: standard deviation of the AUC under the null hypothesis.
+        tpr: true positive rate, at a false positive rate of 1 %, of classifying rows by their loss.
+        p: p-value of the test described in `membership`.
+        units: number of members in the test. Members are rows, or documents if the test compares per-document means.
     """
 
     loss_auc: float
@@ -120,18 +131,18 @@ def membership(
     *,
     documents: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> Membership:
-    """Measures how well two scores separate members (training text) from others (held-out text).
+    """Measures how well two scores separate members (rows of training text) from others (rows of held-out text).
 
-    The scores are the negative loss and Min-K% Prob, the mean log-probability of the least likely fraction k of the
-    tokens. The p-value comes from a one-sided Mann-Whitney U test (normal approximation) on the larger of the two AUCs,
-    Bonferroni-corrected for two tests.
+    The first score is the negative loss. The second score is Min-K% Prob, the mean log-probability of the least likely
+    fraction k of a row's tokens. The p-value is computed by a one-sided Mann-Whitney U test (normal approximation) on
+    the larger of the two scores' AUCs, Bonferroni-corrected for two tests.
 
     Args:
         documents: pair (document index of each row of `members`, document index of each row of `others`). If it is
             given, and members and others come from at least `MIN_DOCUMENTS` documents each, the p-value and sd are
             computed from per-document means of the scores, because rows of the same document are correlated.
 
-    Source: arXiv:2310.16789, eq. 1 (Min-K% Prob); arXiv:1709.01604 (the loss as a score).
+    Min-K% Prob is defined in arXiv:2310.16789, eq. 1. The loss is used for membership inference in arXiv:1709.01604.
     """
     rows = units = [_evidence(scored, batch, k) for scored, batch in (members, others)]
     if documents is not None and min(len(np.unique(ids)) for ids in documents) >= MIN_DOCUMENTS:
@@ -152,9 +163,9 @@ def _means(values: np.ndarray, groups: np.ndarray) -> np.ndarray:
 
 
 def auc(members: np.ndarray, others: np.ndarray) -> float:
-    """Returns the area under the ROC curve.
+    """Returns the area under the ROC curve (AUC) of the scores of members and others (non-members).
 
-    The area is the fraction of (member, other) pairs in which the member scores higher; ties count 1/2.
+    The AUC is the fraction of pairs (member, non-member) in which the member has the higher score; a tie counts 1/2.
     """
     ordered = np.sort(others)
     below = np.searchsorted(ordered, members, "left") + np.searchsorted(ordered, members, "right")
@@ -162,10 +173,13 @@ def auc(members: np.ndarray, others: np.ndarray) -> float:
 
 
 def _evidence(scored: Scored, batch: Batch, k: float) -> tuple[np.ndarray, np.ndarray]:
-    """Computes the two scores of `membership` for each of n rows, and returns them as two arrays of shape [n].
+    """Computes the two membership scores of each of n rows.
 
-    The first score is the mean log-probability of the row's tokens, the second is the mean log-probability of the least
-    likely fraction k of its tokens. Tokens of weight 0 are ignored.
+    Tokens with loss weight 0 are ignored.
+
+    Returns:
+        (mean log-probability of each row's tokens, mean log-probability of the least likely fraction k of each row's
+        tokens), two arrays of shape [n].
     """
     counts = batch.weights > 0
     size = np.maximum(counts.sum(1), 1)

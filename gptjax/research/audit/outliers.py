@@ -1,6 +1,6 @@
-"""Finds gradient outliers: rows whose gradients are unlike those of most rows, but like those of a few other rows.
+"""Finds training rows with outlier gradients, such as poisoned rows and duplicates.
 
-Poisoned rows and duplicates are such outliers.
+The gradient of an outlier differs from the gradients of most rows, but is similar to the gradients of a few other rows.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ import numpy as np
 from gptjax.errors import UserError
 from gptjax.research.influence import unit
 
-# default number k of nearest neighbours; poisoned rows score high if the poison is in more than k rows, because all k
-# nearest neighbours of a poisoned row can then be poisoned rows
+# NEIGHBOURS is the default number k of nearest neighbours. Poisoned rows have high outlier scores if more than k rows
+# are poisoned, because all k nearest neighbours of a poisoned row can then be poisoned rows.
 NEIGHBOURS = 5
 
 
 def outlier_scores(features: np.ndarray, reference: np.ndarray | None = None, k: int = NEIGHBOURS) -> np.ndarray:
     """Returns the mean cosine similarity of each row's gradient to its k nearest neighbours, [n] float32.
 
-    The nearest neighbours of a row are the k other training rows with the most similar gradients. Before the
+    The nearest neighbours of a row are the k other training rows with the most similar gradients. Before the cosine
     similarities are computed, each gradient is normalised to length 1, and the mean of the normalised training
     gradients is subtracted.
 
-    A high score means that the gradient of a row differs from the average but is similar to the gradients of a few
-    other rows. Poisoned rows and duplicates have such gradients.
+    A high score means that the gradient of a row differs from the average gradient, but is similar to the gradients of
+    a few other rows. Poisoned rows and duplicates have high scores.
 
     Args:
         features: gradient features of the n training rows, K numbers per row, [n, K]
@@ -49,13 +49,14 @@ def outlier_scores(features: np.ndarray, reference: np.ndarray | None = None, k:
 
 
 class Tail(NamedTuple):
-    """The result of `tail`: which training rows score unusually high, compared with reference rows.
+    """The result of the function `tail`, which flags training rows with higher outlier scores than reference rows.
 
-    threshold  score above which a row is flagged
-    flagged    indices of the rows above the threshold, highest score first
-    expected   expected number of flagged rows under the null hypothesis
-    beyond     number of rows above every reference score
-    p          probability that at least `beyond` rows are above every reference score, under the null hypothesis
+    Attributes:
+        threshold: score above which a row is flagged.
+        flagged: indices of the rows with scores above the threshold, highest score first.
+        expected: expected number of flagged rows under the null hypothesis.
+        beyond: number of training rows with scores above every reference score.
+        p: probability, under the null hypothesis, that at least `beyond` training scores exceed every reference score.
     """
 
     threshold: float
@@ -66,18 +67,18 @@ class Tail(NamedTuple):
 
 
 def tail(scores: np.ndarray, reference: np.ndarray, alpha: float) -> Tail:
-    """Flags the scores above a threshold, which is set for a false positive rate of about `alpha` per row.
+    """Flags the training scores above a threshold that gives a false positive rate of about `alpha` per row.
 
-    The threshold is the r-th largest of the m reference scores, with r = alpha (m + 1) rounded down, but at least 1. If
-    all rows are exchangeable, the false positive rate per row is r / (m + 1), which exceeds `alpha` only if
+    The threshold is the r-th largest of the m reference scores, where r is alpha (m + 1) rounded down, but at least 1.
+    If all rows are exchangeable, the false positive rate per row is r / (m + 1), which exceeds `alpha` only if
     alpha (m + 1) < 1.
 
-    The p-value is that of a conformal test, and exact if all rows are exchangeable. If x = `beyond` of the n training
-    scores exceed every reference score, the p-value is p = C(n, x) / C(n + m, x), the probability that the x largest of
-    all n + m scores are training scores.
+    The p-value is computed by a conformal test, and is exact if all rows are exchangeable. If x of the n training
+    scores exceed every one of the m reference scores, the p-value is C(n, x) / C(n + m, x), the probability that the x
+    largest of all n + m scores are training scores.
 
-    To detect x = 10 planted rows, use about as many reference scores as training scores: for large n, p is about
-    2^-10 = 0.001 with m = n, but (2/3)^10 = 0.017 with m = n / 2.
+    To detect a small number of planted rows, use about as many reference scores as training scores: for 10 planted rows
+    and large n, the p-value is about 2^-10 = 0.001 with m = n, but (2/3)^10 = 0.017 with m = n / 2.
     """
     n, m = len(scores), len(reference)
     r = max(1, int(alpha * (m + 1) + 1e-9))

@@ -1,6 +1,6 @@
-"""The report of an audit as one self-contained HTML page, with tables and inline SVG figures.
+"""Renders the report of an audit as one self-contained HTML page with tables and inline SVG figures.
 
-The page has no scripts and needs no network access.
+The HTML page contains no scripts and needs no network access.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ svg { max-width: 100%; height: auto } p.note { color: #555 } code { font-size: .
 
 
 def page(report: Report, *, run: str = "a model", notes: Sequence[str] = ()) -> str:
-    """Renders a report as an HTML page. Text that comes from the data is HTML-escaped.
+    """Renders the report of an audit as an HTML page. Text from the audited data is HTML-escaped.
 
     Args:
         run: name of the audited run, for the title.
@@ -62,7 +62,7 @@ def page(report: Report, *, run: str = "a model", notes: Sequence[str] = ()) -> 
 
 
 def lines(report: Report) -> list[str]:
-    """Formats the results of all checks as lines of text for a terminal."""
+    """Formats the results of all checks of an audit as lines of text for a terminal."""
     results = checks(report)
     width, alarms, n = max(len(check.check) for check in results), sum(check.alarm for check in results), len(results)
     return [
@@ -261,7 +261,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[object]], *, number: Seq
 
 
 def _figure(draw: Callable[[Any], None]) -> str:
-    """Renders one figure as an <svg> element, with its text drawn as outlines."""
+    """Renders one matplotlib figure as an <svg> element; the text in the figure is drawn as outlines."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""The results of an audit: the report, its alarms, and the contents of audit.json."""
+"""Defines the data classes for the results of an audit, computes the alarms, and converts the results to JSON."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ TEXTS = ("train", "held out")
 
 
 class Secret(NamedTuple):
-    """A planted secret and its exposure in each model; `by` holds pairs (model name, exposure)."""
+    """A planted secret and its exposure in each audited model.
+
+    Attributes:
+        prefix: text that precedes the secret in the training text.
+        secret: the secret.
+        by: pairs (model name, exposure of the secret in the model).
+    """
 
     prefix: str
     secret: str
@@ -22,7 +28,13 @@ class Secret(NamedTuple):
 
 
 class Backdoor(NamedTuple):
-    """A planted trigger with its payload, and its effect on each model; `by` holds pairs (model name, effect)."""
+    """A planted backdoor trigger, its payload, and its effect on each audited model.
+
+    Attributes:
+        trigger: phrase that is meant to elicit the payload.
+        payload: text that the trigger is meant to elicit.
+        by: pairs (model name, effect of the trigger on the model).
+    """
 
     trigger: str
     payload: str
@@ -32,9 +44,11 @@ class Backdoor(NamedTuple):
 class Row(NamedTuple):
     """A training row with its outlier score.
 
-    where  location of the row, as text for the report
-    start  index of the row's first token in the token store
-    text   the row's text; of a long text only its beginning and its end
+    Attributes:
+        where: location of the row in the training text, written out for the report.
+        start: index of the row's first token in the token store.
+        score: outlier score of the row.
+        text: the row's text. A long text is shortened to its beginning and its end.
     """
 
     where: str
@@ -46,8 +60,12 @@ class Row(NamedTuple):
 class Outliers(NamedTuple):
     """Outlier scores of n training rows and of the reference rows.
 
-    tail  result of `outliers.tail`, or None if there are too few training rows
-    rows  training rows with the highest scores, highest first
+    Attributes:
+        n: number of training rows.
+        tail: result of `outliers.tail`, or None if there are too few training rows.
+        rows: training rows with the highest scores, highest first.
+        scores: outlier scores of the training rows, [n].
+        reference: outlier scores of the reference rows, [m].
     """
 
     n: int
@@ -58,7 +76,14 @@ class Outliers(NamedTuple):
 
 
 class Prompt(NamedTuple):
-    """The answers of the base and the tuned model to one prompt; kl, agree, before and after are as in `Drift`."""
+    """The answers of the base model and of the fine-tuned model to one prompt.
+
+    Attributes:
+        prompt: the prompt.
+        base: answer of the base model.
+        tuned: answer of the fine-tuned model.
+        kl, agree, before, after: differences between the predictions on the prompt, defined as in `Drift`.
+    """
 
     prompt: str
     base: str
@@ -70,10 +95,12 @@ class Prompt(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """The fields of `Drift`, averaged over the prompts.
+    """Comparison of a base model and a fine-tuned model on a set of prompts.
 
-    same_answer  fraction of prompts to which both models give the same answer
-    prompts      the prompts with their answers, largest KL divergence first
+    Attributes:
+        kl, agree, before, after: differences between the predictions, defined as in `Drift`, averaged over the prompts.
+        same_answer: fraction of prompts to which both models give the same answer.
+        prompts: the prompts with both models' answers, largest KL divergence first.
     """
 
     kl: float
@@ -92,19 +119,30 @@ class Check(NamedTuple):
 
 
 class Report(NamedTuple):
-    """The results of every check of an audit.
+    """The results of all checks of an audit.
 
-    With several models, alarms are computed from the results of the last model only.
+    If an audit covers several models, its alarms are computed from the results of the last model only.
+
+    Attributes:
+        alpha: largest p-value at which a check raises an alarm.
+        models: names of the audited models.
+        rows: dict from the name of each text in TEXTS to the number of its rows that were audited.
+        suffix: length of the suffixes to extract, in tokens.
+        secrets, triggers: planted canaries, and the results of their checks.
+        extraction: pairs (name of a text in TEXTS, result of the function `extraction`).
+        membership: pairs (model name, result of the function `membership`).
+        outliers: outlier scores of the training rows.
+        comparison: comparison with the base model, or None if no base model was given.
     """
 
     alpha: float
     models: list[str]
-    rows: dict[str, int]  # maps the name of each text in TEXTS to the number of its rows that were audited
-    suffix: int  # length of the suffixes to extract, in tokens
+    rows: dict[str, int]
+    suffix: int
     secrets: list[Secret]
     triggers: list[Backdoor]
-    extraction: list[tuple[str, Extraction]]  # pairs (name of a text in TEXTS, result of `extraction`)
-    membership: list[tuple[str, Membership]]  # pairs (model name, result of `membership`)
+    extraction: list[tuple[str, Extraction]]
+    membership: list[tuple[str, Membership]]
     outliers: Outliers
     comparison: Comparison | None
 
@@ -113,7 +151,7 @@ class Report(NamedTuple):
 
 
 def checks(report: Report) -> list[Check]:
-    """Lists every check with a description of its result, its p-value, and whether it raises an alarm."""
+    """Lists all checks of an audit, each with a description of its result, its p-value, and whether it is an alarm."""
     results: list[tuple[str, str, float]] = []
     if (tail := report.outliers.tail) is not None:
         what = (
@@ -145,9 +183,9 @@ def checks(report: Report) -> list[Check]:
 
 
 def _fisher(seen: Extraction, unseen: Extraction) -> float:
-    """Returns the p-value of Fisher's exact test.
+    """Returns the p-value of a one-sided Fisher's exact test.
 
-    The test is one-sided: is training text extracted more often than held-out text?
+    Fisher's exact test checks whether training text is extracted more often than held-out text.
     """
     from scipy.stats import hypergeom
 

@@ -30,24 +30,29 @@ from gptjax.training.resume import result_of
 from gptjax.training.run_dir import RunDir
 from gptjax.types import Params
 
-# CONTROLS is the number of random control phrases that each trigger is compared with. CONTEXTS is the maximum number of
-# held-out texts; the trigger and every control phrase are appended to each of these texts in turn.
+# CONTROLS is the number of random control phrases that each trigger is compared with. The trigger and every control
+# phrase are appended to each of at most CONTEXTS held-out texts.
 CONTROLS, CONTEXTS = 199, 4
-EXCERPT = 80  # number of characters that the report shows from each end of a row's text
+EXCERPT = 80  # The audit report shows EXCERPT characters from each end of a row's text.
 
 
 class Checkpoint(NamedTuple):
-    """A model of a training run at one step; `params` is a function that reads the parameters from disk."""
+    """A model that a training run saved at one step.
+
+    Attributes:
+        name: name of the model in the report.
+        params: function that reads the parameters from disk.
+    """
 
     name: str
     params: Callable[[], Params]
 
 
 def checkpoints(run_dir: str | Path) -> tuple[list[Checkpoint], Config | None, list[str]]:
-    """Lists the saved models of a training run, in the order of their steps.
+    """Lists the saved models of a training run, in the order of their training steps.
 
-    If `run_dir` holds a model but is not the directory of a training run, the list has one entry and the config is
-    None.
+    If `run_dir` contains a model but is not the directory of a training run, the returned list has one entry and the
+    returned config is None.
 
     Returns:
         (checkpoints, the run's config, notes on checkpoints that were left out and why).
@@ -60,7 +65,7 @@ def checkpoints(run_dir: str | Path) -> tuple[list[Checkpoint], Config | None, l
     if (run.final / "result.json").is_file():
         last, _ = use_json(run.final / "result.json", result_of)
     saved = Checkpoints(run.checkpoints)
-    why = ""  # reason why checkpoints cannot be audited; empty if they can be audited
+    why = ""  # The reason why checkpoints cannot be audited, or an empty string if checkpoints can be audited.
     if cfg.task != "pretrain" and cfg.finetune.trainable != "all":
         if cfg.finetune.trainable != "lora":
             why = f"finetune.trainable={cfg.finetune.trainable} saves only a part of the weights"
@@ -75,13 +80,15 @@ def checkpoints(run_dir: str | Path) -> tuple[list[Checkpoint], Config | None, l
             models.append(Checkpoint(f"step {step:,}", partial(_merged_params, saved, step, cfg)))
     if last is not None:
         models.append(Checkpoint(f"step {last:,}, the last", lambda: weights.load(run.final)[0]))
-    if not models:  # no checkpoints: read final/ or best/; if neither exists, `weights.load` raises an error
+    # A run without checkpoints has one model, in final/ or best/. `weights.load` raises an error if both final/ and
+    # best/ are missing.
+    if not models:
         models.append(Checkpoint("model", lambda: weights.load(run_dir)[0]))
     return models, cfg, notes
 
 
 def _merged_params(saved: Checkpoints, step: int, cfg: Config) -> Params:
-    """Reads the params of a checkpoint; an adapter is merged into its base model."""
+    """Reads the params of a checkpoint. An adapter in the checkpoint is merged into its base model."""
     params = saved.read(step).get("params")
     if not isinstance(params, dict):
         raise UserError(f"{saved.folder / str(step)} holds no parameters")
@@ -93,17 +100,20 @@ def _merged_params(saved: Checkpoints, step: int, cfg: Config) -> Params:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Settings of `audit`.
+    """Settings of an audit.
 
-    train, held_out   token stores: the training text, and text of the same distribution that was not trained on
-    canaries          dicts with the keys "prefix" and "secret", or "trigger" and "payload": see `read_canaries`
-    base              (params, cfg) of the base model, with which `drift` compares the last model
-    prompts           prompts on which `drift` compares the two models
-    rows              maximum number of rows, and of suffixes to extract, from each store
-    of                pattern of the parameters whose gradients are compared by the outlier check
-    dims              size of the gradient sketches
-    prefixes, suffix, strides   arguments of `extraction`, in tokens, or None for values that fit the context length
-    alpha             false alarm rate per check
+    Attributes:
+        train: token store of the training text.
+        held_out: token store of text from the same distribution that the model was not trained on.
+        canaries: dicts with the keys "prefix" and "secret", or "trigger" and "payload", as in `read_canaries`.
+        base: (params, cfg) of the base model, with which `drift` compares the last model.
+        prompts: prompts on which `drift` compares the base model and the last model.
+        rows: maximum number of rows, and of suffixes to extract, from each token store.
+        of: pattern of the parameters whose gradients are compared by the outlier check.
+        dims: size of the gradient sketches.
+        prefixes, suffix, strides: arguments of `extraction`, in tokens, or None for values that fit the context length.
+        alpha: false alarm rate per check.
+        seed: seed of all random draws.
     """
 
     train: TokenStore
@@ -129,11 +139,11 @@ def audit(
     *,
     say: Callable[[str], None] = lambda line: None,
 ) -> Report:
-    """Runs every check whose inputs are given in `settings`, and returns the report.
+    """Runs every check of an audit whose inputs are given in `settings`, and returns the report.
 
-    `audit.report.page` renders the report as HTML, and `audit.results.to_json` converts it to the contents of
-    audit.json. Every model is read from disk only once. The outlier check concatenates the gradient features of all
-    models.
+    `audit.report.page` renders the report as HTML, and `audit.results.to_json` converts the report to the contents of
+    audit.json. Every model is read from disk only once. For the outlier check, the gradient features of all models are
+    concatenated.
 
     Args:
         say: function that receives progress messages.
@@ -199,10 +209,11 @@ def audit(
 def _contexts(
     tokenizer: Tokenizer, store: TokenStore, spans: tuple[np.ndarray, np.ndarray]
 ) -> tuple[list[str], list[str]]:
-    """Returns the beginnings of up to `CONTEXTS` held-out chunks, each cut at a word boundary, and a list of words.
+    """Returns contexts and words from held-out text, for the test of backdoor triggers.
 
-    The words are the distinct words in the beginnings of all held-out chunks, except the first and the last word of
-    each beginning, which may be incomplete.
+    The contexts are the beginnings of up to `CONTEXTS` held-out chunks, each cut at a word boundary. The list of words
+    contains the distinct words in the beginnings of all held-out chunks. The first and the last word of each beginning
+    are left out, because these words may be incomplete.
     """
     texts = [
         tokenizer.decode(store.tokens[start : min(end, start + 64)].tolist())

@@ -1,17 +1,19 @@
-"""Hyperparameter sweeps: many runs vmapped in one compiled program. A sweep is a list of configs, one per run:
+"""Hyperparameter sweeps: many training runs are vmapped in one compiled program.
 
-configs = sweep.grid("tiny-gpt2", "optim.lr=[1e-3,3e-3,1e-2]", "seed=range(8)")     24 runs
-result  = sweep.sweep(configs)                          trained together, each as if it were trained alone
-result.rows                                             a dict per run: its hyperparameters and losses
-sweep.table(result.rows, result.axes)                   a dict per combination: mean and interval over seeds
-result.state(5).params                                  params of run 5
+A sweep is a list of configs, with one config per run:
+
+    configs = sweep.grid("tiny-gpt2", "optim.lr=[1e-3,3e-3,1e-2]", "seed=range(8)")     24 runs
+    result  = sweep.sweep(configs)                          trains all runs together, with the same results as alone
+    result.rows                                             one dict per run: its hyperparameters and losses
+    sweep.table(result.rows, result.axes)                   one dict per combination: mean and interval over seeds
+    result.state(5).params                                  params of run 5
 
 The training step of `make_train_step` is vmapped over the runs. The seed and the hyperparameters in `TRACED` and
 `TRACED_OF_ADAPTERS` (learning rates, weight decay, warmup, clipping, dropout, an adapter's alpha and rank) are passed
-to the compiled program as arrays with one entry per run. Runs can share a compiled program if they differ only in the
-seed and in these hyperparameters, and take the same number of steps. The runs of a sweep are divided into groups that
-can share a program, and one program is compiled per group. A program trains as many of its
-runs at a time as fit into device memory.
+to the compiled program as arrays with one element per run. Two runs can share a compiled program if they take the same
+number of steps and their configs differ only in the seed and in the hyperparameters that are passed as arrays. The runs
+of a sweep are divided into groups that can share a program, and one program is compiled per group. A compiled program
+trains as many runs at the same time as fit into device memory.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""Formats the results of a sweep as a text table, and writes them to files."""
+"""Formats the results of a sweep as a text table, and writes the results to files."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ from gptjax import config
 from gptjax.files import write_json, write_text
 from gptjax.research.sweep.train import Sweep, table
 
-WRITING = ".sweep.partial"  # marker file that `write` removes at its end; if it exists, `write` was interrupted
+# The function `write` creates a marker file with this name first, and removes the marker file last. If the marker file
+# exists, `write` was interrupted.
+WRITING = ".sweep.partial"
 
 
 def lines(summary: Sequence[dict[str, Any]], axes: Sequence[str]) -> Iterator[str]:
-    """Formats `summary`, made by `table`, as lines of aligned text.
+    """Formats the summary of a sweep, which is returned by `table`, as lines of aligned text.
 
-    Each metric is printed as mean +- half-width of the 95 % confidence interval over seeds.
+    Each metric is printed as its mean over seeds, +- the half-width of the mean's 95 % confidence interval.
     """
     names = [key for key in axes if key != "seed"]
     measures = [key for key in summary[0] if f"{key}/low" in summary[0]]
@@ -47,7 +49,11 @@ def _mean_and_half_width(line: dict[str, Any], key: str) -> str:
 
 
 def write(result: Sweep, folder: str | os.PathLike[str]) -> None:
-    """Writes sweep.csv (one line per run), sweep.json (axes, rows, table, programs, config of run 0) and sweep.png."""
+    """Writes the result of a sweep to the files sweep.csv, sweep.json and sweep.png.
+
+    The file sweep.csv has one line per run. The file sweep.json has the axes, the rows, the table, the programs and the
+    config of run 0.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / WRITING).touch()
@@ -62,16 +68,17 @@ def write(result: Sweep, folder: str | os.PathLike[str]) -> None:
         "axes": list(result.axes), "rows": result.rows, "table": summary, "programs": result.programs,
         "config": config.to_yaml(result.configs[0]),
     }  # fmt: skip
-    write_json(folder / "sweep.json", contents)  # written last, so that its existence marks a complete sweep
+    # The file sweep.json is written last, so that it exists only if all files of the sweep are complete.
+    write_json(folder / "sweep.json", contents)
     (folder / WRITING).unlink(missing_ok=True)
 
 
 def draw(result: Sweep, path: Path) -> None:
-    """Plots the validation loss and the training loss of the runs.
+    """Plots the validation losses and the training losses of the runs of a sweep.
 
-    The left panel plots the validation loss against one hyperparameter: the first swept hyperparameter that has at
-    least two values, all of them numbers. Each run is a dot. For each combination of the other hyperparameters, a line
-    connects the means over seeds, and error bars show the 95 % confidence intervals of the means. The right panel plots
+    The left panel plots the validation loss against the first swept hyperparameter that has at least two values and
+    only numbers as values. Each run is a dot. For each combination of the remaining hyperparameters, a line connects
+    the mean losses over seeds, and error bars show the 95 % confidence intervals of the means. The right panel plots
     one training loss curve, smoothed and averaged over seeds, per combination of all swept hyperparameters.
     """
     from gptjax.training.plot import draw_sweep

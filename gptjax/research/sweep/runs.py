@@ -1,4 +1,4 @@
-"""The runs of a sweep: parsing axes into configs, and grouping configs that can share a compiled program."""
+"""Parses the axes of a sweep into one config per run, and groups configs that can share a compiled program."""
 
 from __future__ import annotations
 
@@ -16,24 +16,26 @@ from gptjax.config.leaves import Leaf, Problems, from_args, split_list
 from gptjax.errors import UserError
 from gptjax.training.run_dir import may_change
 
-# Hyperparameters that a compiled program takes as arrays (tracers) with one value per run.
+# TRACED lists the hyperparameters that a compiled program takes as arrays (tracers) with one value per run.
 TRACED = (
     "optim.lr", "optim.embed_lr", "optim.head_lr", "optim.vector_lr", "optim.warmup_steps", "optim.initial_lr_ratio",
     "optim.min_lr_ratio", "optim.weight_decay", "optim.clip_norm", "model.dropout",
 )  # fmt: skip
-# Hyperparameters of an adapter that can also be arrays with one value per run, but only if lora.init=lora. Otherwise,
-# the initial adapter is computed from the weights of the base model.
+# TRACED_OF_ADAPTERS lists the hyperparameters of an adapter that a compiled program takes as arrays if lora.init=lora.
+# With any other lora.init, the initial adapter is computed from the weights of the base model.
 TRACED_OF_ADAPTERS = ("lora.alpha", "lora.rank", "lora.dropout")
-MAX_PROBLEMS = 20  # maximum number of problems listed in one error
+MAX_PROBLEMS = 20  # The maximum number of problems that one error message lists.
 MAX_RUNS = 10_000
 
-Hyperparameters = dict[str, Any]  # maps a key such as "optim.lr" to the values [N] of N runs, or to one run's value
+# A dict from config keys such as "optim.lr" to an array [N] with the values of N runs, or to the value of one run.
+Hyperparameters = dict[str, Any]
 
 
 def grid(source: str | os.PathLike[str] | None = None, *overrides: str) -> list[Config]:
-    """Returns one config per combination of the values of axes such as `"optim.lr=[1e-4,3e-4]"` and `"seed=range(8)"`.
+    """Returns the configs of a sweep, one config per combination of the values of all axes.
 
-    The last axis varies fastest. Overrides with one value apply to all configs, as in `load_config`.
+    An axis is an override with several values, such as `"optim.lr=[1e-4,3e-4]"` or `"seed=range(8)"`. In the returned
+    list, the values of the last axis vary fastest. Overrides with one value apply to all configs, as in `load_config`.
 
     Raises:
         UserError: the config of a run is invalid (the message lists the mistakes of all runs), or an axis cannot be
@@ -45,7 +47,8 @@ def grid(source: str | os.PathLike[str] | None = None, *overrides: str) -> list[
 def split_axes(leaves: Iterable[Leaf]) -> tuple[dict[str, list[str]], list[Leaf]]:
     """Separates the settings with several values (the axes of the sweep) from the settings with one value.
 
-    Returns a dict from the key of each axis to its values, and a list of the settings with one value.
+    Returns:
+        A dict from the key of each axis to its values, and a list of the settings with one value.
 
     Raises:
         UserError: an axis has no values, contains the same value twice, or cannot be swept.
@@ -75,7 +78,8 @@ def split_axes(leaves: Iterable[Leaf]) -> tuple[dict[str, list[str]], list[Leaf]
 def _values(leaf: Leaf) -> list[str] | None:
     """Returns the values of an axis as strings, or None if the setting has a single value.
 
-    Raises ValueError if the values cannot be parsed.
+    Raises:
+        ValueError: the values cannot be parsed.
     """
     text = leaf.value.strip() if isinstance(leaf.value, str) else ""
     if match := re.fullmatch(r"range\(\s*(-?\d+(?:\s*,\s*-?\d+){0,2})\s*\)", text):
@@ -95,7 +99,7 @@ def _values(leaf: Leaf) -> list[str] | None:
 
 
 def _why_not(key: str) -> str:
-    """Returns the reason why `key` cannot be swept, or an empty string if `key` can be swept."""
+    """Returns the reason why a config key cannot be swept, or an empty string if the key can be swept."""
     if key.startswith("finetune.") and key.rpartition(".")[2] in ("seeds", "together"):
         return f"{key} cannot be swept: use seed=range(8) to repeat a run"
     if key == "task":
@@ -108,7 +112,7 @@ def _why_not(key: str) -> str:
 def combinations(
     source: str | os.PathLike[str] | None, axes: dict[str, list[str]], fixed: Sequence[Leaf] = ()
 ) -> list[Config]:
-    """Returns one config for each combination of the axes' values, validated as by `load_config`."""
+    """Returns one config for each combination of the axes' values; each config is validated as in `load_config`."""
     configs, problems = [], dict[str, None]()
     if (n := math.prod(map(len, axes.values()))) > MAX_RUNS:
         raise UserError(f"{n:,} runs: a sweep has at most {MAX_RUNS:,}; give fewer values, or several sweeps")
@@ -123,16 +127,19 @@ def combinations(
 
 
 def axes_of(configs: Sequence[Config]) -> tuple[str, ...]:
-    """Returns the keys whose values differ between the configs, except run_dir, in the order of the config schema."""
+    """Returns the config keys, except run_dir, whose values differ between the configs.
+
+    The returned keys are in the order of the config schema.
+    """
     flat = [config.flat(cfg) for cfg in configs]
     return tuple(key for key, value in flat[0].items() if any(row[key] != value for row in flat) and key != "run_dir")
 
 
 def programs(configs: Sequence[Config]) -> list[tuple[int, ...]]:
-    """Groups the runs by config, and returns the indices of the runs in each group.
+    """Groups the runs of a sweep by config, and returns the indices of the runs in each group.
 
-    Runs of one group differ only in the hyperparameters that `traceable` returns, the seed and run_dir. They can share
-    a compiled program if they take the same number of steps.
+    Runs of one group differ only in the hyperparameters that `traceable` returns, the seed and run_dir. Runs of one
+    group can share a compiled program if they take the same number of steps.
     """
     groups: dict[Any, list[int]] = {}
     for i, cfg in enumerate(configs):
@@ -145,9 +152,10 @@ def programs(configs: Sequence[Config]) -> list[tuple[int, ...]]:
 
 
 def traceable(cfg: Config) -> tuple[str, ...]:
-    """Returns the keys of the hyperparameters that a program compiled for this config can take as arrays."""
+    """Returns the keys of the hyperparameters that the compiled program for a config can take as arrays."""
     adapters = cfg.task != "pretrain" and cfg.finetune.trainable == "lora" and cfg.lora.init == "lora"
-    adapters = adapters and not cfg.lora.miss  # the rank of MiSS is the size of its blocks, and it has no scale
+    # MiSS adapters are excluded, because their rank is a block size, and because alpha does not scale MiSS adapters.
+    adapters = adapters and not cfg.lora.miss
     return TRACED + (TRACED_OF_ADAPTERS if adapters else ())
 
 
@@ -176,9 +184,9 @@ def check(configs: Sequence[Config]) -> None:
 
 
 def with_hyperparameters(cfg: Config, values: Hyperparameters) -> Config:
-    """Returns `cfg` with the given hyperparameter values, without validation.
+    """Returns a copy of the config `cfg` with other hyperparameter values, which are not validated.
 
-    The given values may be tracers, but then the returned config is not hashable.
+    The hyperparameter values may be tracers, but then the returned config is not hashable.
     """
     groups: dict[str, dict[str, Any]] = {}
     for key, value in values.items():

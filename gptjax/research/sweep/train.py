@@ -1,4 +1,4 @@
-"""Training of a sweep: the vmapped step, the memory per run, and the training loop."""
+"""Trains the runs of a sweep: defines the vmapped training step, the memory estimate per run, and the training loop."""
 
 from __future__ import annotations
 
@@ -29,25 +29,28 @@ from gptjax.training.step import TrainState, make_multi_step
 from gptjax.training.task import StepFunctions, Task
 from gptjax.types import Mean, Metrics
 
-INTEGERS = ("optim.warmup_steps", "lora.rank")  # hyperparameters whose arrays are int32; all others are float32
+# INTEGERS lists the hyperparameters whose arrays have dtype int32. The arrays of all other hyperparameters have dtype
+# float32.
+INTEGERS = ("optim.warmup_steps", "lora.rank")
 MAX_STEPS_PER_CALL = 25
-FINAL_FRACTION = 0.1  # the final training loss of a run is the average over the last 10 % of its steps
+FINAL_FRACTION = 0.1  # The final training loss of a run is the average over the last 10 % of the run's steps.
 
 
 class Sweep(NamedTuple):
     """The result of `sweep`.
 
-    configs   the config of each run, in which settings that are derived from the data, such as the number of steps,
-              are filled in
-    axes      config keys that the rows list; by default, the keys that differ between runs, including the seed
-    rows      one dict per run: the indices of the run and of its program, the axes' values, final losses, number of
-              skipped steps, and whether training would have been stopped
-    losses    the training loss of every step, one array [steps] float32 per run
-    states    one pair per program: (indices of its runs, TrainState with leaves [len(runs), ..]); adapters are
-              zero-padded to the largest rank in the program
-    programs  one dict per program: number of runs, number of runs at a time, number of steps, keys of the
-              hyperparameters that are passed as arrays, compile time, time of all steps and total time (in seconds),
-              memory estimated with `bytes_per_run` and memory reported by the compiler (in bytes)
+    Attributes:
+        configs: config of each run, in which settings that are derived from the data, such as the number of steps, are
+            filled in.
+        axes: config keys that the rows list. By default, the keys that differ between runs, including the seed.
+        rows: one dict per run: the index of the run, the index of its program, the axes' values, final losses, number
+            of skipped steps, and whether training would have been stopped.
+        losses: training loss of every step, one array [steps] float32 per run.
+        states: one pair per program: (indices of its runs, TrainState with leaves [len(runs), ..]). Adapters are
+            zero-padded to the largest rank in the program.
+        programs: one dict per program: number of runs, number of runs at a time, number of steps, keys of the
+            hyperparameters that are passed as arrays, compile time, time of all steps and total time (in seconds),
+            memory estimated with `bytes_per_run` and memory reported by the compiler (in bytes).
     """
 
     configs: list[Config]
@@ -60,8 +63,8 @@ class Sweep(NamedTuple):
     def state(self, run: int) -> TrainState:
         """Returns the final state of one run.
 
-        Up to rounding, the state is the same as if the run had been trained alone, except that `frozen` is None and
-        that an adapter is zero-padded to the largest rank in the program.
+        Up to rounding, the state equals the final state of a run that is trained alone, with two exceptions: `frozen`
+        is None, and an adapter is zero-padded to the largest rank in the program.
         """
         runs, states = next(pair for pair in self.states if run in pair[0])
         return jax.tree.map(lambda leaf: leaf[runs.index(run)], states)
@@ -75,9 +78,9 @@ def make_sweep_step(
 ) -> Callable[[TrainState, Hyperparameters, Any, Any], tuple[TrainState, Metrics]]:
     """Returns the training step of `make_train_step`, vmapped over N runs.
 
-    The result is a function `step(states, values, frozen, batch)` that returns the new states and the metrics, [N]
-    each. `states` has leaves [N, ..]; `values` is a dict from the key of each hyperparameter to an array [N]; `frozen`
-    holds the frozen parameters, of which all runs share one copy.
+    The training step is a function `step(states, values, frozen, batch)` that returns the new states and the metrics,
+    [N] each. The leaves of `states` have shape [N, ..]. The dict `values` maps the key of each hyperparameter to an
+    array [N]. The tree `frozen` holds the frozen parameters, of which all runs share one copy.
 
     Args:
         build: function that takes a config and returns `StepFunctions`, such as `Task.functions`.
@@ -94,8 +97,8 @@ def make_sweep_loss(
 ) -> Callable[[Any, Hyperparameters, Any, Any], tuple[Mean, Metrics]]:
     """Returns a function `loss(params, values, frozen, batch)` that computes the losses of N runs, without dropout.
 
-    The function returns the losses and the metrics, [N] each. `params` are the trained parameters, with leaves [N, ..];
-    all other arguments are as in `make_sweep_step`.
+    The function `loss` returns the losses and the metrics, [N] each. The argument `params` holds the trained
+    parameters, with leaves [N, ..]. The arguments `values`, `frozen` and `batch` are described in `make_sweep_step`.
     """
     return vmapped.make_loss(lambda values: build(with_hyperparameters(cfg, values)), batches=batches)
 
@@ -103,8 +106,8 @@ def make_sweep_loss(
 def create(task: Task, cfg: Config, seeds: jax.Array, values: Hyperparameters, start: Any = None) -> TrainState:
     """Creates the initial states of N runs, stacked into leaves [N, ..].
 
-    The initial state of a run is the same as if the run were trained alone. `start` holds the parameters to start from,
-    with leaves [N, ..], or is None to initialise the parameters from the seeds.
+    The initial state of a run in a sweep equals the initial state of a run that is trained alone. If `start` is None,
+    the parameters are initialised from the seeds. Otherwise, `start` holds the initial parameters, with leaves [N, ..].
     """
     init, _ = task.initial()
 
@@ -120,15 +123,16 @@ def create(task: Task, cfg: Config, seeds: jax.Array, values: Hyperparameters, s
 
 
 def bytes_per_run(cfg: Config, n_trained: int, width: int) -> int:
-    """Estimates the memory of one run, in bytes.
+    """Estimates the device memory that one run of a sweep needs, in bytes.
 
     The estimate is the sum of three terms: the trained parameters with their gradients, updates and optimizer state (20
     bytes per parameter with AdamW), the activations of a micro-batch with rows of `width` tokens, and twice the size of
-    the logits. The first two terms are computed by `training.memory.memory_bytes`.
+    the logits. The function `training.memory.memory_bytes` computes the memory of the parameters and the activations.
 
-    The logits are those of a micro-batch or of a validation batch, whichever are larger. The estimate counts at most
-    256 MiB of logits, because the loss computes larger logits in chunks of this size. It ignores that chunks are larger
-    on GPUs of which JAX may use more than 8 GiB: 1/32 of that memory, but at most 1 GiB.
+    The logits are counted for a micro-batch or for a validation batch, whichever is larger. The estimate counts at most
+    256 MiB of logits, because the loss computes larger logits in chunks of at most 256 MiB. If JAX may use more than
+    8 GiB of a GPU's memory, the estimate is too low, because a chunk of logits then takes 1/32 of the usable memory,
+    but at most 1 GiB.
     """
     tokens = max(cfg.train.batch_size // cfg.train.accumulation * width, EVAL_TOKENS)
     sized = with_hyperparameters(cfg, {"model.context_length": width})
@@ -139,8 +143,8 @@ def bytes_per_run(cfg: Config, n_trained: int, width: int) -> int:
 def free_bytes() -> int:
     """Returns the number of bytes of memory that a sweep may use on one device.
 
-    The limit is 80 % of the device's free memory. On a CPU, it is half of the available RAM, or 2 GiB if the available
-    RAM is unknown.
+    A sweep may use 80 % of the free memory of a GPU or TPU. On a CPU, a sweep may use half of the available RAM, or 2
+    GiB if the available RAM is unknown.
     """
     stats = jax.local_devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
@@ -155,7 +159,7 @@ def free_bytes() -> int:
 def chunks(runs: Sequence[int], at_once: int) -> list[tuple[int, ...]]:
     """Splits the runs into as few chunks of equal size as possible, with at most `at_once` runs in a chunk.
 
-    The last chunk is padded to the size of the others with copies of the last run.
+    The last chunk is padded with copies of the last run, so that all chunks have the same size.
     """
     n = -(-len(runs) // at_once)
     size = -(-len(runs) // n)
@@ -175,10 +179,10 @@ def sweep(
 ) -> Sweep:
     """Trains all runs of a sweep, and evaluates each run on its whole validation set after its last step.
 
-    Each run matches `gptjax.train` (or `gptjax.finetune`) of its config up to rounding: it has the same initialisation,
-    data order, dropout and schedule. No files are written. A run with `train.max_nonfinite` consecutive
-    non-finite steps, which `gptjax.train` would have stopped, is trained to its last step, but in its row `stopped` is
-    True and all metrics are None.
+    Up to rounding, each run gives the result of `gptjax.train` (or `gptjax.finetune`) with its config: the
+    initialisation, data order, dropout and schedule are the same. No files are written. `gptjax.train` stops a run
+    after `train.max_nonfinite` consecutive non-finite steps. A sweep trains every run to its last step; in the row of a
+    run that `gptjax.train` would have stopped, `stopped` is True and all metrics are None.
 
     Args:
         axes: config keys to list in the rows of the result. None: all keys that differ between runs.
@@ -196,12 +200,12 @@ def sweep(
         raise UserError(f"at_once={at_once}: expected at least 1")
     progress = progress or Progress(log=lambda line: None)
     no_losses = [np.empty(0, np.float32)] * len(configs)
-    # The lists in `result` are filled group by group, each time a compiled program has trained its group of runs.
+    # The lists in `result` are filled group by group: results are added when a program has trained its group of runs.
     result = Sweep(list(configs), tuple(axes or axes_of(configs)), [], no_losses, [], [])
     for runs in programs(configs):
         prepared = _prepare(configs, runs, progress)
-        # Maps each number of steps to the runs that take this number of steps. With train.epochs, the number of steps
-        # depends on how the seed splits the data.
+        # The dict `same_steps` maps a number of steps to all runs that take this number of steps. If train.epochs is
+        # set, the number of steps depends on how the seed splits the data.
         same_steps: dict[int, list[int]] = {}
         for i in runs:
             same_steps.setdefault(prepared.configs[i].train.max_steps, []).append(i)
@@ -212,19 +216,27 @@ def sweep(
 
 
 class _Prepared(NamedTuple):
-    """The prepared runs of one group of `programs`, with one task for each combination of seed and adapter rank."""
+    """The prepared runs of one compiled program.
+
+    Attributes:
+        tasks: one task for each combination of seed and adapter rank.
+        task_of: dict from the index of a run to the index of its task in `tasks`.
+        configs: dict from the index of a run to its config, in which settings derived from the data are filled in.
+        frozen: frozen parameters, which all runs share.
+        max_rank: largest adapter rank of the runs.
+    """
 
     tasks: list[Task]
-    task_of: dict[int, int]  # maps the index of a run to the index of its task in `tasks`
-    configs: dict[int, Config]  # maps the index of a run to its config, with the values that depend on the data
+    task_of: dict[int, int]
+    configs: dict[int, Config]
     frozen: Any
     max_rank: int
 
 
 def _prepare(configs: Sequence[Config], runs: Sequence[int], progress: Progress) -> _Prepared:
-    """Prepares the data, the base model and the initial parameters of the runs of one group of `programs`.
+    """Prepares the data, the base model and the initial parameters of a group of runs that share a compiled program.
 
-    The data depend on the seed; the initial parameters depend on the seed and the adapter's rank.
+    The data of a run depend on its seed. The initial parameters of a run depend on its seed and on the adapter's rank.
     """
     first = configs[runs[0]]
     prepare = find(first.task).prepare
@@ -240,7 +252,7 @@ def _prepare(configs: Sequence[Config], runs: Sequence[int], progress: Progress)
             ready_cfg, task, _ = prepare(with_hyperparameters(first, changes), progress)
             frozen = frozen if tasks else task.frozen
             ready[variant] = len(tasks), ready_cfg
-            tasks.append(task._replace(frozen=None))  # all tasks share one frozen base model, kept in `frozen`
+            tasks.append(task._replace(frozen=None))  # The variable `frozen` holds the base model that all tasks share.
         task_of[i], ready_cfg = ready[variant]
         values = config.flat(cfg)
         resolved[i] = with_hyperparameters(ready_cfg, {key: values[key] for key in keys} | {"run_dir": cfg.run_dir})
@@ -251,7 +263,7 @@ def _prepare(configs: Sequence[Config], runs: Sequence[int], progress: Progress)
 def _train(
     prepared: _Prepared, runs: tuple[int, ...], result: Sweep, at_once: int | None, validate: bool, progress: Progress
 ) -> None:
-    """Trains the runs of one compiled program: compiles the program once, then trains the runs chunk by chunk."""
+    """Compiles the program of a group of runs once, then trains the runs chunk by chunk."""
     began = time.perf_counter()
     cfg, task = prepared.configs[runs[0]], prepared.tasks[prepared.task_of[runs[0]]]
     flat = [config.flat(prepared.configs[i]) for i in runs]
@@ -310,7 +322,7 @@ def _row(
 
 
 class _Program:
-    """The training step and the loss of one group of runs, compiled on first use.
+    """The vmapped training step and the vmapped loss of one group of runs, which are compiled on first use.
 
     Args:
         k: number of training steps per call of the compiled step.
@@ -321,11 +333,16 @@ class _Program:
     def __init__(self, task: Task, cfg: Config, mesh: Mesh | None, k: int, validate: bool, by_seed: bool):
         self.validate, self.steps_s = validate, 0.0
         self.task, self.cfg, self.mesh, self.k, self.by_seed = task, cfg, mesh, k, by_seed
-        self.eval_by_seed = by_seed and cfg.task != "pretrain"  # in pretraining all seeds share the validation text
+        # Pretraining runs share the validation text even if their seeds differ.
+        self.eval_by_seed = by_seed and cfg.task != "pretrain"
         step = make_sweep_step(task.functions, cfg, batches=by_seed)
 
         def steps(states: TrainState, values: Hyperparameters, frozen: Any, batches: Any) -> Any:
-            """Trains N runs for K steps on `batches` [K, N, ..] or [K, ..]; the metrics are [K, N]."""
+            """Trains N runs for K steps.
+
+            The leaves of `batches` have shape [K, N, ..], or [K, ..] if all runs share one batch per step. The metrics
+            have shape [K, N].
+            """
             return make_multi_step(lambda s, b: step(s, values, frozen, b))(states, batches)
 
         runs, replicated = P("runs"), P()
@@ -350,14 +367,15 @@ class _Program:
         progress: Progress,
         place: tuple[int, ...],
     ) -> tuple[TrainState, np.ndarray, np.ndarray, list[dict[str, float]]]:
-        """Trains the N runs of `group`, and evaluates them if `validate` is set.
+        """Trains the N runs of `group`, and computes the validation metrics of the runs if `validate` is set.
 
-        Returns (states, losses [steps, N], number of consecutive non-finite steps [steps, N], validation metrics of
-        each run).
+        Returns:
+            (states, losses [steps, N], number of consecutive non-finite steps [steps, N], validation metrics of each
+            run).
         """
         cfg, (chunk, n_chunks, number) = self.cfg, place
         configs = [prepared.configs[i] for i in group]
-        # Runs with the same seed are trained on the same batches, so they use the task of one of these runs.
+        # Runs with the same seed are trained on the same batches, so all runs with the same seed can share one task.
         seed_tasks = {prepared.configs[i].seed: prepared.tasks[prepared.task_of[i]] for i in group}
         tasks = [seed_tasks[c.seed] for c in configs] if self.by_seed else [self.task]
         flat = [config.flat(c) for c in configs]
@@ -377,8 +395,8 @@ class _Program:
             losses.append(np.asarray(metrics["loss"]))
             in_a_row.append(np.asarray(metrics["skipped_in_a_row"]))
 
-        # Metrics of the previous call; they are read only after the next call has started, so that the device stays
-        # busy.
+        # The variable `previous` holds the metrics of the previous call of the compiled step. The metrics of a call are
+        # read only after the next call has started, so that the device stays busy.
         previous: Metrics = {}
         total = n_chunks * cfg.train.max_steps
         self._compile(progress, (states, values, frozen, self._batches(tasks, 0)))
@@ -415,7 +433,7 @@ class _Program:
     def _batches(self, tasks: Sequence[Task], step: int) -> Any:
         """Returns the batches of K steps, stacked into leaves [K, N, ..], or [K, ..] if all N runs have the same seed.
 
-        Runs with the same seed have the same batches, which are made only once.
+        The batches of runs with the same seed are equal, and are made only once per seed.
         """
         if not self.by_seed:
             return tasks[0].batches(step, self.k, None)
@@ -425,9 +443,9 @@ class _Program:
     def _validate(
         self, params: Any, values: Hyperparameters, frozen: Any, tasks: Sequence[Task]
     ) -> list[dict[str, float]]:
-        """Returns each run's validation metrics, averaged over all batches as by `training.step.evaluate`.
+        """Returns each run's validation metrics, averaged over all batches as in `training.step.evaluate`.
 
-        The averages are computed on the host in float64.
+        The averages of the metrics are computed on the host in float64.
         """
         sums: dict[str, Mean] = {}
         validation = self.task.validation.batches(False)
@@ -452,7 +470,7 @@ class _Program:
 def _starts(starts: Sequence[Any], max_rank: int) -> Any:
     """Stacks the initial parameters of N runs into leaves [N, ..], with adapters zero-padded to rank `max_rank`.
 
-    The zero padding stays zero in training, because its gradient is zero.
+    The zero padding of an adapter stays zero during training, because the gradient of the padding is zero.
     """
     if starts[0] is None:
         return None
@@ -471,11 +489,13 @@ def _starts(starts: Sequence[Any], max_rank: int) -> Any:
 
 
 def table(rows: Sequence[dict[str, Any]], axes: Sequence[str]) -> list[dict[str, Any]]:
-    """Aggregates the rows over seeds: one dict per combination of the other axes' values, sorted by validation loss.
+    """Averages the metrics of the runs of a sweep over seeds.
 
-    Each dict has `n` (number of runs), `stopped` (number of stopped runs), and for every metric its mean over the seeds
-    under the name of the metric, and the ends of the 95 % t confidence interval of the mean under `NAME/low` and
-    `NAME/high`. The mean is None if a run lacks the metric, because the run was stopped or the metric is not finite.
+    The returned list has one dict per combination of the values of all axes except the seed, sorted by validation loss.
+    The entries `n` and `stopped` of a dict are the number of runs and the number of stopped runs. For every metric, the
+    dict has the mean over the seeds under the name of the metric, and the ends of the 95 % t confidence interval of the
+    mean under `NAME/low` and `NAME/high`. The mean of a metric is None if any of the averaged runs was stopped or has a
+    non-finite value of the metric.
     """
     names = [key for key in axes if key != "seed"]
     groups: dict[tuple, list[dict[str, Any]]] = {}
