@@ -446,5 +446,5 @@ def _joined(blocks: Params) -> Params:
 
 
 def __getattr__(name: str) -> Any:
-    """Returns a renamed function by its old name."""
+    """Returns the function of this module that formerly had the given name, with a DeprecationWarning."""
     return moved_name(__name__, name)
