@@ -40,9 +40,9 @@ def targets(params: Params, cfg: LoraConfig) -> dict[str, Any]:
     """Returns a dict of the weights whose paths match `cfg.targets`, by path, in the order of the parameter tree.
 
     A pattern in `cfg.targets` may select individual layers of a stacked weight, such as blocks/3/attn/q/kernel or
-    blocks/[0-3,8-11]/*/kernel. In layers that are not selected, the LoRA factors a and b are zero. Zero factors stay
-    zero in training, because the gradient of each factor is zero while the other factor is zero. In layers that are not
-    selected, the matrix d of MiSS is zero too, and `attach` sets the scale of d to 0.
+    blocks/[0-3,8-11]/*/kernel. In layers that `cfg.targets` does not select, the LoRA factors a and b are zero. Zero
+    factors stay zero in training, because the gradient of each factor is zero while the other factor is zero. In layers
+    that `cfg.targets` does not select, the matrix d of MiSS is zero too, and `attach` sets the scale of d to 0.
 
     Raises:
         UserError: a pattern matches no weight, or names a layer that the model lacks; or `cfg` applies DoRA or MiSS to
@@ -149,8 +149,8 @@ def init_from_weights(params: Params, cfg: LoraConfig) -> tuple[Params, Adapter]
     With init=olora, the factors are taken from the QR decomposition of the transposed weight, w.T [out, in] = Q R: b.T
     is the first `rank` columns of Q, and a.T is the first `rank` rows of R (arXiv:2406.01775, 3.1; as in PEFT).
 
-    For pissa and olora, the factors a and b are also divided by sqrt(cfg.scale), because an attached adapter multiplies
-    the product a @ b by cfg.scale.
+    With init=pissa and init=olora, the factors a and b are also divided by sqrt(cfg.scale), because an attached adapter
+    multiplies the product a @ b by cfg.scale.
 
     Returns:
         the params with the residual weights, and the initial adapter. After training, use `to_lora` to convert the
@@ -263,7 +263,7 @@ def merge(params: Params, adapter: Adapter, cfg: LoraConfig, *, scales: jax.Arra
     """Returns `params` with the adapter added to the weights, for export or for the fastest decoding.
 
     Each merged weight has the dtype of the original weight, except that a quantised weight becomes float32. The
-    argument `scales` is described at `attach`.
+    docstring of `attach` describes the argument `scales`.
     """
 
     def merged(leaf: Any) -> Any:
@@ -370,7 +370,8 @@ def factors_by_path(adapters: Sequence[Adapter]) -> dict[str, dict[int, tuple[ja
 
 
 def average(adapters: Sequence[Adapter]) -> Adapter:
-    """Returns the mean of several adapters. The rank of the mean is the sum of the adapters' ranks."""
+    """Returns the mean of several adapters. The rank of the mean adapter is the sum of the ranks of the input
+    adapters."""
     return concatenate(adapters, [1 / len(adapters)] * len(adapters))
 
 

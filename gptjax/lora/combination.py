@@ -41,8 +41,8 @@ def combine(
 ) -> Adapter:
     """Returns one adapter that is the merge of several adapters, with one merge weight per adapter.
 
-    Adapter i contributes the matrix D_i = scales[i] * a_i @ b_i to each adapted weight. The following methods merge
-    these contributions:
+    Adapter i contributes the matrix D_i = scales[i] * a_i @ b_i to each adapted weight. The argument `method` is one of
+    the following:
 
         cat: the exact sum of weights[i] * D_i, computed by concatenating the factors. The ranks add up.
         slerp: the exact spherical interpolation of two matrices D_i [in, out], with weights 1 - t and t (Shoemake
@@ -111,7 +111,8 @@ def combine(
                 pair = _truncated(mix(deltas, w, keys["w"]), most)
             else:
                 _refuse_ranks(path, method, a)
-                # The factor a is weighted by `signed`, and the factor b by `root`. The product of both is w * s.
+                # The factor a is weighted by `signed`, and the factor b by `root`. The product of `signed` and `root`
+                # is w * s.
                 root = jnp.sqrt(jnp.abs(w * s))
                 signed = jnp.where(w * s < 0, -root, root)
                 pair = {"a": mix(a, signed, keys["a"]), "b": mix(b, root, keys["b"])}
@@ -170,7 +171,8 @@ def _slerp(a: Sequence[jax.Array], b: Sequence[jax.Array], w: jax.Array, s: jax.
     norms = jnp.sqrt(inner(0, 0) * inner(1, 1))
     angle = jnp.arccos(jnp.clip(inner(0, 1) / jnp.where(norms > 0, norms, 1), -1, 1))
     sine = jnp.sin(angle)
-    # For parallel or zero matrices, the arc is undefined or lost in rounding, and the interpolation is linear.
+    # For parallel or zero matrices, the arc of the spherical interpolation is undefined or lost in rounding, and the
+    # interpolation is linear.
     curved = (norms > 0) & (sine > 1e-3)
     coefficients = [jnp.where(curved, jnp.sin(t * angle) / jnp.where(curved, sine, 1), t) for t in w]
     return _weighted(a, b, jnp.stack([c * scale for c, scale in zip(coefficients, s, strict=True)]))
@@ -200,7 +202,8 @@ def _largest(x: jax.Array, density: float, key: jax.Array | None) -> jax.Array:
     """Returns x [.., in, out] with zeros outside the fraction `density` of largest magnitudes in each matrix [in,
     out]."""
     flat = jnp.abs(x).reshape(*x.shape[:-2], -1)
-    order = jnp.argsort(jnp.argsort(-flat))  # The array `order` holds each element's rank by descending magnitude.
+    # `order` holds the position of each element in descending order of magnitude.
+    order = jnp.argsort(jnp.argsort(-flat))
     return x * (order < int(density * flat.shape[-1])).reshape(x.shape)
 
 
@@ -230,7 +233,8 @@ def _t(x: jax.Array) -> jax.Array:
     return jnp.swapaxes(x, -1, -2)
 
 
-# These methods merge the factors a_i and b_i or, with the suffix _svd, the products D_i = scales[i] * a_i @ b_i.
+# METHODS holds the methods that merge the factors a_i and b_i or, with the suffix _svd, the products D_i = scales[i] *
+# a_i @ b_i.
 METHODS: dict[str, Method] = {
     "linear": Method(None, _sum),
     "magnitude_prune": Method(_largest, _sum),

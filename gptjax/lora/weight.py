@@ -29,8 +29,8 @@ class LoraWeight:
         key: PRNG keys of the dropout, [..], or None for no dropout.
         rate: dropout rate on the input of `a`, [..], or None for no dropout.
 
-    In these shapes, R is the rank of the adapter, B is the number of rows of the batch, and .. is the layer axis of a
-    stacked weight, or nothing.
+    In the shapes of the attributes, R is the rank of the adapter, B is the number of rows of the batch, and .. is the
+    layer axis of a stacked weight, or nothing.
 
     Only a, b and m receive gradients. Sources of the formulas: LoRA, arXiv:2106.09685, eq. 3; DoRA, arXiv:2402.09353,
     eq. 5 and 11.
@@ -82,10 +82,10 @@ def _(leaf: LoraWeight) -> jax.Array:
 def _(leaf: LoraWeight, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns two plain arrays whose product is the output of the adapted weight for the input x.
 
-    Without dropout the two arrays are x and the materialised weight. Dropout is applied to the input of the LoRA factor
-    `a` but not to the input of the frozen weight `w`. With dropout, the first array is therefore the concatenation of x
-    and dropout(x) @ a along the last axis, and the second array is the concatenation of w and scale * b along the first
-    axis. For DoRA, the columns of the second array are rescaled.
+    Without dropout, the two returned arrays are x and the materialised weight. Dropout is applied to the input of the
+    LoRA factor `a` but not to the input of the frozen weight `w`. With dropout, the first returned array is therefore
+    the concatenation of x and dropout(x) @ a along the last axis, and the second returned array is the concatenation of
+    w and scale * b along the first axis. For DoRA, the columns of the second returned array are rescaled.
     """
     if leaf.rate is None or leaf.key is None:
         return x, dense(leaf)
@@ -110,8 +110,8 @@ class MissWeight:
         key: PRNG keys of the dropout, [..], or None for no dropout.
         rate: dropout rate on the input of the block sum, [..], or None for no dropout.
 
-    In these shapes, R is the rank of the adapter, and .. is the layer axis of a stacked weight, or nothing. Only d
-    receives gradients.
+    In the shapes of the attributes, R is the rank of the adapter, and .. is the layer axis of a stacked weight, or
+    nothing. Only d receives gradients.
 
     Source: MiSS, arXiv:2409.15371, with the initialisation of PEFT's MissConfig(init_weights=True).
     """
@@ -141,8 +141,9 @@ def _(leaf: MissWeight) -> jax.Array:
 def _(leaf: MissWeight, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns two plain arrays whose product is the output of the adapted weight for the input x.
 
-    The first array is x with the block sums appended as further columns. The second array is w with scale * d appended
-    as further rows."""
+    The first returned array is x with the block sums of x appended as further columns. The second returned array is w
+    with scale * d appended as further rows.
+    """
     kernel = jnp.concatenate([dense(leaf.w).astype(jnp.float32), leaf.scale * leaf.d])
     return jnp.concatenate([x, _block_sum(leaf, x)], -1), kernel
 

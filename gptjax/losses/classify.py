@@ -69,9 +69,9 @@ def class_logits(
     if pooling == "mean":
         count = jnp.maximum(mask.sum(-1, keepdims=True), 1)
         share = mask.astype(jnp.float32) / count.astype(jnp.float32)
-        pooled = jnp.einsum(
-            "bnt,btd->bnd", share, hidden.astype(jnp.float32), precision="highest"
-        )  # `pooled` is the mean hidden state of each text; with "highest", GPUs and TPUs do not round the operands.
+        # `pooled` is the mean hidden state of each text. With the precision "highest", GPUs and TPUs do not round the
+        # operands of the product.
+        pooled = jnp.einsum("bnt,btd->bnd", share, hidden.astype(jnp.float32), precision="highest")
     else:
         last = tokens.shape[1] - 1 - mask[..., ::-1].argmax(-1)
         index = last if pooling == "last" else mask.argmax(-1)

@@ -74,10 +74,10 @@ def coarse_log_probs(logits: jax.Array, ids: jax.Array) -> jax.Array:
     """Returns the log-probability of each of the K tokens in `ids` [.., K] and the total log-probability of all other
     tokens.
 
-    The returned array has the shape [.., K + 1] float32. Its last element is the total of all other tokens, so that the
-    probabilities sum to 1. If K is the vocabulary size V, there are no other tokens and the shape is [.., K]. The
-    divergence of two coarse distributions is at most the divergence of the full distributions (data processing
-    inequality), and both divergences are equal if K is V.
+    The returned array has the shape [.., K + 1] float32. The last element of the returned array is the log-probability
+    of all other tokens together, so that the probabilities sum to 1. If K is the vocabulary size V, there are no other
+    tokens and the shape is [.., K]. The divergence of two such distributions over K + 1 outcomes is at most the
+    divergence of the full distributions (data processing inequality), and both divergences are equal if K is V.
     """
     norm = jax.nn.logsumexp(logits, -1, keepdims=True)
     known = jnp.take_along_axis(logits, ids, -1) - norm
@@ -104,15 +104,15 @@ def distill(
     distributions softmax(logits / temperature). Dividing the logits by the temperature scales the gradient of D by 1 /
     temperature^2; the factor temperature^2 in the loss compensates for this scaling (arXiv:1503.02531, section 2).
 
-    For a `gptjax.types.Batch`, which must have no token trees, the loss runs the teacher. The params then hold the
-    student's parameters and, in params["teacher"], the teacher's parameters, which receive no gradient. For a
-    `TeacherBatch`, the loss uses the teacher's log-probabilities in the batch, which must have been computed with the
-    temperature of the loss.
+    For a `gptjax.types.Batch`, which must have no token trees, the loss runs the forward pass of the teacher. For a
+    `Batch`, the params hold the student's parameters and, in params["teacher"], the teacher's parameters, which receive
+    no gradient. For a `TeacherBatch`, the loss uses the teacher's log-probabilities in the batch, which must have been
+    computed with the temperature of the loss.
 
     For a `gptjax.types.RolloutBatch`, which holds answers that the student generated, the loss is temperature^2 D for
-    any alpha, as in GKD (arXiv:2306.13649, algorithm 1). The term CE is left out, because the expected gradient of the
-    cross-entropy on the student's own samples is zero. A `RolloutBatch` must have no token trees, and the arrays `old`
-    and `advantages` of the batch are not used.
+    any alpha, as in GKD (arXiv:2306.13649, algorithm 1). For a `RolloutBatch`, the term CE is left out, because the
+    expected gradient of the cross-entropy on the student's own samples is zero. A `RolloutBatch` must have no token
+    trees, and the arrays `old` and `advantages` of the batch are not used.
 
     The teacher's and the student's vocabulary sizes may differ, because an embedding can have more rows than the
     tokenizer has token ids. The loss uses only the logits of token ids that both models have.

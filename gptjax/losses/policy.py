@@ -1,8 +1,8 @@
 """This module defines policy-gradient losses for reinforcement learning with verifiable rewards: GRPO and its variants.
 
 A model samples N answers to each of G prompts, and a reward function scores every answer. The loss raises the
-probability of answers with a higher reward than other answers. The kinds of loss compute the advantages and average the
-loss terms differently:
+probability of answers with a higher reward than other answers. The following table lists the differences between the
+kinds of loss:
 
     kind           advantage of an answer                     ratio per   mean over
     grpo           (reward - group mean) / group std          token       the tokens of each answer, then answers
@@ -146,7 +146,8 @@ def advantages(rewards: jax.Array, kind: Kind = "grpo") -> jax.Array:
     rewards = rewards - (rewards[:, :1] if axis else rewards[0, 0])
     centred = rewards - rewards.mean(axis, keepdims=True)
     if s.baseline == "others":
-        centred = centred * (n / (n - 1))  # This product equals the reward minus the mean of the other n - 1 rewards.
+        # The centred reward times n / (n - 1) equals the reward minus the mean of the other n - 1 rewards.
+        centred = centred * (n / (n - 1))
     if s.std == "none":
         return centred
     return centred / (rewards.std(axis, ddof=1, keepdims=True) + _STD_EPSILON)

@@ -40,7 +40,7 @@ class Answers(NamedTuple):
     present: jax.Array
 
 
-# A pair of arrays: the loss per pair [B, P] and the rewards per answer [B, P, 2].
+# LossAndRewards is a pair of arrays: the loss per pair [B, P] and the reward per answer [B, P, 2].
 LossAndRewards = tuple[jax.Array, jax.Array]
 
 
@@ -102,7 +102,7 @@ def kto(x: Answers, beta: float, margin: float) -> LossAndRewards:
 def simpo(x: Answers, beta: float, margin: float) -> LossAndRewards:
     """Computes the SimPO loss, -log sigmoid(r_chosen - r_rejected - margin).
 
-    The reward r of an answer is beta times the mean log-probability of its tokens.
+    The reward r of an answer is beta times the mean log-probability of the answer's tokens.
 
     Source: arXiv:2405.14734, eq. 6.
     """
@@ -137,7 +137,7 @@ def answer_log_probs(
     # `mask` [B, 2 P, T] selects the tokens of each answer.
     mask = batch.segment_ids[:, None] == jnp.arange(1, n + 1)[:, None]
     counts = jnp.where(mask, batch.weights[:, None], 0.0)
-    # With "highest", GPUs and TPUs do not round the operands.
+    # With the precision "highest", GPUs and TPUs do not round the operands of the product.
     sums = jnp.einsum("bst,bt->bs", counts, log_probs, precision="highest")
     lengths = counts.sum(-1)
     return sums.reshape(-1, n // 2, 2), lengths.reshape(-1, n // 2, 2)

@@ -48,7 +48,7 @@ def init_params(key: jax.Array, cfg: ModelConfig) -> Params:
 def _init(key: jax.Array, cfg: ModelConfig) -> Params:
     """Returns randomly initialised parameters; `cfg.unroll` must be False, so that the layers run in a scan.
 
-    Compiling this function for 40 unrolled layers took half a minute.
+    Compiling `_init` for 40 unrolled layers took half a minute.
     """
     return GPT(cfg).init(key, jnp.zeros((1, 2), jnp.int32))["params"]
 
@@ -309,7 +309,7 @@ def grow_vocabulary(
 
     The row of every new token is the mean of the rows of the existing tokens. The logits of existing tokens do not
     change. The token embeddings of a model may have more rows than the tokenizer has tokens (Qwen2.5: 151,936 rows and
-    151,665 tokens). New tokens use these spare rows before further rows are added.
+    151,665 tokens). New tokens use the spare rows of the token embeddings before further rows are added.
 
     Args:
         params: parameters, which must all be plain arrays.
@@ -344,9 +344,9 @@ def unstack_layers(params: Params, cfg: ModelConfig) -> Params:
     """Returns parameters in which the stacked layers `blocks` are split into the trees `blocks_0`, `blocks_1` and so
     on.
 
-    All functions of this module accept both the stacked and the unstacked layout. With one tree per layer, training can
-    freeze individual layers: JAX computes no gradients for frozen layers, and backpropagation stops at the lowest
-    trained layer.
+    All functions of this module accept both the stacked and the unstacked layout of the parameters. With one tree per
+    layer, training can freeze individual layers: JAX computes no gradients for frozen layers, and backpropagation stops
+    at the lowest trained layer.
     """
     rest = {name: node for name, node in params.items() if name != "blocks"}
     return rest | {f"blocks_{i}": jax.tree.map(lambda leaf: leaf[i], params["blocks"]) for i in range(cfg.n_layer)}  # noqa: B023
@@ -374,10 +374,10 @@ def for_decoding(params: Params, cfg: ModelConfig) -> Params:
 
     On a CPU, the stacked layers are kept too, because prefill of a short prompt compiles faster with stacked layers.
 
-    On a GPU, the stacked layers are not kept. To free memory, delete `params` after this call. On a GPU, models with
-    more than 48 layers are not unstacked. On a GPU, matrices are cast to bfloat16 if cfg.dtype is bfloat16, because
-    matrix products cast their operands to bfloat16 anyway. On a GPU, the vocabulary axis of the head is also padded to
-    a multiple of 128.
+    On a GPU, the stacked layers are not kept. To free memory, delete `params` after `for_decoding` has returned. On a
+    GPU, models with more than 48 layers are not unstacked. On a GPU, matrices are cast to bfloat16 if cfg.dtype is
+    bfloat16, because matrix products cast their operands to bfloat16 anyway. On a GPU, the vocabulary axis of the head
+    is also padded to a multiple of 128.
 
     The parameters are returned unchanged on a TPU, on several devices, and if the layers are already unstacked.
     """
@@ -398,7 +398,7 @@ def _in_low_precision(params: Params, cfg: ModelConfig) -> Params:
     """Returns the parameters with the head's vocabulary axis padded to a multiple of 128, and with matrices cast to
     bfloat16 if cfg.dtype is bfloat16.
 
-    The logits do not change, because matrix multiplications cast their operands to cfg.dtype anyway.
+    The cast does not change the logits, because matrix multiplications cast their operands to cfg.dtype anyway.
     """
 
     def cast(path: tuple, leaf: Any) -> Any:

@@ -23,7 +23,8 @@ from gptjax.ops.linear import Gathered, linear, take
 from gptjax.ops.norm import layer_norm, rms_norm
 from gptjax.ops.scale import scaled
 
-# `jax.ad_checkpoint.checkpoint_name` gives these names to arrays, so that a rematerialisation policy can select them.
+# `jax.ad_checkpoint.checkpoint_name` gives the names BLOCK_INPUT and PRODUCT to arrays, so that a rematerialisation
+# policy can select these arrays.
 BLOCK_INPUT = "block"  # BLOCK_INPUT names the input of each block.
 PRODUCT = "product"  # PRODUCT names the output of each linear layer, in the dtype of activations.
 _GPU_LAYERS = 12  # On a GPU, one iteration of the scan over layers runs at most _GPU_LAYERS layers.
@@ -302,7 +303,8 @@ class GPT(nn.Module):
         B, T = tokens.shape
         branches = None
         if subtree_end is not None:
-            assert positions is not None and not cfg.smear  # `gpt.backbone` checks both conditions.
+            # `gpt.backbone` raises an error if `positions` is None or cfg.smear is set.
+            assert positions is not None and not cfg.smear
             branches = Branches(positions, subtree_end)
         tap = Reader(self.taps, patches)
         if positions is None:
@@ -342,9 +344,11 @@ class GPT(nn.Module):
         hidden = tap("ln_f/out", Norm(cfg, name="ln_f")(device.constrain(stream.x, *TOKENS)))
         if not cfg.tie_embeddings and self.is_initializing():
             std = 0.0 if cfg.zero_init_head else 0.02
-            Linear(cfg, cfg.vocab_size, False, std, name="lm_head")(hidden)  # `gpt.lm_logits` uses this kernel.
+            # `gpt.lm_logits` reads the kernel of `lm_head`.
+            Linear(cfg, cfg.vocab_size, False, std, name="lm_head")(hidden)
         if cfg.n_classes and self.is_initializing():
-            Linear(cfg, cfg.n_classes, cfg.cls_bias, name="cls_head")(hidden)  # `losses.classify` uses this kernel.
+            # `losses.classify` reads the parameters of `cls_head`.
+            Linear(cfg, cfg.n_classes, cfg.cls_bias, name="cls_head")(hidden)
         return hidden, stream.cache, {path: (seen | tap.seen)[path] for path in self.taps}
 
     def _run_unstacked(
@@ -433,8 +437,8 @@ class Embed(nn.Module):
     """Looks up embeddings: token ids or positions [..] are mapped to vectors [.., D]."""
 
     cfg: ModelConfig
-    rows: int | None = None  # None: cfg.vocab_size rows
-    std: float | None = None  # None: cfg.embed_std
+    rows: int | None = None  # If `rows` is None, the table has cfg.vocab_size rows.
+    std: float | None = None  # If `std` is None, the standard deviation is cfg.embed_std.
 
     @nn.compact
     def __call__(self, ids: jax.Array) -> jax.Array:

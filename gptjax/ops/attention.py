@@ -25,9 +25,9 @@ class Branches(NamedTuple):
     """Describes token trees in the rows of a batch, whose tokens are stored in depth-first order, by two arrays [B, T]
     int32.
 
-    A query attends to the keys on the path from the root of the tree to the query's own token. The keys on this path
-    have an index up to the index i of the query, and a `subtree_end` larger than i. The distance between two tokens,
-    which sliding windows and ALiBi use, is the difference of their `positions`.
+    A query attends to the keys on the path from the root of the tree to the query's own token. The keys on the path to
+    a query with index i are the keys with an index of at most i and a `subtree_end` larger than i. The distance between
+    two tokens, which sliding windows and ALiBi use, is the difference of their `positions`.
     """
 
     positions: jax.Array  # `positions` is the number of tokens before each token on the path from the root.
@@ -209,9 +209,10 @@ def _attend_forward(q, k, v, bias, keep, dropout):
 def _attend_backward(residual, g):
     """Computes the gradients of q, k and v from the saved attention weights p without transposing a [T, S] array.
 
-    The gradient of the scores is p (d_p - sum_s p d_p), where d_p is the gradient of p. The sum over s equals the dot
-    product of the attention output and the output's gradient g (arXiv:2205.14135, appendix B). This function computes
-    the sum, because the dot product would require saving the attention output for the backward pass.
+    The gradient of the scores is p (d_p - sum_s p d_p), where d_p is the gradient of p. The sum sum_s p d_p equals the
+    dot product of the attention output and the output's gradient g (arXiv:2205.14135, appendix B). The backward pass
+    computes sum_s p d_p directly, because the dot product would require saving the attention output for the backward
+    pass.
     """
     q, k, v, keep, p, dropout = residual
     d_p = _dropped(_dot(_rows(g), _transposed(v)).reshape(p.shape), keep, dropout)

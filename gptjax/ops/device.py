@@ -120,7 +120,7 @@ _product_axes: Callable[[str], ProductAxes] | None = None
 
 
 def product_axes_by(rule: Callable[[str], ProductAxes]) -> None:
-    """Registers `rule`, which maps the path of a weight matrix to mesh axes, as the result of `product_axes`.
+    """Registers the function `rule`, which `product_axes` calls to map the path of a weight matrix to mesh axes.
 
     `gptjax.parallel` passes a function that reads the mesh axes from the sharding rules.
     """
@@ -131,8 +131,8 @@ def product_axes_by(rule: Callable[[str], ProductAxes]) -> None:
 def product_axes(path: str) -> ProductAxes:
     """Returns the mesh axes that shard the weight matrix at `path` during the matrix product with this weight.
 
-    The result is None if there is no mesh, or if the sharding rules give no mesh axes for the path. If the result is
-    None, XLA chooses the sharding of the matrix product.
+    `product_axes` returns None if there is no mesh, or if the sharding rules give no mesh axes for the path. If
+    `product_axes` returns None, XLA chooses the sharding of the matrix product.
     """
     return None if _product_axes is None or mesh() is None else _product_axes(path)
 

@@ -24,9 +24,9 @@ from jax.typing import DTypeLike
 
 from gptjax.ops.precision import default_precision
 
-# _MASKED is the score of a masked key. The score is finite, because a score of -inf would make the softmax of a query
-# NaN if a tile contains only masked keys. With a finite score, the softmax sums of a fully masked tile are wrong, but
-# the wrong sums are multiplied by 0 as soon as a later tile has a key that the query attends to.
+# _MASKED is the score of a masked key. The masked score is finite, because a score of -inf would make the softmax of a
+# query NaN if a tile contains only masked keys. With a finite masked score, the softmax sums of a fully masked tile are
+# wrong, but the wrong sums are multiplied by 0 as soon as a later tile has a key that the query attends to.
 _MASKED = -1e30
 # The kernels multiply scores by log2(e), because exp(x) = exp2(x log2(e)) and exp2 is a single GPU instruction.
 _LOG2E = math.log2(math.e)
@@ -111,8 +111,8 @@ def flash_attention(
     windowed = not isinstance(window, int) or 0 < window < S
     window = jnp.where(jnp.asarray(window) > 0, window, S)
     span = jnp.stack([jnp.asarray(offset, jnp.int32), window.astype(jnp.int32)])
-    # The matmul precision is read in this function, because the backward pass is traced outside the context manager
-    # that sets the precision.
+    # The matmul precision is read before the backward pass, because the backward pass is traced outside the context
+    # manager that sets the precision.
     precision = default_precision()
 
     # `at_most` limits the size of a tile to the row length n, rounded up to a power of two of at least 16, which tensor
@@ -180,8 +180,7 @@ def _forward(q, k, v, q_ids, k_ids, span, static):
 def _call(kernel, sizes, tile, static, specs, inputs, in_specs, results, out_specs):
     present = [x is not None for x in inputs]
 
-    # This function passes None to the kernel for inputs that are absent, such as the segment ids of rows without
-    # documents.
+    # `named` passes None to the kernel for inputs that are absent, such as the segment ids of rows without documents.
     def named(*refs):
         rest = iter(refs)
         kernel(

@@ -21,14 +21,15 @@ from gptjax.ops.precision import splash_keeps_it
 
 # `jax.ad_checkpoint.checkpoint_name` gives the name SAVED to the arrays that the kernels save for the backward pass.
 SAVED = "attention"
-AMPERE, HOPPER, BLACKWELL = 8.0, 9.0, 10.0  # These numbers are the compute capabilities of GPU generations.
+# AMPERE, HOPPER and BLACKWELL are the compute capabilities of NVIDIA GPU generations.
+AMPERE, HOPPER, BLACKWELL = 8.0, 9.0, 10.0
 
 
 def kernel_for(
     q: jax.Array, *, segment_ids: jax.Array | None = None, window: int | jax.Array = 0
 ) -> Callable[..., jax.Array] | None:
-    """Returns the fused kernel for causal attention of the queries q [B, T, N, H] over T keys, or None if no kernel
-    fits.
+    """Returns the fused kernel for causal attention of the queries q [B, T, N, H] over T keys, or None if no fused
+    kernel supports q.
 
     The function returns the first kernel in this table that supports the device and the arguments:
 
@@ -142,7 +143,7 @@ def splash(
 def _splash_kernel(T: int, n_heads: int, q_shards: int, window: int, interpret: bool) -> Any:
     """Returns the splash-attention kernel for the `n_heads` heads of one device and the T queries of all devices.
 
-    The kernel contains arrays that describe the attention mask of all T queries. The caller shards these arrays over
+    The kernel contains arrays that describe the attention mask of all T queries. The caller shards the mask arrays over
     the devices in the same way as the queries.
     """
     from jax.experimental.pallas.ops.tpu import splash_attention as pallas
@@ -182,7 +183,7 @@ def flash(
 ) -> jax.Array:
     """Computes causal attention on an NVIDIA GPU with the Pallas kernels of `ops.flash`.
 
-    The arrays q, k, v and segment_ids have the same shapes as in `splash`.
+    The docstring of `splash` describes the shapes of q, k, v and segment_ids.
 
     Args:
         window: size of the sliding window, which may be a tracer, so that scanned layers can have different windows.
@@ -190,7 +191,7 @@ def flash(
     """
     static = isinstance(window, int)
     attend = partial(_flash, **options, **({"window": window} if static else {}))
-    # This transpose undoes the transpose in `attention`, and XLA removes both transposes.
+    # The transpose of k and v undoes the transpose in `attention.attention`, and XLA removes both transposes.
     k, v = (x.transpose(0, 2, 1, 3) for x in (k, v))
     extra = () if static else (window,)
     return _by_device(attend, q, k, v, segment_ids, heads_at=2, extra=extra, extra_spec=(P(),) * len(extra))
@@ -209,7 +210,7 @@ def cudnn(
 ) -> jax.Array:
     """Computes causal attention on an NVIDIA GPU with cuDNN, without document masks.
 
-    The arrays q, k and v have the same shapes as in `splash`.
+    The docstring of `splash` describes the shapes of q, k and v.
 
     Args:
         by: `implementation` argument of `jax.nn.dot_product_attention`: "cudnn", or "xla" for tests on a CPU.

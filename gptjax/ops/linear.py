@@ -33,8 +33,8 @@ def matmul(w: Any, x: jax.Array, dtype: str = "float32") -> jax.Array:
 def matmul_transposed(w: Any, x: jax.Array, dtype: str = "float32") -> jax.Array:
     """Returns the matrix product x @ w.T [.., out] of x [.., in] and the transpose of w [out, in].
 
-    The dtypes of operands and result are the same as in `matmul`. The model computes logits with this function if the
-    head shares weights with the token embeddings.
+    The dtypes of operands and result are the same as in `matmul`. The model computes logits with `matmul_transposed` if
+    the head shares weights with the token embeddings.
     """
     rows = x.reshape(-1, x.shape[-1])
     if dtype == "float32":
@@ -136,8 +136,8 @@ class Gathered:
     product (FSDP).
 
     By default, XLA multiplies by each shard of the weight as the shard arrives from another chip, and reads and writes
-    the float32 sums [B T, out] once per shard. The memory traffic of these sums limits the speed of GPT-2 1558M on
-    eight chips.
+    the float32 sums [B T, out] once per shard. The memory traffic of the float32 sums limits the speed of GPT-2 1558M
+    on eight chips.
 
     Attributes:
         axes: the mesh axes that shard `w` during the product.

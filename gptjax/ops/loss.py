@@ -21,9 +21,9 @@ from gptjax.types import Mean
 # _CHUNK_BYTES is the size of the float32 logits of a chunk of tokens. On GPUs with much memory, chunks are larger.
 _CHUNK_BYTES = 256 * 2**20
 # _GPU_CHUNK_BYTES is the upper limit of the size of a chunk's logits, reached if JAX can use 32 GiB or more of a GPU.
-# With chunks of this size, the training step of GPT-2 124M, compiled for an H100, needs 7.6 GiB of memory and has 64.8
-# GB of memory traffic. With chunks of twice this size, the training step would need 8.7 GiB of memory and have nearly
-# the same memory traffic, 63.9 GB (tests/bench/gpu_program.py).
+# With chunks of 1 GiB of logits, the training step of GPT-2 124M, compiled for an H100, needs 7.6 GiB of memory and has
+# 64.8 GB of memory traffic. With chunks of 2 GiB of logits, the training step would need 8.7 GiB of memory and have
+# nearly the same memory traffic, 63.9 GB (tests/bench/gpu_program.py).
 _GPU_CHUNK_BYTES = 2**30
 # _NO_TOKEN is the logit of a padding column; it is finite, because the gradient of the softcap squares the logits.
 _NO_TOKEN = -1e15
@@ -71,8 +71,9 @@ def linear_cross_entropy(
 ) -> Mean:
     """Computes `cross_entropy(softcap(hidden @ head, cap), targets, weights)` in chunks of tokens.
 
-    Only the logits of one chunk are in memory at a time. When JAX differentiates this function, the forward pass also
-    computes the gradients of `hidden` and `head` chunk by chunk, so that the backward pass does not recompute logits.
+    Only the logits of one chunk are in memory at a time. When JAX differentiates `linear_cross_entropy`, the forward
+    pass also computes the gradients of `hidden` and `head` chunk by chunk, so that the backward pass does not recompute
+    logits.
 
     Args:
         hidden: hidden states [.., D].
@@ -133,9 +134,9 @@ def linear_log_probs(
     """Returns the log-probability log softmax(softcap(hidden @ head) / temperature)[target] of each token, [..]
     float32.
 
-    This function is for losses that are not a sum over tokens, such as DPO. The tokens are processed in chunks, and the
-    backward pass recomputes the logits of each chunk. The docstring of `linear_cross_entropy` describes the other
-    arguments and the errors.
+    `linear_log_probs` is for losses that are not a sum over tokens, such as DPO. The tokens are processed in chunks,
+    and the backward pass recomputes the logits of each chunk. The docstring of `linear_cross_entropy` describes the
+    other arguments and the errors.
     """
     return _per_token(_log_probs, hidden, head, targets, cap, dtype, chunk, temperature)
 
@@ -282,7 +283,7 @@ def _total(hidden, targets, weights, head, cap, dtype):
 
 
 def _logits(raw, cap, n):
-    """Returns the softcapped logits of `raw`, with the padding columns after the first n columns masked."""
+    """Returns the logits `raw` after the softcap, with the padding columns after the first n columns masked."""
     logits, columns = softcap(raw, cap), raw.shape[1]
     return logits if columns == n else jnp.where(jnp.arange(columns) < n, logits, _NO_TOKEN)
 

@@ -25,8 +25,11 @@ from gptjax.config import ModelConfig
 
 
 def default_precision() -> str | None:
-    """Returns the current value of `jax.default_matmul_precision`."""
-    return jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]  # defined when jax is imported
+    """Returns the current value of `jax.default_matmul_precision`.
+
+    The type checker does not find this config option, because jax defines the option on import.
+    """
+    return jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
 
 
 @contextmanager

@@ -40,8 +40,8 @@ _KERNELS = "blocks/*/kernel | lm_head/kernel"
 # WORDS maps each word that `quantize` accepts as `spec` to the pattern of the parameters that the word selects.
 WORDS = {"int8": f"{_KERNELS} | wte/embedding", "nf4": _KERNELS, "none": "*"}
 
-# LEVELS are the NF4 levels of bitsandbytes, which are quantiles of a normal distribution, scaled to -1..1. The level at
-# index 7 is exactly 0.
+# LEVELS are the NF4 levels of bitsandbytes, which are quantiles of a normal distribution, scaled to -1..1. The NF4
+# level at index 7 is exactly 0.
 LEVELS = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
@@ -102,8 +102,8 @@ class NF4:
 def int8(w: jax.Array, axis: int = -2) -> Int8:
     """Quantises a matrix, or stacked matrices, to int8.
 
-    The weights along `axis` share a scale. The axis is -2 for weight matrices [in, out] and -1 for embedding tables [V,
-    D].
+    All weights along the axis `axis` share one scale. The argument `axis` is -2 for weight matrices [in, out] and -1
+    for embedding tables [V, D].
     """
     w = w.astype(jnp.float32)
     scale = jnp.abs(w).max(axis, keepdims=True) / 127
@@ -226,7 +226,7 @@ def _(leaf: NF4) -> Any:
 
 @dense.register
 def _(leaf: NF4Columns) -> jax.Array:
-    codes = jnp.stack([leaf.codes & 15, leaf.codes >> 4], 2)  # The shape is [out, in/64, 2, 32].
+    codes = jnp.stack([leaf.codes & 15, leaf.codes >> 4], 2)  # `codes` now has the shape [out, in/64, 2, 32].
     return (_level(codes) * leaf.absmax[..., None, None]).reshape(len(leaf.codes), -1).T
 
 
@@ -288,7 +288,7 @@ _frozen.defvjp(_forward, _backward)
 
 
 def _integers(product: Callable[..., jax.Array], values: jax.Array, x: jax.Array, dtype: str) -> jax.Array:
-    """Computes the matrix product of x and an int8 matrix without the scales.
+    """Computes the matrix product of x and an int8 matrix without applying the quantisation scales.
 
     The int8 matrix is cast to the dtype of x. The cast from int8 is exact even for bfloat16.
     """

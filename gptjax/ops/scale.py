@@ -11,8 +11,8 @@ def scaled(x: jax.Array, factor: jax.Array) -> jax.Array:
     """Returns x [.., D] times a learned factor, which is a float32 scalar or vector [D] and is first cast to the dtype
     of x.
 
-    The gradient of the factor is a sum over all tokens. The gradient is accumulated in float32, because a bfloat16 sum
-    stops growing once the sum is 256 times as large as its terms.
+    The gradient of the factor is a sum over all tokens. The gradient of the factor is accumulated in float32, because a
+    bfloat16 sum stops growing once the sum is 256 times as large as its terms.
     """
     return x * factor.astype(x.dtype)
 

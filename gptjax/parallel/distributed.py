@@ -77,13 +77,14 @@ def _end_when_jax_aborts(failed: str) -> None:
 
     The exit code is BAD_INPUT if JAX cannot connect the processes, and RESTART if a connected process is lost. JAX
     aborts a process that cannot reach the other processes, or that receives no heartbeats from another process. The
-    handler prints its message after the stack trace that JAX prints. The handler must be a C function, because Python
-    signal handlers run in the main thread, for which abort() does not wait. JAX's callback for lost processes cannot
-    replace the handler, because calling this callback fails with std::bad_cast (jaxlib 0.10.2).
+    SIGABRT handler prints a message after the stack trace that JAX prints. The handler must be a C function, because
+    Python signal handlers run in the main thread, for which abort() does not wait. JAX's callback for lost processes
+    cannot replace the handler, because calling this callback fails with std::bad_cast (jaxlib 0.10.2).
 
-    Once the processes are connected, a SIGABRT in a Python thread indicates a bug instead of a lost process. In this
-    case, the handler restores the default signal action, which ends the process. With jaxlib 0.7, the exit code after
-    the loss of another process is 1 instead of RESTART, because jaxlib 0.7 calls _exit(1) instead of abort().
+    Once the processes are connected, a SIGABRT in a Python thread indicates a bug instead of a lost process. After a
+    SIGABRT in a Python thread, the handler restores the default signal action, which ends the process. With jaxlib 0.7,
+    the exit code after the loss of another process is 1 instead of RESTART, because jaxlib 0.7 calls _exit(1) instead
+    of abort().
     """
     global _handler
     if os.name == "nt":
@@ -109,7 +110,7 @@ def _end_when_jax_aborts(failed: str) -> None:
     libc.signal(signal.SIGABRT, ctypes.cast(_handler, ctypes.c_void_p))
 
 
-_handler: Any = None  # This reference keeps the callback alive, because C holds only the address of the callback.
+_handler: Any = None  # `_handler` keeps the C callback alive, because C code holds only the address of the callback.
 HOW_TO_RESTART = f"  exit code {RESTART}: restart all processes; they resume from the last checkpoint"
 
 

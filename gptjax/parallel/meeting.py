@@ -1,6 +1,6 @@
 """This module checks that all processes of a run have started before the processes call `jax.distributed.initialize`.
 
-The check is needed because `jax.distributed.initialize` aborts a process if another process is missing.
+The module checks the processes, because `jax.distributed.initialize` aborts a process if another process is missing.
 
 Process 0 listens at the address of the coordinator, and the other processes connect to this address. When all processes
 are connected, process 0 frees the address for JAX. Each process sends one line of JSON (left), and process 0 answers

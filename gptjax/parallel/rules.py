@@ -35,9 +35,9 @@ RULES: tuple[tuple[str, tuple], ...] = (
     ("ln_f/* | smear", ()),
 )
 # MATRIX_AXES describes the sharding of the arrays in an adapter or in a quantised matrix by the name of the array. Each
-# value has one entry for each of the last two axes of the array. The entry is 0 if the axis is sharded like the `in`
-# axis of the matrix [in, out], and 1 if the axis is sharded like the `out` axis. The entry is None if the axis is not
-# sharded, such as the rank axis of a LoRA factor.
+# value of MATRIX_AXES has one entry for each of the last two axes of the array. An entry of MATRIX_AXES is 0 if the
+# axis is sharded like the `in` axis of the matrix [in, out], and 1 if the axis is sharded like the `out` axis. An entry
+# of MATRIX_AXES is None if the axis is not sharded, such as the rank axis of a LoRA factor.
 MATRIX_AXES = {"a": (0, None), "b": (None, 1), "d": (None, 1), "m": (None, 1)}
 MATRIX_AXES |= dict.fromkeys(("values", "codes", "absmax", "scale", "offset"), (0, 1))
 
@@ -51,7 +51,7 @@ def spec_of(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
         UserError: no rule covers the path.
     """
     keys = path.split("/")
-    # The loop tries the path and all suffixes of the path, from "opt_state/0/mu/.." to "kernel".
+    # The loop looks for a rule for the path and for every suffix of the path, from "opt_state/0/mu/.." to "kernel".
     for start in range(len(keys)):
         if (spec := _rule("/".join(keys[start:]))) is not None:
             return fit((None,) * (len(shape) - len(spec)) + spec, shape, mesh) if len(shape) >= len(spec) else P()
@@ -73,8 +73,8 @@ def product_axes(path: str) -> tuple[str | None, ...] | None:
     weight.
 
     For the matrix product, the weight matrix is all-gathered over `fsdp` and stays sharded over `tensor` as in `RULES`.
-    The result is None if `RULES` has no rule for the path, or if the rule does not have two entries, one for `in` and
-    one for `out`.
+    `product_axes` returns None if `RULES` has no rule for the path, or if the rule does not have two entries, one for
+    `in` and one for `out`.
     """
     spec = _rule(path)
     return None if spec is None or len(spec) != 2 else tuple(axis if axis == TENSOR else None for axis in spec)
@@ -123,8 +123,8 @@ def batch_shardings(batch: Any, mesh: Mesh, *, leading_axes: int = 0, context_le
 
 
 def cache_shardings(cache: Any, mesh: Mesh) -> Any:
-    """Returns the shardings of a KV cache, whose rows are sharded over `data` and `fsdp`, and whose heads over
-    `tensor`."""
+    """Returns the shardings of a KV cache, whose rows are sharded over `data` and `fsdp`, and whose heads are sharded
+    over `tensor`."""
 
     def leaf_sharding(path: str, leaf: Any) -> NamedSharding:
         spec = {"length": (ROWS,), "x": (ROWS,)}.get(path, (None, ROWS, TENSOR))

@@ -61,7 +61,8 @@ class Work(NamedTuple):
     hbm_bytes: float
     # `collectives` is the bytes that the device sends, by kind of collective, such as all-gather.
     collectives: dict[str, float]
-    largest_gather_bytes: int  # This field is the size in bytes of the largest array that an all-gather returns.
+    # `largest_gather_bytes` is the size in bytes of the largest array that an all-gather returns.
+    largest_gather_bytes: int
     kernels: dict[str, float]  # `kernels` is the number of calls of each Pallas kernel, by kernel name.
 
 
@@ -181,7 +182,7 @@ def trip_count(loop: Instruction, computations: dict[str, Computation]) -> int:
     return max((int(match[1]) for match in bounds if match), default=1)
 
 
-# ---------------------------------------------------------------- cost of one instruction
+# ---------------------------------------------------------------- instruction costs
 
 
 def _collective(instruction: Instruction, comp_name: str) -> str | None:
@@ -210,7 +211,7 @@ def _sent(instruction: Instruction, kind: str, computation: Computation, n_devic
     """Returns the bytes that one device sends in a collective, and the size in bytes of the collective's largest
     result.
 
-    The bytes are computed for ring algorithms.
+    The number of sent bytes assumes ring algorithms.
     """
     n = _group_size(instruction.rest, n_devices)
     operand_bytes = sum(array.size_bytes for name in instruction.operands for array in computation[name].results[:1])
@@ -227,7 +228,7 @@ def _sent(instruction: Instruction, kind: str, computation: Computation, n_devic
 def _group_size(rest: str, n_devices: int) -> int:
     """Returns the number of devices in each group of a collective.
 
-    The number is read from the attribute replica_groups, which HLO writes in three different notations.
+    The number of devices is read from the attribute replica_groups, which HLO writes in three different notations.
     """
     if (named := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", rest)) is not None:
         sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
@@ -315,8 +316,8 @@ def _traffic(instruction: Instruction, computation: Computation, computations: d
 def _read_bytes(inner: Computation, n: int, computations: dict[str, Computation]) -> list[float]:
     """Returns the number of bytes that a fused computation reads from each of its `n` parameters.
 
-    The number is infinity for a parameter that is read completely. For a parameter that is only sliced, only the bytes
-    of the slices are counted. For a parameter that is only updated in place, no bytes are counted.
+    The number of bytes is infinity for a parameter that is read completely. For a parameter that is only sliced, only
+    the bytes of the slices are counted. For a parameter that is only updated in place, no bytes are counted.
     """
     users: dict[str, list[Instruction]] = {}
     for instruction in inner.values():

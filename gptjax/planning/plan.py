@@ -32,7 +32,7 @@ class Roofline:
     """Holds the seconds per step that computation, HBM traffic and communication take at the peak rates of the chip.
 
     A real step takes longer than `best`, the lower bound. The time of an efficient step is about `worst`, the sum of
-    the three times.
+    the times of computation, HBM traffic and communication.
     """
 
     compute_s: float

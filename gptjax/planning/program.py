@@ -167,8 +167,8 @@ def _compiled(lowered: jax.stages.Lowered, argument_bytes: dict[str, int], start
 def peak_bytes(memory: Any) -> int:
     """Returns the peak HBM of a compiled program in bytes, including the code of the program.
 
-    Older versions of jax do not report the peak memory. With these versions, the result is the sum of all allocations,
-    which is an upper bound.
+    Older versions of jax do not report the peak memory. With older versions of jax, the result is the sum of all
+    allocations, which is an upper bound.
 
     The host memory that optim.offload uses is subtracted, because the peak that the compiler reports includes host
     memory.

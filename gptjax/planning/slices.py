@@ -14,8 +14,8 @@ from gptjax.training.chips import CHIPS, Chip
 if TYPE_CHECKING:
     import jax
 
-# ENVIRONMENT holds environment variables with TPU metadata. Without these variables, libtpu queries the network for the
-# TPU metadata until the query times out.
+# ENVIRONMENT holds environment variables with TPU metadata. Without the variables in ENVIRONMENT, libtpu queries the
+# network for the TPU metadata until the query times out.
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-8",
     "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0", "TPU_STDERR_LOG_LEVEL": "3",
@@ -23,8 +23,9 @@ ENVIRONMENT = {
 }  # fmt: skip
 
 # _FLAT and _CUBES map the number of chips of a slice to the topology of the slice. For v5e and v6e, the number in the
-# name of a slice is the number of chips. For v4 and v5p, the number in the name is the number of TensorCores. Because a
-# chip has two TensorCores, a v5p-128 has 64 chips. Source: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}.
+# name of a slice is the number of chips. For v4 and v5p, the number in the name of a slice is the number of
+# TensorCores. Because a v4 or v5p chip has two TensorCores, a v5p-128 has 64 chips. Source of the topologies:
+# cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}.
 _FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
 _CUBES = {
     4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8", 512: "8x8x8",
