@@ -115,7 +115,7 @@ def distill(
     trees, and the arrays `old` and `advantages` of the batch are not used.
 
     The teacher's and the student's vocabulary sizes may differ, because an embedding can have more rows than the
-    tokenizer has token ids. The loss uses only the logits of token ids that both models have.
+    tokenizer has token ids. The distillation loss uses only the logits of token ids that both models have.
 
     The metrics are cross_entropy (CE, in nats), divergence (D, in nats) and agreement, which is the fraction of
     positions at which both models have the same most probable token.

@@ -57,8 +57,8 @@ def token_log_probs(
 ) -> jax.Array:
     """Returns the log-probability of every target token under the model, [B, T] float32.
 
-    The function uses the tokens, targets and segment_ids of the batch, and the positions and subtree_end if the batch
-    contains positions and subtree_end.
+    `token_log_probs` uses the tokens, targets and segment_ids of the batch, and the positions and subtree_end if the
+    batch contains positions and subtree_end.
 
     Args:
         key: random key for dropout, or None for no dropout.

@@ -1,8 +1,8 @@
 """This module defines policy-gradient losses for reinforcement learning with verifiable rewards: GRPO and its variants.
 
-A model samples N answers to each of G prompts, and a reward function scores every answer. The loss raises the
-probability of answers with a higher reward than other answers. The following table lists the differences between the
-kinds of loss:
+A model samples N answers to each of G prompts, and a reward function scores every answer. The policy-gradient loss
+raises the probability of answers with a higher reward than other answers. The following table lists the differences
+between the kinds of loss:
 
     kind           advantage of an answer                     ratio per   mean over
     grpo           (reward - group mean) / group std          token       the tokens of each answer, then answers
@@ -245,7 +245,7 @@ def policy(
     differ. For all kinds, the KL penalty is a term of the loss, as in GRPO. In contrast, the papers of rloo and
     reinforce_pp subtract the KL penalty from the rewards.
 
-    The metrics are `Mean`s over the tokens of the answers:
+    The metrics of the policy-gradient loss are `Mean`s over the tokens of the answers:
 
         kl             KL(sampler || policy) in nats per token, estimated by k3 from the sampled tokens
         kl_reference   KL(policy || reference) in nats per token, estimated by k3; only if the batch has `reference`

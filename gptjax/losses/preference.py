@@ -80,8 +80,8 @@ def orpo(x: Answers, beta: float, margin: float) -> LossAndRewards:
 def kto(x: Answers, beta: float, margin: float) -> LossAndRewards:
     """Computes the KTO loss of a pair: the sum of a term for the chosen answer and a term for the rejected answer.
 
-    For each answer, h is log(p / p_reference), and z is a KL reference point. The term of a chosen answer is 1 -
-    sigmoid(beta (h - z)), and the term of a rejected answer is 1 - sigmoid(beta (z - h)).
+    For each answer, h is log(p / p_reference), and z is a KL reference point. The KTO term of a chosen answer is 1 -
+    sigmoid(beta (h - z)), and the KTO term of a rejected answer is 1 - sigmoid(beta (z - h)).
 
     The KL reference point of the chosen answers is the mean log(p / p_reference) of the rejected answers in the batch,
     or 0 if this mean is negative. Likewise, the KL reference point of the rejected answers is the non-negative mean

@@ -228,9 +228,9 @@ def sites(taps: Iterable[str], layer: int | None = None) -> tuple[str, ...]:
 class Reader:
     """A callable that the model applies to each activation, for example x = tap("attn/out", x).
 
-    The call applies the patches of the site "attn/out" to x, and records the result in `seen` if the site is tapped.
-    For a site without taps and patches, the call returns x unchanged. The model creates a new `Reader` each time that a
-    block is traced.
+    Calling a `Reader` with the site "attn/out" applies the patches of this site to x, and records the result in `seen`
+    if the site is tapped. For a site without taps and patches, the `Reader` returns x unchanged. The model creates a
+    new `Reader` each time that a block is traced.
     """
 
     def __init__(

@@ -179,10 +179,10 @@ def tapped(
         acts["blocks/*/attn/out"]   [L, B, T, D]
         acts["blocks/3/resid"]      [B, T, D]
 
-    `gptjax.model.activations` lists the paths of activations. A patched activation is returned after the patch. The
-    returned activations can be used as patches: `forward(params, tokens, cfg, patches=acts)` gives the same logits as
-    `tapped`. With stacked parameters, tapping an activation in one layer takes as much memory as tapping the activation
-    in all layers.
+    `gptjax.model.activations` lists the paths of activations. If an activation is both tapped and patched, the patched
+    activation is returned. The returned activations can be used as patches: `forward(params, tokens, cfg,
+    patches=acts)` gives the same logits as `tapped`. With stacked parameters, tapping an activation in one layer takes
+    as much memory as tapping the activation in all layers.
 
     Raises:
         UserError: a tap or a patch matches no activation, or a patch's shape does not fit.
@@ -307,9 +307,10 @@ def grow_vocabulary(
 ) -> tuple[Params, ModelConfig]:
     """Returns the parameters and the config with initialised rows for new tokens in the token embeddings and the head.
 
-    The row of every new token is the mean of the rows of the existing tokens. The logits of existing tokens do not
-    change. The token embeddings of a model may have more rows than the tokenizer has tokens (Qwen2.5: 151,936 rows and
-    151,665 tokens). New tokens use the spare rows of the token embeddings before further rows are added.
+    In the token embeddings and the head, the row of every new token is the mean of the rows of the existing tokens. The
+    logits of existing tokens do not change. The token embeddings of a model may have more rows than the tokenizer has
+    tokens (Qwen2.5: 151,936 rows and 151,665 tokens). New tokens use the spare rows of the token embeddings before
+    further rows are added.
 
     Args:
         params: parameters, which must all be plain arrays.

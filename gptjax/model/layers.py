@@ -177,7 +177,8 @@ class Attention(nn.Module):
     def _qk_norm(self, q: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Applies RMS norm to queries and keys over the last axis.
 
-        The last axis holds the channels of one head, or with qk_norm_over=all the channels of all heads.
+        The last axis of queries and keys holds the channels of one head, or with qk_norm_over=all the channels of all
+        heads.
         """
         cfg = self.cfg
         if not cfg.qk_norm:

@@ -16,9 +16,9 @@ def gelu(x: jax.Array) -> jax.Array:
 
     Source: arXiv:1606.08415, section 2.
 
-    The function computes the equivalent formula x * sigmoid(2z), where z is the argument of tanh, so that one
-    exponential gives both the value and the derivative. The derivative is saved for the backward pass instead of x, so
-    that the backward pass recomputes nothing.
+    `gelu` computes the equivalent formula x * sigmoid(2z), where z is the argument of tanh, so that one exponential
+    gives both the value and the derivative. The derivative of GELU is saved for the backward pass instead of x, so that
+    the backward pass recomputes nothing.
     """
     return _gelu(x)[0]
 

@@ -163,9 +163,9 @@ def _bias(
 ) -> jax.Array:
     """Returns the additive attention mask of the queries `first:end` over the first `n_key` keys.
 
-    The mask is 0 where a query may attend to a key, and -1e30 elsewhere. For T queries and S keys, the shape of the
-    mask is [1 or B, 1, 1, T, S]. With ALiBi, the mask includes the biases of ALiBi, which differ between heads. With
-    ALiBi, the shape of the mask is [1 or B, K, G, T, S], for K key heads with G query heads each.
+    The attention mask is 0 where a query may attend to a key, and -1e30 elsewhere. For T queries and S keys, the shape
+    of the mask is [1 or B, 1, 1, T, S]. With ALiBi, the attention mask includes the biases of ALiBi, which differ
+    between heads. With ALiBi, the shape of the mask is [1 or B, K, G, T, S], for K key heads with G query heads each.
 
     Args:
         beyond: number larger than any distance between a query and a key. A traced `window` of 0, which means no
@@ -193,8 +193,8 @@ def _attend(q, k, v, bias, keep, dropout):
     """Computes softmax(q k^T + bias) v with dropout on the attention weights, differentiable in q, k and v only.
 
     The shape of q is [B, K, G, T, H], for K key heads with G query heads each, and the shape of k and v is [B, K, S,
-    H]. The argument `keep` is the boolean dropout mask or None. The bias and `keep` broadcast to [B, K, G, T, S]. The
-    argument `dropout` is the dropout rate.
+    H]. The argument `keep` is the boolean dropout mask or None. `bias` and the dropout mask `keep` broadcast to [B, K,
+    G, T, S]. The argument `dropout` is the dropout rate.
     """
     return _attend_forward(q, k, v, bias, keep, dropout)[0]
 

@@ -19,10 +19,10 @@ def off(rate: Any) -> bool:
 def dropout(x: jax.Array, rate: float | jax.Array, key: jax.Array | None) -> jax.Array:
     """Sets each element of x to zero with probability `rate`, and multiplies the other elements by 1 / (1 - rate).
 
-    Without a key, the function returns x unchanged.
+    If `key` is None, `dropout` returns x unchanged.
     """
     if key is None or off(rate):
         return x
-    # The division is in float32, because bfloat16 would round 1 - rate.
+    # The division by 1 - rate is in float32, because bfloat16 would round 1 - rate.
     kept = (x.astype(jnp.float32) / (1 - rate)).astype(x.dtype)
     return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), kept, 0)

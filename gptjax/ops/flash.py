@@ -1,8 +1,9 @@
 """This module implements flash attention for NVIDIA GPUs from Ampere on, as Pallas kernels that Triton compiles.
 
-The kernels support causal masks, document masks, sliding windows, grouped-query attention and rows of any length. The
-window size may be a tracer, so that the window size can differ between scanned layers. The kernels compute the
-attention scores tile by tile, never store the scores in GPU memory, and skip fully masked tiles.
+The flash-attention kernels support causal masks, document masks, sliding windows, grouped-query attention and rows of
+any length. The window size may be a tracer, so that the window size can differ between scanned layers. The
+flash-attention kernels compute the attention scores tile by tile, never store the scores in GPU memory, and skip fully
+masked tiles.
 
 Source: arXiv:2205.14135 (FlashAttention). The backward pass has two kernels, as in arXiv:2307.08691, section 3
 (FlashAttention-2).
@@ -50,7 +51,7 @@ class Tiles(NamedTuple):
 
 # _TILES maps each pair (number of columns of a tile, bytes per element) to tile sizes. For compute capabilities 8.0 to
 # 10.0, Triton compiles these tile sizes without spilling registers in a loop and within 99 KiB of shared memory, which
-# is the limit of the capabilities 8.6 and 8.9. The speed of the kernels with these tile sizes was not measured.
+# is the limit of the capabilities 8.6 and 8.9. The speed of the kernels with the tile sizes in _TILES was not measured.
 _TILES = {
     (64, 2): Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8), Tile(64, 64)),
     (128, 2): Tiles(Tile(128, 64, 8), Tile(128, 32, 8), Tile(32, 64)),
@@ -138,11 +139,11 @@ def _attention_forward(q, k, v, q_ids, k_ids, span, static):
 
 
 def _attention_backward(static, residual, d_out):
-    """Computes the gradients of q, k and v.
+    """Computes the gradients of causal attention with respect to q, k and v.
 
     The gradient of the scores is p (d_p - sum_s p d_p), where p are the attention weights and d_p is the gradient of p.
-    The sum over s is computed as the dot product of the attention output and the gradient of the attention output,
-    which has the same value (arXiv:2205.14135, appendix B).
+    The sum sum_s p d_p equals the dot product of the attention output and the gradient of the attention output, and is
+    computed as this dot product (arXiv:2205.14135, appendix B).
     """
     q, k, v, q_ids, k_ids, span, out, lse = residual
     delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1).transpose(0, 2, 1)
@@ -303,10 +304,10 @@ def _ranges(
     A range consists of four indices of key tiles, `begin <= whole <= rest <= end`. Key tiles before `begin` and from
     `end` on are fully masked, and the kernels skip fully masked tiles. Key tiles `whole` to `rest - 1` contain no
     masked keys, and the kernels do not apply the mask to these tiles. The kernels apply the mask to the key tiles
-    `begin` to `whole - 1` and `rest` to `end - 1`. With `loop_over="queries"`, the function returns the range of query
+    `begin` to `whole - 1` and `rest` to `end - 1`. With `loop_over="queries"`, `_ranges` returns the range of query
     tiles for each tile of keys.
 
-    To find fully masked tiles, the function compares only the smallest and the largest document id of each tile. If
+    To find fully masked tiles, `_ranges` compares only the smallest and the largest document id of each tile. If
     document ids increase along a row, as in packed rows, the ranges are exact. Otherwise the ranges may be longer than
     necessary, and the attention output is still correct.
     """
@@ -449,7 +450,7 @@ def _loop(ranges: Any, step: Callable, carry: Any, repeats: int = 1) -> Any:
     """Calls `step(repeat, tile, carry, masked)` for each `repeat` from 0 to `repeats - 1` and each tile in a range of
     tiles.
 
-    The function processes the tiles that need the mask (`masked` is True) before the tiles that do not need the mask.
+    `_loop` processes the tiles that need the mask (`masked` is True) before the tiles that do not need the mask.
 
     Args:
         ranges: range of tiles, given by the four indices (begin, whole, rest, end) that `_ranges` describes.

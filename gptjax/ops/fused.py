@@ -31,7 +31,7 @@ def kernel_for(
     """Returns the fused kernel for causal attention of the queries q [B, T, N, H] over T keys, or None if no fused
     kernel supports q.
 
-    The function returns the first kernel in this table that supports the device and the arguments:
+    `kernel_for` returns the first kernel in the following table that supports the device and the arguments:
 
         device          kernel  documents  traced window  dtypes          head sizes               context parallelism
         TPU             splash  yes        no             all             all                      yes
@@ -40,7 +40,7 @@ def kernel_for(
         older GPU       None
 
     On GPUs, the head size must be a multiple of 8. On TPUs, the number of tokens per device must be a multiple of 128.
-    If the function returns None, attention is computed with plain XLA operations.
+    If `kernel_for` returns None, attention is computed with plain XLA operations.
     """
     static = isinstance(window, int)
     if platform() == "tpu":
@@ -114,8 +114,8 @@ def splash(
 ) -> jax.Array:
     """Computes causal attention on a TPU with the splash-attention kernel of jax.
 
-    Under a mesh, each device computes attention for the rows, heads and queries of the device's shard. The kernel skips
-    fully masked tiles of the scores.
+    Under a mesh, each device computes attention for the rows, heads and queries of the device's shard. The
+    splash-attention kernel skips fully masked tiles of the attention scores.
 
     Args:
         q: queries [B, T, N, H], already multiplied by the softmax scale.
@@ -143,8 +143,8 @@ def splash(
 def _splash_kernel(T: int, n_heads: int, q_shards: int, window: int, interpret: bool) -> Any:
     """Returns the splash-attention kernel for the `n_heads` heads of one device and the T queries of all devices.
 
-    The kernel contains arrays that describe the attention mask of all T queries. The caller shards the mask arrays over
-    the devices in the same way as the queries.
+    The splash-attention kernel contains arrays that describe the attention mask of all T queries. The caller shards the
+    mask arrays over the devices in the same way as the queries.
     """
     from jax.experimental.pallas.ops.tpu import splash_attention as pallas
 

@@ -18,7 +18,7 @@ def is_local(array: Any) -> bool:
 def check_ids(name: str, ids: Any, vocab_size: int, weights: Any = None) -> None:
     """Checks that the token ids [..] are within 0 to vocab_size - 1, and ignores ids with weight 0.
 
-    Under `jit`, the function checks nothing, because the values of the ids are unknown; embedding lookups clip ids that
+    Under `jit`, `check_ids` checks nothing, because the values of the ids are unknown; embedding lookups clip ids that
     are out of range.
 
     Raises:

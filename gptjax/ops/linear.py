@@ -21,7 +21,7 @@ def matmul(w: Any, x: jax.Array, dtype: str = "float32") -> jax.Array:
     """Returns the matrix product x @ w [.., out] of x [.., in] and w [in, out], in the dtype of x.
 
     If `dtype` is "bfloat16", both operands are cast to bfloat16. If `dtype` is "float32", w is cast to the dtype of x.
-    The product is accumulated in float32. `matmul` dispatches on the type of `w`: every other type of weight (an
+    The matrix product is accumulated in float32. `matmul` dispatches on the type of `w`: every other type of weight (an
     adapter, a quantised matrix) registers an implementation, so that layers need not know the type of weight.
     """
     rows = x.reshape(-1, x.shape[-1])  # The CPU backend of XLA is faster with matrices than with [B, T, ..] arrays.
@@ -184,8 +184,8 @@ def _forward(x, w, axes):
     low, low_w = x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)
     # For the backward pass, w is saved in the original dtype. If the bfloat16 copy of w were saved, the copies of all
     # scanned layers, all-gathered under FSDP, would stay in memory until the backward pass. On a CPU, the bfloat16 copy
-    # is saved, because the CPU backend of XLA would otherwise merge the transpose of a tied head with the product for
-    # the gradient of x, and cannot compute the merged product.
+    # of w is saved, because the CPU backend of XLA would otherwise merge the transpose of a tied head with the product
+    # for the gradient of x, and cannot compute the merged product.
     saved_w = low_w if platform() == "cpu" else w
     dims = (((x.ndim - 1,), (0,)), ((), ()))
     y = jax.lax.dot_general(low, _with_axes(low_w, axes), dims, preferred_element_type=jnp.float32)

@@ -110,9 +110,9 @@ def _token_spec(targets: jax.Array) -> P | None:
     The LM head is replicated, and each device splits the device's tokens into chunks. With a replicated LM head, the
     gradient of the LM head is summed over devices once, instead of once per chunk.
 
-    B is sharded over the mesh axes `data` and `fsdp`, and T over `context` and `tensor`. If both mesh axes together do
-    not shard B or T evenly, only the first mesh axis is used. The result is None if there is no mesh, if the targets
-    are not two-dimensional, or if the first mesh axis alone does not shard B or T evenly.
+    B is sharded over the mesh axes `data` and `fsdp`, and T over `context` and `tensor`. If two mesh axes together do
+    not shard B or T evenly, only the first of the two mesh axes shards B or T. The result is None if there is no mesh,
+    if the targets are not two-dimensional, or if the first mesh axis alone does not shard B or T evenly.
     """
     current_mesh = mesh()
     if current_mesh is None or targets.ndim != 2:

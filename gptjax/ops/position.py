@@ -54,7 +54,7 @@ def rope_frequencies(
 def llama3_ramp(frequency: Array, slow: float, fast: float, original_context: int) -> Array:
     """Returns the weight `keep`, from 0 to 1, of each unscaled frequency in the RoPE scaling of Llama 3.
 
-    The scaled frequency is keep * frequency + (1 - keep) * frequency / factor. The array `keep` has the dtype of
+    The scaled frequency is keep * frequency + (1 - keep) * frequency / factor. The weight `keep` has the dtype of
     `frequency`. The code that reads and writes GGUF files passes `frequency` as a float64 numpy array, because the
     factors in GGUF files were computed in float64.
     """

@@ -1,7 +1,7 @@
 """This module contains functions for runs with several processes.
 
-The functions connect the processes, compare the settings of the processes, assign the rows of a batch to the processes,
-and exit if a process is lost.
+The functions of this module connect the processes, compare the settings of the processes, assign the rows of a batch to
+the processes, and exit if a process is lost.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Agreed(UserError):
 def start(cfg: DistributedConfig) -> None:
     """Connects this process to the other processes of the run.
 
-    The function does nothing if `distributed.coordinator` is not set, or if this process is already connected.
+    `start` does nothing if `distributed.coordinator` is not set, or if this process is already connected.
 
     Raises:
         UserError: the processes cannot connect within `timeout_s`.
@@ -201,7 +201,8 @@ def on_host(tree: Any) -> Any:
     """Returns the pytree with every array that is spread over several processes gathered into a numpy array in each
     process.
 
-    PRNG keys and all other leaves are returned unchanged. All processes must call this function.
+    PRNG keys, and leaves that are not spread over several processes, are returned unchanged. All processes must call
+    this function.
     """
     if jax.process_count() == 1:
         return tree

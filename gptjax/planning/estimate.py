@@ -32,7 +32,7 @@ def candidate(cfg: Config, on: Slice, shape: Shape, n_params: int) -> Candidate:
 def seconds(cfg: Config, on: Slice, shape: Shape, n_params: int) -> float:
     """Returns the estimated time of a training step in seconds.
 
-    The estimate is the sum of the times of computation, HBM traffic and communication, without overlap.
+    The estimated step time is the sum of the times of computation, HBM traffic and communication, without overlap.
 
     HBM traffic is estimated from the number of times that the program reads or writes each array. Each activation of a
     layer is read or written about 12 times, as counted in compiled programs. In each micro-batch, weights and gradients

@@ -152,7 +152,7 @@ def executed(
 ) -> Iterator[tuple[str, Instruction, float]]:
     """Yields (computation name, instruction, number of executions) for every instruction that the program executes.
 
-    The traversal starts with the computation `comp_name`. All branches of a conditional count as executed.
+    The traversal starts with the computation `comp_name`. All branches of an HLO conditional count as executed.
     """
     for instruction in computations[comp_name].values():
         yield comp_name, instruction, times
@@ -291,7 +291,8 @@ def _is_kernel(call: Instruction) -> bool:
 def _traffic(instruction: Instruction, computation: Computation, computations: dict[str, Computation]) -> float:
     """Returns the number of bytes that an instruction reads from HBM and writes to HBM.
 
-    Each operand and each result is counted once. If an operand is sliced, only the bytes of the slice are counted.
+    Each operand and each result of the instruction is counted once. If an operand is sliced, only the bytes of the
+    slice are counted.
     """
     op = instruction.op
     if op in _NO_WORK or op.endswith("-done") or (op == "custom-call" and not _is_kernel(instruction)):

@@ -248,9 +248,9 @@ def kernel_flops(
 def advice(cfg: Config, on: Slice, shape: tuple[int, int, int, int], n_params: int, result: Plan) -> tuple[str, ...]:
     """Returns config changes, each of which is estimated to make the step fit in memory without any other change.
 
-    The function `chip_bytes` estimates the memory of the step with a changed config. Each estimate is multiplied by a
-    correction factor: the memory that the compiler reported for the unchanged step in `result`, divided by the estimate
-    for the unchanged step.
+    The function `chip_bytes` estimates the memory of the step with a changed config. Each memory estimate is multiplied
+    by a correction factor: the memory that the compiler reported for the unchanged step in `result`, divided by the
+    estimate for the unchanged step.
     """
     width = program.width(cfg)
     ratio = result.needed_bytes / chip_bytes(cfg, n_params, width, shape)
@@ -336,8 +336,8 @@ def search(
         if len(plans) >= best or (plans and time.monotonic() - started + 2 * last > seconds):
             break
         if scale * c.memory_bytes > hbm_bytes:
-            # This candidate is skipped, because an earlier candidate needed `scale` times the estimated memory, and
-            # with the same correction factor this candidate would not fit in the memory of the chip.
+            # The search skips this candidate, because an earlier candidate needed `scale` times the estimated memory,
+            # and with the same correction factor this candidate would not fit in the memory of the chip.
             continue
         built = program.train_program(c.cfg, mesh_of(c.shape, devices))
         result = weigh(c.cfg, tpu, c.shape, built, rows=cfg.train.batch_size)

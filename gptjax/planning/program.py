@@ -189,8 +189,9 @@ def out_of_memory(message: str, lasting_bytes: int = 0) -> tuple[int, int]:
     An out-of-memory message of the compiler contains either `Used 18.81G of 15.75G hbm` or `the total memory required
     for HLO temporaries (47.73G) exceeds available HBM (31.25G)`.
 
-    The message about HLO temporaries does not count the arguments of the program. For a message about HLO temporaries,
-    the needed bytes are the sum of the memory for temporaries and `lasting_bytes`, the size of the arguments.
+    The compiler's message about HLO temporaries does not count the arguments of the program. For a message about HLO
+    temporaries, the needed bytes are the sum of the memory for temporaries and `lasting_bytes`, the size of the
+    arguments.
     """
     total = re.search(r"Used ([\d.]+[KMGT]) of ([\d.]+[KMGT]) hbm", message)
     temporaries = re.search(r"temporaries \(([\d.]+[KMGT])\) exceeds available HBM \(([\d.]+[KMGT])\)", message)
