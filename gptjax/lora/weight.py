@@ -49,7 +49,8 @@ class LoraWeight:
 def _(leaf: LoraWeight, x: jax.Array, dtype: str = "float32") -> jax.Array:
     y = matmul(leaf.w, x, dtype)
     low = x if leaf.rate is None else dropout(x, leaf.rate, leaf.key)
-    if leaf.a.ndim == 3:  # The leaf holds one adapter per row of the batch. Both matrix products accumulate in float32.
+    # The leaf holds one adapter per row of the batch. The products with a and b accumulate in float32.
+    if leaf.a.ndim == 3:
         B = leaf.a.shape[0]
         low = _batched(low.reshape(B, -1, low.shape[-1]), leaf.a)
         add = _batched(low, leaf.b) * leaf.scale[:, None, None].astype(x.dtype)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from gptjax.data.classification import LabelledBatch
 
 Divergence = Literal["forward", "reverse", "js"]
-# NO_TOKEN is the logit of an excluded token; it is finite, because a logit of -inf would have a NaN gradient.
+# NO_TOKEN is the logit of an excluded token. NO_TOKEN is finite, because a logit of -inf would have a NaN gradient.
 NO_TOKEN = -1e15
 
 

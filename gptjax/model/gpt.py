@@ -357,7 +357,7 @@ def stack_layers(params: Params, cfg: ModelConfig) -> Params:
     """Returns parameters in which the trees `blocks_0`, `blocks_1` and so on are stacked into one tree `blocks` [L,
     ..].
 
-    This function is the inverse of `unstack_layers`.
+    `stack_layers` is the inverse of `unstack_layers`.
     """
     names = [f"blocks_{i}" for i in range(cfg.n_layer)]
     rest = {name: node for name, node in params.items() if name not in names}

@@ -308,8 +308,8 @@ def _ranges(
     tiles for each tile of keys.
 
     To find fully masked tiles, `_ranges` compares only the smallest and the largest document id of each tile. If
-    document ids increase along a row, as in packed rows, the ranges are exact. Otherwise the ranges may be longer than
-    necessary, and the attention output is still correct.
+    document ids increase along a row, as in packed rows, the ranges are exact. If document ids do not increase along a
+    row, the ranges may be longer than necessary, but the attention output is still correct.
     """
     q_first, k_first = (jnp.arange(0, n, step) for n, step in ((sizes.T, tile.queries), (sizes.S, tile.keys)))
     q_last = span[0] + jnp.minimum(q_first + tile.queries, sizes.T) - 1

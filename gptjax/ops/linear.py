@@ -21,8 +21,9 @@ def matmul(w: Any, x: jax.Array, dtype: str = "float32") -> jax.Array:
     """Returns the matrix product x @ w [.., out] of x [.., in] and w [in, out], in the dtype of x.
 
     If `dtype` is "bfloat16", both operands are cast to bfloat16. If `dtype` is "float32", w is cast to the dtype of x.
-    The matrix product is accumulated in float32. `matmul` dispatches on the type of `w`: every other type of weight (an
-    adapter, a quantised matrix) registers an implementation, so that layers need not know the type of weight.
+    The matrix product is accumulated in float32. `matmul` dispatches on the type of `w`: every type of weight other
+    than a plain array (an adapter, a quantised matrix) registers an implementation, so that layers need not know the
+    type of weight.
     """
     rows = x.reshape(-1, x.shape[-1])  # The CPU backend of XLA is faster with matrices than with [B, T, ..] arrays.
     y = rows @ w.astype(x.dtype) if dtype == "float32" else _low_product(rows, w).astype(x.dtype)

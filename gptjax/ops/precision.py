@@ -76,8 +76,8 @@ def exact(fn: Callable) -> Callable:
 def splash_keeps_it() -> bool:
     """Returns True if the current matmul precision is the default precision, which splash attention requires.
 
-    At other precisions, Mosaic cannot compile splash attention for bfloat16 arrays. For float32 arrays, the backward
-    pass of splash attention would ignore the precision.
+    At precisions other than the default, Mosaic cannot compile splash attention for bfloat16 arrays. For float32
+    arrays, the backward pass of splash attention would ignore the precision.
     """
     return default_precision() in (None, "default")
 

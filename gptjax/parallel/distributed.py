@@ -104,7 +104,8 @@ def _end_when_jax_aborts(failed: str) -> None:
                 2, f"another process is gone, or was silent for distributed.heartbeat_s\n{HOW_TO_RESTART}\n".encode()
             )
             os._exit(RESTART)
-        libc.signal(number, None)  # This call restores the default signal action, with which abort() ends the process.
+        # `libc.signal(number, None)` restores the default signal action, with which abort() ends the process.
+        libc.signal(number, None)
 
     _handler = kind(on_abort)
     libc.signal(signal.SIGABRT, ctypes.cast(_handler, ctypes.c_void_p))

@@ -29,7 +29,7 @@ RULES: tuple[tuple[str, tuple], ...] = (
     ("blocks*/attn/qkv/kernel | blocks*/mlp/up_gate/kernel", (FSDP, TENSOR)),
     ("blocks*/attn/o/kernel | blocks*/mlp/down/kernel", (TENSOR, FSDP)),
     ("blocks*/attn/[qkv]/bias | blocks*/mlp/up/bias | blocks*/mlp/gate/bias", (TENSOR,)),
-    # This rule covers the parameters of norms and the biases of output projections.
+    # The following rule covers the parameters of norms and the biases of output projections.
     ("blocks*/bias | blocks*/scale", ()),
     ("blocks*/attn/[qk]_norm | blocks*/value_mix | blocks*/*_lambda", ()),
     ("ln_f/* | smear", ()),

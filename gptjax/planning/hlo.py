@@ -283,7 +283,8 @@ def _convolution_flops(rest: str, left: tuple[int, ...], right: tuple[int, ...],
 def _is_kernel(call: Instruction) -> bool:
     """Returns True if an HLO custom call is a Pallas kernel.
 
-    The compiler uses other custom calls only to allocate memory, so that `work` does not count the other custom calls.
+    `work` does not count custom calls that are not Pallas kernels, because the compiler uses these custom calls only to
+    allocate memory.
     """
     return '"tpu_custom_call"' in call.rest
 

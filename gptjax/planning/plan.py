@@ -216,9 +216,9 @@ def _flops_per_token(cfg: Config, T: int, decode: bool) -> float:
 
 
 # _PRODUCTS holds the number of matrix multiplications per tile in each splash-attention kernel. The forward kernel
-# (fwd) computes the scores and the weighted values. Both backward kernels compute the scores and the gradient of the
-# attention weights. In addition, the backward kernel dq computes the gradient of q, and the backward kernel dkv
-# computes the gradients of k and v.
+# (fwd) computes the scores and the weighted values. Both backward kernels (dq and dkv) compute the scores and the
+# gradient of the attention weights. In addition, the backward kernel dq computes the gradient of q, and the backward
+# kernel dkv computes the gradients of k and v.
 _PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
 
 
