@@ -292,8 +292,9 @@ def with_dropout(loss: Callable) -> Callable:
     """Returns `loss` with dropout applied to the input of each attached adapter, in addition to the model's own
     dropout.
 
-    The dropout rate is `dropout` of the config that was passed to `attach`. The PRNG key of each adapter's dropout is
-    derived from the key that is passed to the loss. If the key passed to the loss is None, no dropout is applied.
+    The dropout rate is the field `dropout` of the `LoraConfig` that was passed to `attach`. The PRNG key of each
+    adapter's dropout is derived from the key that is passed to the loss. If the key passed to the loss is None, no
+    dropout is applied.
     """
 
     def seeded(params: Params, batch: Any, key: jax.Array | None) -> Any:

@@ -82,7 +82,8 @@ def combine(
         UserError: an argument does not fit the method or the adapters; or an adapter has a DoRA magnitude vector, a
             MiSS matrix or complete weights.
 
-    Source: PEFT's `LoraModel.add_weighted_adapter`, whose combination types include all of these methods except slerp.
+    Source: PEFT's `LoraModel.add_weighted_adapter`, whose combination types include all methods of `combine` except
+    slerp.
     """
     scales = [1.0] * len(adapters) if scales is None else scales
     if not adapters or not len(adapters) == len(weights) == len(scales):
@@ -112,7 +113,7 @@ def combine(
             else:
                 _refuse_ranks(path, method, a)
                 # The factor a is weighted by `signed`, and the factor b by `root`. The product of `signed` and `root`
-                # is w * s.
+                # is w * s, the merge weight times the scale of the adapter.
                 root = jnp.sqrt(jnp.abs(w * s))
                 signed = jnp.where(w * s < 0, -root, root)
                 pair = {"a": mix(a, signed, keys["a"]), "b": mix(b, root, keys["b"])}

@@ -28,8 +28,8 @@ def classify(cfg: ModelConfig, pooling: Pooling = "last") -> Callable[..., tuple
 
     A batch has B rows, and each row packs up to K texts. The batch consists of tokens and segment_ids [B, T] int32,
     labels [B, K] int32, and weights [B, K] float32. The segment id of text k (0 to K - 1) is k + 1. The weight of text
-    k is 0 in rows that have fewer than k + 1 texts. The classification loss is the cross-entropy in nats, as a `Mean`
-    over texts. The metrics contain `accuracy`, the fraction of texts that are classified correctly.
+    k is 0 in rows without a text k. The classification loss is the cross-entropy in nats, as a `Mean` over texts. The
+    metrics contain `accuracy`, the fraction of texts that are classified correctly.
     """
 
     def loss(params: Params, batch: LabelledBatch, key: jax.Array | None) -> tuple[Mean, Metrics]:

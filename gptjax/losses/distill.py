@@ -76,8 +76,9 @@ def coarse_log_probs(logits: jax.Array, ids: jax.Array) -> jax.Array:
 
     The returned array has the shape [.., K + 1] float32. The last element of the returned array is the log-probability
     of all other tokens together, so that the probabilities sum to 1. If K is the vocabulary size V, there are no other
-    tokens and the shape is [.., K]. The divergence of two such distributions over K + 1 outcomes is at most the
-    divergence of the full distributions (data processing inequality), and both divergences are equal if K is V.
+    tokens and the shape is [.., K]. The divergence of two distributions over these K + 1 outcomes is at most the
+    divergence of the full distributions over V tokens (data processing inequality), and both divergences are equal if K
+    is V.
     """
     norm = jax.nn.logsumexp(logits, -1, keepdims=True)
     known = jnp.take_along_axis(logits, ids, -1) - norm

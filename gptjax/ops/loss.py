@@ -304,7 +304,7 @@ def _chunk_logits(h, head, cap, dtype, targets, weights, n):
 def _row_major(a):
     """Returns `a` behind a barrier that prevents XLA from merging the transpose of a tied head with a matrix product.
 
-    The CPU backend of XLA cannot compute the merged product in bfloat16.
+    The CPU backend of XLA cannot compute a matrix product in bfloat16 that is merged with a transpose.
     """
     return jax.lax.optimization_barrier(a)
 

@@ -184,8 +184,8 @@ def _(leaf: NF4, *others: Any) -> Any:
     if any(not isinstance(other, NF4) or other.absmax.shape[-2] != leaf.absmax.shape[-2] for other in others):
         return None
     groups = [x.absmax.shape[-1] // x.scale.shape[-1] for x in leaves]
-    # In the concatenated matrix, every group has `group` absmaxes. A larger group is split into groups of this size,
-    # and each of the smaller groups gets a copy of the larger group's scale.
+    # In the concatenated NF4 matrix, every group has `group` absmaxes. A larger group is split into groups of this
+    # size, and each of the smaller groups gets a copy of the larger group's scale.
     group = math.gcd(*groups)
     return NF4(
         codes=jnp.concatenate([x.codes for x in leaves], -1),

@@ -31,8 +31,8 @@ _MARGIN = 0.92  # A candidate is compiled only if the estimated memory is below 
 class Roofline:
     """Holds the seconds per step that computation, HBM traffic and communication take at the peak rates of the chip.
 
-    A real step takes longer than `best`, the lower bound. The time of an efficient step is about `worst`, the sum of
-    the times of computation, HBM traffic and communication.
+    A real step takes longer than `best`, the lower bound of the step time. The time of an efficient step is about
+    `worst`, the sum of the times of computation, HBM traffic and communication.
     """
 
     compute_s: float
