@@ -1,4 +1,5 @@
-"""Low-rank adapters (LoRA, rsLoRA, DoRA, PiSSA, OLoRA, MiSS) as pure functions on parameter trees."""
+"""This package implements low-rank adapters (LoRA, rsLoRA, DoRA, PiSSA, OLoRA, MiSS) as pure functions on parameter
+trees."""
 
 from typing import Any
 

@@ -1,7 +1,7 @@
-"""LoRA as pure functions on parameter trees.
+"""This module implements LoRA and its variants as pure functions on parameter trees.
 
-An adapter is a tree that holds the low-rank factors a and b of each adapted weight, or MiSS's matrix d, at the path of
-this weight:
+An adapter is a parameter tree. At the path of each adapted weight, the adapter holds the low-rank factors a and b, or
+for the method MiSS the matrix d:
 
     adapter  = init(key, params, cfg)           {"blocks": {"attn": {"q": {"kernel": {"a": .., "b": ..}}}}}
     adapted  = attach(params, adapter, cfg)     params with a LoraWeight in place of every adapted weight
@@ -37,11 +37,12 @@ Adapter = dict[str, Any]
 
 
 def targets(params: Params, cfg: LoraConfig) -> dict[str, Any]:
-    """Returns the weights that match `cfg.targets` as a dict by path, in the order of the parameter tree.
+    """Returns a dict of the weights whose paths match `cfg.targets`, by path, in the order of the parameter tree.
 
-    A pattern may select single layers of a stack, such as blocks/3/attn/q/kernel or blocks/[0-3,8-11]/*/kernel. In
-    layers that are not selected, the factors a and b are zero. They stay zero in training, because the gradient of each
-    factor is zero while the other factor is zero. MiSS's matrix d is zero there, and `attach` scales it by 0.
+    A pattern in `cfg.targets` may select individual layers of a stacked weight, such as blocks/3/attn/q/kernel or
+    blocks/[0-3,8-11]/*/kernel. In layers that `cfg.targets` does not select, the LoRA factors a and b are zero. Zero
+    factors stay zero in training, because the gradient of each factor is zero while the other factor is zero. In layers
+    that `cfg.targets` does not select, the matrix d of MiSS is zero too, and `attach` sets the scale of d to 0.
 
     Raises:
         UserError: a pattern matches no weight, or names a layer that the model lacks; or `cfg` applies DoRA or MiSS to
@@ -73,7 +74,8 @@ def targets(params: Params, cfg: LoraConfig) -> dict[str, Any]:
 
 
 def _refuse_layers(pattern: str, single: Sequence[str]) -> None:
-    """Raises UserError if a range of layers, such as [8-11], is decreasing or goes beyond the layers in `single`."""
+    """Raises UserError if a range of layers in the pattern, such as [8-11], is decreasing or exceeds the model's
+    layers."""
     n_layer = 1 + max((int(path.split("/")[1]) for path in single), default=-1)
     for glob in pattern.split("|"):
         for low, high in tree.number_ranges(glob):
@@ -85,9 +87,10 @@ def _refuse_layers(pattern: str, single: Sequence[str]) -> None:
 
 
 def _layer_paths(path: str, leaf: Any) -> list[str]:
-    """Returns the paths of the single layers of a stacked weight, or an empty list for a weight that is not stacked.
+    """Returns one path per layer of a stacked weight, or an empty list if the weight is not stacked over layers.
 
-    For example, the paths for blocks/attn/q/kernel are blocks/0/attn/q/kernel, blocks/1/attn/q/kernel and so on.
+    For example, the stacked weight blocks/attn/q/kernel has the paths blocks/0/attn/q/kernel, blocks/1/attn/q/kernel
+    and so on.
     """
     group, _, rest = path.partition("/")
     shape = jax.eval_shape(dense, leaf).shape
@@ -95,7 +98,8 @@ def _layer_paths(path: str, leaf: Any) -> list[str]:
 
 
 def _layers(path: str, leaf: Any, cfg: LoraConfig) -> np.ndarray:
-    """Returns a mask of the layers that `cfg.targets` selects, bool [L]; a scalar if the weight is not stacked."""
+    """Returns the mask of the layers that `cfg.targets` selects, bool [L], or a scalar bool if the weight is not
+    stacked."""
     names = _layer_paths(path, leaf)
     whole = tree.matches(cfg.targets, path)
     if not names:
@@ -104,8 +108,10 @@ def _layers(path: str, leaf: Any, cfg: LoraConfig) -> np.ndarray:
 
 
 def init(key: jax.Array, params: Params, cfg: LoraConfig) -> Adapter:
-    """Initialises an adapter that leaves the model unchanged: a ~ U(-1/sqrt(in), 1/sqrt(in)) as in PEFT, b = 0, and
-    for DoRA the magnitude vector m = column norms of the weight. A MiSS adapter is d = 0.
+    """Initialises an adapter that leaves the model's outputs unchanged.
+
+    The LoRA factors are a ~ U(-1/sqrt(in), 1/sqrt(in)), as in PEFT, and b = 0. For DoRA, the magnitude vector m is
+    initialised with the column norms of the weight. For MiSS, the matrix d is initialised with zeros.
 
     Raises:
         UserError: `cfg.targets` is invalid (see `targets`), or cfg.init is pissa or olora, which need
@@ -130,23 +136,25 @@ def init(key: jax.Array, params: Params, cfg: LoraConfig) -> Adapter:
 
 @exact
 def init_from_weights(params: Params, cfg: LoraConfig) -> tuple[Params, Adapter]:
-    """Initialises an adapter from the weights, and subtracts its contribution, scale * a @ b, from the weights.
-
-    The differences are called the residual weights. Attaching the adapter to the residual weights restores the original
+    """Initialises an adapter from the weights, and subtracts the adapter's contribution, scale * a @ b, from the
     weights.
 
-    init=pissa: the factors are a = u sqrt(s) and b = sqrt(s) v, where s are the `rank` largest singular values of the
-    weight, and u and v their singular vectors (arXiv:2404.02948, eq. 2-4).
+    The weights minus the adapter's contribution are called the residual weights. Attaching the adapter to the residual
+    weights restores the original weights.
 
-    init=olora: the factors come from the QR decomposition of W [out, in] = w.T, where b.T is the first `rank` columns
-    of Q and a.T the first `rank` rows of R (arXiv:2406.01775, 3.1; as in PEFT).
+    With init=pissa, the factors are a = u sqrt(s) and b = sqrt(s) v, where s contains the `rank` largest singular
+    values of the weight, and u and v contain the left and right singular vectors of these singular values
+    (arXiv:2404.02948, eq. 2-4).
 
-    With either init, both factors are also divided by sqrt(cfg.scale), because an attached adapter multiplies the
-    product of the factors by cfg.scale.
+    With init=olora, the factors are taken from the QR decomposition of the transposed weight, w.T [out, in] = Q R: b.T
+    is the first `rank` columns of Q, and a.T is the first `rank` rows of R (arXiv:2406.01775, 3.1; as in PEFT).
+
+    With init=pissa and init=olora, the factors a and b are also divided by sqrt(cfg.scale), because an attached adapter
+    multiplies the product a @ b by cfg.scale.
 
     Returns:
-        the params with the residual weights, and the adapter. Use `to_lora` to convert the trained adapter into an
-        adapter for the original weights.
+        the params with the residual weights, and the initial adapter. After training, use `to_lora` to convert the
+        trained adapter into an adapter for the original weights.
 
     Raises:
         UserError: `cfg.targets` is invalid (see `targets`), or cfg.init is lora, or cfg.miss is set, which need `init`.
@@ -191,15 +199,16 @@ def to_lora(adapter: Adapter, start: Adapter) -> Adapter:
 
 
 def attach(params: Params, adapter: Adapter, cfg: LoraConfig, *, scales: jax.Array | None = None) -> Params:
-    """Replaces every adapted weight with a `LoraWeight`, or with a `MissWeight` if the adapter is one of MiSS. Pass the
-    returned params to `forward` or to any loss.
+    """Returns `params` with every adapted weight replaced by a `LoraWeight`, or by a `MissWeight` for a MiSS adapter.
 
-    The adapter may also hold complete weights, such as those of a new head ({"cls_head": {"kernel": ..}}). They are put
-    into the returned params as they are.
+    The returned params can be passed to `forward` or to any loss.
+
+    The adapter may also hold complete weights, such as the weights of a new head ({"cls_head": {"kernel": ..}}).
+    Complete weights are copied into the returned params unchanged.
 
     Args:
-        scales: the scale of the adapter, which replaces `cfg.scale`. It is a scalar array, or for an adapter that
-            `rows` returned an array [B] with one scale per row of the batch. The array may be traced.
+        scales: the scale of the adapter, which replaces `cfg.scale`: a scalar array, or for a batched adapter (see
+            `rows`) an array [B] with one scale per row of the batch. The array may be traced.
 
     Raises:
         UserError: the adapter has a path that the base model lacks, or a shape that does not fit the base model; or
@@ -234,13 +243,14 @@ def _adapted(
         return _leaf(leaf, pair, cfg, scales)
     axes, selected = pair["d"].shape[:-2], _layers(path, leaf, cfg)
     value = jnp.broadcast_to(jnp.float32(cfg.scale) if scales is None else jax.lax.stop_gradient(scales), axes)
-    # with a scale of 0 the gradient of d is 0, so that d stays zero in the layers that cfg.targets leaves out
+    # A scale of 0 makes the gradient of d zero, so that d stays zero in the layers that cfg.targets does not select.
     value = value * selected if selected.any() else value
     return MissWeight(leaf, pair["d"], value, rate=_rates(cfg, axes))
 
 
 def _leaf(leaf: Any, pair: dict[str, jax.Array], cfg: LoraConfig, scales: jax.Array | None) -> LoraWeight:
-    axes = pair["a"].shape[:-2]  # leading axes: layers [L], rows of the batch [B], or both [L, B]
+    # The leading axes of `a` are the layers [L], the rows of the batch [B], or both [L, B].
+    axes = pair["a"].shape[:-2]
     value = jnp.broadcast_to(jnp.float32(cfg.scale) if scales is None else jax.lax.stop_gradient(scales), axes)
     return LoraWeight(leaf, pair["a"], pair["b"], value, pair.get("m"), rate=_rates(cfg, axes))
 
@@ -250,9 +260,10 @@ def _rates(cfg: LoraConfig, axes: tuple[int, ...]) -> jax.Array | None:
 
 
 def merge(params: Params, adapter: Adapter, cfg: LoraConfig, *, scales: jax.Array | None = None) -> Params:
-    """Merges the adapter into the weights, for export or for the fastest decoding.
+    """Returns `params` with the adapter added to the weights, for export or for the fastest decoding.
 
-    Each weight keeps its dtype, but quantised weights become float32. `scales` has the same meaning as in `attach`.
+    Each merged weight has the dtype of the original weight, except that a quantised weight becomes float32. The
+    docstring of `attach` describes the argument `scales`.
     """
 
     def merged(leaf: Any) -> Any:
@@ -271,16 +282,19 @@ def _is_leaf(node: Any) -> bool:
 
 
 def bind(loss: Callable, params: Params, cfg: LoraConfig) -> Callable:
-    """Returns a function (adapter, batch, key=None) that computes `loss` for the frozen `params` with the adapter."""
+    """Returns a function (adapter, batch, key=None) that evaluates `loss` on the frozen `params` with the adapter
+    attached."""
     loss = with_dropout(loss)
     return lambda adapter, batch, key=None: loss(attach(params, adapter, cfg), batch, key)
 
 
 def with_dropout(loss: Callable) -> Callable:
-    """Returns `loss` with dropout on the input of each attached adapter, in addition to the model's own dropout.
+    """Returns `loss` with dropout applied to the input of each attached adapter, in addition to the model's own
+    dropout.
 
-    The dropout rate is set by the config passed to `attach`. The PRNG key of each adapter's dropout is derived from the
-    key that is passed to the loss; if that key is None, there is no dropout.
+    The dropout rate is the field `dropout` of the `LoraConfig` that was passed to `attach`. The PRNG key of each
+    adapter's dropout is derived from the key that is passed to the loss. If the key passed to the loss is None, no
+    dropout is applied.
     """
 
     def seeded(params: Params, batch: Any, key: jax.Array | None) -> Any:
@@ -299,10 +313,10 @@ def with_dropout(loss: Callable) -> Callable:
 
 
 def rows(adapters: Sequence[Adapter], ids: Sequence[int] | jax.Array) -> Adapter:
-    """Returns a batched adapter, which applies adapters[ids[i]] to row i of a batch (multi-LoRA serving).
+    """Returns a batched adapter that applies adapters[ids[i]] to row i of a batch (multi-LoRA serving).
 
-    The adapters must have the same rank and targets. If the adapters' scales differ, pass the scale of each row to
-    `attach` as `scales` [B].
+    All adapters must have the same rank and the same targets. If the scales of the adapters differ, pass the scale of
+    each row of the batch to `attach` as `scales` [B].
 
     Raises:
         UserError: an adapter uses DoRA or MiSS, or adapts an embedding.
@@ -315,13 +329,14 @@ def rows(adapters: Sequence[Adapter], ids: Sequence[int] | jax.Array) -> Adapter
 
 
 def concatenate(adapters: Sequence[Adapter], weights: Sequence[float] | None = None) -> Adapter:
-    """Returns the exact weighted sum of adapters, computed by concatenating their factors along the rank axis.
+    """Returns the exact weighted sum of several adapters by concatenating the adapters' factors along the rank axis.
 
-    To attach the weighted sum, pass the config of the input adapters to `attach`. The adapters must have the same
-    scale. Their targets may differ, because an adapter does not change a weight for which it has no factors.
+    To attach the weighted sum, pass the config of the input adapters to `attach`. The input adapters must have the same
+    scale. The targets of the input adapters may differ, because an adapter does not change a weight for which the
+    adapter has no factors.
 
     Raises:
-        UserError: an adapter has DoRA magnitude vectors, MiSS matrices or complete weights, such as a new head; they
+        UserError: an adapter has DoRA magnitude vectors, MiSS matrices or complete weights, such as a new head, which
             cannot be added.
     """
     weights = [1.0] * len(adapters) if weights is None else weights
@@ -332,12 +347,14 @@ def concatenate(adapters: Sequence[Adapter], weights: Sequence[float] | None = N
 
 
 def concatenate_factors(pairs: Sequence[tuple[jax.Array, jax.Array]]) -> dict[str, jax.Array]:
-    """Returns the factors whose product is the sum of the products a @ b of all pairs."""
+    """Returns concatenated factors {a, b} whose product a @ b equals the sum of the products a_i @ b_i of all
+    `pairs`."""
     return {"a": jnp.concatenate([a for a, _ in pairs], -1), "b": jnp.concatenate([b for _, b in pairs], -2)}
 
 
 def factors_by_path(adapters: Sequence[Adapter]) -> dict[str, dict[int, tuple[jax.Array, jax.Array]]]:
-    """Returns for each path the factors (a, b) of the adapters that have it, by the adapter's index.
+    """Returns a dict from each weight's path to the LoRA factors (a, b) of the adapters of that weight, by adapter
+    index.
 
     Raises:
         UserError: an adapter has arrays other than a and b.
@@ -354,28 +371,33 @@ def factors_by_path(adapters: Sequence[Adapter]) -> dict[str, dict[int, tuple[ja
 
 
 def average(adapters: Sequence[Adapter]) -> Adapter:
-    """Returns the mean of the adapters. The rank of the mean is the sum of the ranks of the adapters."""
+    """Returns the mean of several adapters. The rank of the mean adapter is the sum of the ranks of the input
+    adapters."""
     return concatenate(adapters, [1 / len(adapters)] * len(adapters))
 
 
 def interpolate(first: Adapter, second: Adapter, t: float) -> Adapter:
-    """Interpolates two adapters linearly, (1 - t) * first + t * second; the result's rank is the sum of their ranks."""
+    """Returns the linear interpolation of two adapters, (1 - t) * first + t * second.
+
+    The rank of the returned adapter is the sum of the ranks of `first` and `second`.
+    """
     return concatenate([first, second], [1 - t, t])
 
 
 def negate(adapter: Adapter) -> Adapter:
-    """Returns the adapter with the opposite effect on the weights, for task negation (arXiv:2212.04089)."""
+    """Returns an adapter that adds -scale * a @ b instead of scale * a @ b, for task negation (arXiv:2212.04089)."""
     return concatenate([adapter], [-1.0])
 
 
 def truncate_rank(adapter: Adapter, rank: jax.Array | int) -> Adapter:
-    """Zeroes all but the first `rank` columns of a and rows of b; the shapes do not change and `rank` may be traced.
+    """Returns the adapter with all columns of `a` and all rows of `b` beyond the first `rank` set to zero.
 
-    The zeroed elements stay zero in training, because their gradients are zero. Adapters of different ranks can
-    therefore be zero-padded to the same shape and trained in one vmapped program.
+    The shapes of a and b do not change, and `rank` may be a tracer. The zeroed elements stay zero in training, because
+    the gradients of the zeroed elements are zero. Adapters of different ranks can therefore be zero-padded to the same
+    shape and trained in one vmapped program.
 
     Raises:
-        UserError: the adapter is a MiSS adapter, whose rank is also the size of the blocks of its input.
+        UserError: the adapter is a MiSS adapter, whose rank is also the block size by which its input is summed.
     """
     pairs = tree.by_parent(adapter)
     for path, pair in pairs.items():

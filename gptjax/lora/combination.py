@@ -1,4 +1,4 @@
-"""Merges several LoRA adapters of one base model into one adapter."""
+"""This module merges several LoRA adapters of one base model into one adapter."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ Prune = Callable[[jax.Array, float, jax.Array | None], jax.Array]
 
 
 class Method(NamedTuple):
-    """A merge of matrices: `prune` sets elements of each adapter's matrix to zero, then `add` adds the matrices."""
+    """Describes a merge method: `prune` sets elements of each adapter's matrix to zero, then `add` sums the
+    matrices."""
 
     prune: Prune | None
     add: Callable[[jax.Array, jax.Array, MajoritySign], jax.Array]
@@ -38,35 +39,41 @@ def combine(
     majority_sign: MajoritySign = "total",
     key: jax.Array | None = None,
 ) -> Adapter:
-    """Merges adapters into one, with a weight per adapter.
+    """Returns one adapter that is the merge of several adapters, with one merge weight per adapter.
 
-    The methods, for the contributions D_i = scales[i] * a_i @ b_i of the adapters to a weight:
+    Adapter i contributes the matrix D_i = scales[i] * a_i @ b_i to each adapted weight. The argument `method` is one of
+    the following:
 
-    cat              sum of weights[i] * D_i, exactly, by concatenating the factors; the ranks add up
-    slerp            spherical interpolation of two D_i per matrix [in, out], with weights 1 - t and t (Shoemake 1985);
-                     linear if the two are parallel or one is zero. Exact; the ranks add up
-    linear           weighted sum of the factors a_i, and of the b_i: a rough approximation of the sum of the D_i
-    magnitude_prune  linear, of the share `density` of each factor's elements with the largest magnitudes
-    ties             TIES (arXiv:2306.01708): as magnitude_prune, but of each element's values only those are averaged
-                     that have the sign of the majority
-    dare_linear      DARE (arXiv:2311.03099): linear, of a random share `density` of elements, divided by `density`
-    dare_ties        the same with the sum of TIES
-    svd              sum of weights[i] * D_i, truncated to `rank` singular values
+        cat: the exact sum of weights[i] * D_i, computed by concatenating the factors. The ranks add up.
+        slerp: the exact spherical interpolation of two matrices D_i [in, out], with weights 1 - t and t (Shoemake
+            1985). The interpolation is linear if the matrices are parallel or if one matrix is zero. The ranks add up.
+        linear: the weighted sum of the factors a_i and the weighted sum of the factors b_i, whose product approximates
+            the sum of the D_i roughly.
+        magnitude_prune: prunes each factor to the fraction `density` of elements with the largest magnitudes, and then
+            merges the factors as linear does.
+        ties: TIES (arXiv:2306.01708). Prunes as magnitude_prune does, and then averages, per element, only the values
+            that have the majority sign.
+        dare_linear: DARE (arXiv:2311.03099). Keeps a random fraction `density` of elements, divides the kept elements
+            by `density`, and then merges the factors as linear does.
+        dare_ties: drops elements as dare_linear does, and then averages as ties does.
+        svd: the sum of weights[i] * D_i, truncated to the `rank` largest singular values.
 
-    The methods magnitude_prune_svd, ties_svd, dare_linear_svd and dare_ties_svd merge the D_i instead of the factors,
-    and truncate the result to `rank` singular values, as svd does.
+    The methods magnitude_prune_svd, ties_svd, dare_linear_svd and dare_ties_svd merge the matrices D_i instead of the
+    factors a_i and b_i, and truncate the merged matrix to its `rank` largest singular values.
 
     Args:
-        adapters: adapters with factors a [.., in, R] and b [.., R, out]. Their targets may differ; an adapter does not
-            take part in the merge of a weight for which it has no factors. Their ranks may differ for cat, slerp and
-            the svd methods.
-        weights: weight of each adapter, which may be negative except for slerp.
-        scales: scale of each adapter (`LoraConfig.scale`), to be given if they differ; attach the result with a scale
-            of 1. None: all adapters have the same scale; attach the result with this scale.
+        adapters: adapters with factors a [.., in, R] and b [.., R, out]. The adapters' targets may differ; an adapter
+            does not take part in the merge of a weight for which the adapter has no factors. The adapters' ranks may
+            differ for cat, slerp and the svd methods.
+        weights: merge weight of each adapter, which may be negative except for slerp.
+        scales: scale of each adapter (`LoraConfig.scale`), needed if the scales differ; attach the result with a scale
+            of 1. None: all adapters have the same scale; attach the result with the same scale.
         rank: rank of the result of the svd methods. None: the largest rank of an adapter.
-        density: share of the elements that are kept, above 0 and at most 1. Needed by the pruning methods.
-        majority_sign: for the ties methods, the sign of an element's sum ("total") or of most values ("frequency").
-        key: random key of the masks of the dare methods. Masks are independent across adapters, paths and factors.
+        density: fraction of the elements that are kept, above 0 and at most 1. The pruning methods need it.
+        majority_sign: for the ties methods, whether the majority sign of an element is the sign of the sum of the
+            adapters' values ("total") or the sign of most of the values ("frequency").
+        key: PRNG key of the random masks of the dare methods. The masks are independent across adapters, paths and
+            factors.
 
     Returns:
         The merged adapter, float32.
@@ -75,7 +82,8 @@ def combine(
         UserError: an argument does not fit the method or the adapters; or an adapter has a DoRA magnitude vector, a
             MiSS matrix or complete weights.
 
-    Source: PEFT's `LoraModel.add_weighted_adapter`, whose combination types these methods are, except for slerp.
+    Source: PEFT's `LoraModel.add_weighted_adapter`, whose combination types include all methods of `combine` except
+    slerp.
     """
     scales = [1.0] * len(adapters) if scales is None else scales
     if not adapters or not len(adapters) == len(weights) == len(scales):
@@ -104,7 +112,9 @@ def combine(
                 pair = _truncated(mix(deltas, w, keys["w"]), most)
             else:
                 _refuse_ranks(path, method, a)
-                root = jnp.sqrt(jnp.abs(w * s))  # the product of both factors' weights is w * s
+                # The factor a is weighted by `signed`, and the factor b by `root`. The product of `signed` and `root`
+                # is w * s, the merge weight times the scale of the adapter.
+                root = jnp.sqrt(jnp.abs(w * s))
                 signed = jnp.where(w * s < 0, -root, root)
                 pair = {"a": mix(a, signed, keys["a"]), "b": mix(b, root, keys["b"])}
         merged |= {f"{path}/{name}": leaf for name, leaf in pair.items()}
@@ -139,24 +149,32 @@ def _refuse_ranks(path: str, method: str, a: Sequence[jax.Array]) -> None:
 
 
 def _weighted(a: Sequence[jax.Array], b: Sequence[jax.Array], weights: jax.Array) -> dict[str, jax.Array]:
-    """Returns the factors of the sum of weights[i] * a_i @ b_i. The weights are [N, ..], for the leading axes of a."""
+    """Returns the low-rank factors a and b of the sum over i of weights[i] * a_i @ b_i.
+
+    The array `weights` has the shape [N, ..], where N is the number of adapters and .. are the leading axes of a_i.
+    """
     return concatenate_factors([(x, y * w[..., None, None]) for x, y, w in zip(a, b, weights, strict=True)])
 
 
 def _slerp(a: Sequence[jax.Array], b: Sequence[jax.Array], w: jax.Array, s: jax.Array) -> dict[str, jax.Array]:
-    """Returns the factors of sin(w_0 angle) / sin(angle) D_0 + sin(w_1 angle) / sin(angle) D_1, where `angle` is the
-    angle between the flattened D_0 and D_1."""
+    """Returns the low-rank factors of the spherical interpolation of two adapters' contributions D_0 and D_1.
+
+    The interpolation is sin(w_0 angle) / sin(angle) D_0 + sin(w_1 angle) / sin(angle) D_1, where `angle` is the angle
+    between the flattened matrices D_0 and D_1, and D_i = s_i a_i @ b_i.
+    """
     if len(a) == 1:
         return _weighted(a, b, w * s)
 
     def inner(i: int, j: int) -> jax.Array:
-        """Returns the inner product of D_i and D_j from products of the size of the ranks."""
+        """Returns the inner product of the matrices D_i and D_j, computed from [rank, rank] products of the factors."""
         return s[i] * s[j] * ((_t(a[i]) @ a[j]) * (b[i] @ _t(b[j]))).sum((-2, -1))
 
     norms = jnp.sqrt(inner(0, 0) * inner(1, 1))
     angle = jnp.arccos(jnp.clip(inner(0, 1) / jnp.where(norms > 0, norms, 1), -1, 1))
     sine = jnp.sin(angle)
-    curved = (norms > 0) & (sine > 1e-3)  # otherwise the direction of the arc is undefined or lost in rounding
+    # For parallel or zero matrices, the arc of the spherical interpolation is undefined or lost in rounding, and the
+    # interpolation is linear.
+    curved = (norms > 0) & (sine > 1e-3)
     coefficients = [jnp.where(curved, jnp.sin(t * angle) / jnp.where(curved, sine, 1), t) for t in w]
     return _weighted(a, b, jnp.stack([c * scale for c, scale in zip(coefficients, s, strict=True)]))
 
@@ -182,9 +200,11 @@ def _mix(
 
 
 def _largest(x: jax.Array, density: float, key: jax.Array | None) -> jax.Array:
-    """Zeroes all but the share `density` of each matrix [in, out] of x [.., in, out] with the largest magnitudes."""
+    """Returns x [.., in, out] with zeros outside the fraction `density` of largest magnitudes in each matrix [in,
+    out]."""
     flat = jnp.abs(x).reshape(*x.shape[:-2], -1)
-    order = jnp.argsort(jnp.argsort(-flat))  # position of each element in descending order
+    # `order` holds the position of each element in descending order of magnitude.
+    order = jnp.argsort(jnp.argsort(-flat))
     return x * (order < int(density * flat.shape[-1])).reshape(x.shape)
 
 
@@ -198,14 +218,15 @@ def _sum(x: jax.Array, weights: jax.Array, majority_sign: MajoritySign) -> jax.A
 
 
 def _elected_mean(x: jax.Array, weights: jax.Array, majority_sign: MajoritySign) -> jax.Array:
-    """Returns the weighted sum of the values with the majority sign, divided by their number (TIES, section 4)."""
+    """Returns, per element, the weighted sum of the adapters' values that have the majority sign, divided by the number
+    of these values (TIES, section 4)."""
     votes = x if majority_sign == "total" else jnp.sign(x)
     kept = jnp.sign(x) == jnp.where(votes.sum(0) >= 0, 1, -1)
     return (x * weights * kept).sum(0) / jnp.maximum(kept.sum(0), 1)
 
 
 def mask_key(key: jax.Array | None, path: str, i: int) -> jax.Array | None:
-    """Returns the key of the mask of the array at `path`, such as blocks/attn/q/kernel/a, of adapter i."""
+    """Returns the PRNG key of the random mask for adapter i and the array at `path`, such as blocks/attn/q/kernel/a."""
     return None if key is None else jax.random.fold_in(jax.random.fold_in(key, zlib.crc32(path.encode())), i)
 
 
@@ -213,7 +234,8 @@ def _t(x: jax.Array) -> jax.Array:
     return jnp.swapaxes(x, -1, -2)
 
 
-# The methods that merge either the factors or, with the suffix _svd, the products D_i.
+# METHODS holds the methods that merge the factors a_i and b_i or, with the suffix _svd, the products D_i = scales[i] *
+# a_i @ b_i.
 METHODS: dict[str, Method] = {
     "linear": Method(None, _sum),
     "magnitude_prune": Method(_largest, _sum),

@@ -1,4 +1,4 @@
-"""`LoraWeight` and `MissWeight`: the parameter leaves that replace an adapted weight and hold this weight and its
+"""This module defines `LoraWeight` and `MissWeight`, the parameter leaves that hold an adapted weight and its
 adapter."""
 
 from __future__ import annotations
@@ -16,21 +16,24 @@ from gptjax.ops.scale import scaled
 
 @struct.dataclass
 class LoraWeight:
-    """Represents the weight w + scale * a @ b without materialising the sum.
+    """Represents the weight w + scale * a @ b without materialising the sum of the two matrices.
 
-    With DoRA, the columns of this sum are rescaled to the norms in `m`.
+    With DoRA, the columns of the adapted weight are rescaled to the norms in the magnitude vector `m`.
 
-    w      [.., in, out]  frozen weight of any type that `ops.linear` supports, quantised or not
-    a      [.., in, R]    float32; with one adapter per row of the batch: [.., B, in, R]
-    b      [.., R, out]   float32; with one adapter per row of the batch: [.., B, R, out]
-    scale  [..]           float32; with one adapter per row of the batch: [.., B]
-    m      [.., 1, out]   magnitude vector of DoRA, or None
-    key    [..]           PRNG key of the dropout, or None for no dropout
-    rate   [..]           dropout rate on the input of `a`, or None for no dropout
+    Attributes:
+        w: frozen weight [.., in, out] of any type that `ops.linear` supports, quantised or not.
+        a: first low-rank factor [.., in, R] float32; with one adapter per row of the batch, [.., B, in, R].
+        b: second low-rank factor [.., R, out] float32; with one adapter per row of the batch, [.., B, R, out].
+        scale: factor of a @ b, [..] float32; with one adapter per row of the batch, [.., B].
+        m: magnitude vector of DoRA, [.., 1, out], or None.
+        key: PRNG keys of the dropout, [..], or None for no dropout.
+        rate: dropout rate on the input of `a`, [..], or None for no dropout.
 
-    R is the rank, and .. is the layer axis of a stacked weight, or nothing. B is the number of rows of the batch.
+    In the shapes of the attributes, R is the rank of the adapter, B is the number of rows of the batch, and .. is the
+    layer axis of a stacked weight, or nothing.
 
-    Only a, b and m receive gradients. Sources: arXiv:2106.09685, eq. 3; DoRA: arXiv:2402.09353, eq. 5 and 11.
+    Only a, b and m receive gradients. Sources of the formulas: LoRA, arXiv:2106.09685, eq. 3; DoRA, arXiv:2402.09353,
+    eq. 5 and 11.
     """
 
     w: Any
@@ -46,7 +49,8 @@ class LoraWeight:
 def _(leaf: LoraWeight, x: jax.Array, dtype: str = "float32") -> jax.Array:
     y = matmul(leaf.w, x, dtype)
     low = x if leaf.rate is None else dropout(x, leaf.rate, leaf.key)
-    if leaf.a.ndim == 3:  # one adapter per row of the batch; matrix products are accumulated in float32
+    # The leaf holds one adapter per row of the batch. The products with a and b accumulate in float32.
+    if leaf.a.ndim == 3:
         B = leaf.a.shape[0]
         low = _batched(low.reshape(B, -1, low.shape[-1]), leaf.a)
         add = _batched(low, leaf.b) * leaf.scale[:, None, None].astype(x.dtype)
@@ -79,10 +83,10 @@ def _(leaf: LoraWeight) -> jax.Array:
 def _(leaf: LoraWeight, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns two plain arrays whose product is the output of the adapted weight for the input x.
 
-    Without dropout the two arrays are x and the materialised weight. Dropout is applied to the input of `a` but not to
-    the input of `w`. With dropout the first array therefore consists of x and dropout(x) @ a, concatenated along the
-    last axis, and the second of w and scale * b, concatenated along the first axis. DoRA rescales the columns of the
-    second array.
+    Without dropout, the two returned arrays are x and the materialised weight. Dropout is applied to the input of the
+    LoRA factor `a` but not to the input of the frozen weight `w`. With dropout, the first returned array is therefore
+    the concatenation of x and dropout(x) @ a along the last axis, and the second returned array is the concatenation of
+    w and scale * b along the first axis. For DoRA, the columns of the second returned array are rescaled.
     """
     if leaf.rate is None or leaf.key is None:
         return x, dense(leaf)
@@ -94,20 +98,23 @@ def _(leaf: LoraWeight, x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 @struct.dataclass
 class MissWeight:
-    """Represents a weight with a MiSS adapter, w[i] + scale * d[i mod R] for row i, without materialising the sum.
+    """Represents a weight with a MiSS adapter, whose row i is w[i] + scale * d[i mod R], without materialising the sum.
 
-    Its product with x is x @ w + scale * s @ d, where s [.., R] is the sum over x's consecutive blocks of R channels:
-    for R = 2, s = [x0 + x2 + x4 + .., x1 + x3 + x5 + ..]. The last block is padded with zeros.
+    The product of the input x and the adapted weight is x @ w + scale * s @ d, where s [.., R] is the sum over the
+    consecutive blocks of R channels of x. For example, s = [x0 + x2 + x4 + .., x1 + x3 + x5 + ..] for R = 2. The last
+    block of R channels is padded with zeros.
 
-    w      [.., in, out]  frozen weight of any type that `ops.linear` supports, quantised or not
-    d      [.., R, out]   float32
-    scale  [..]           float32: 1, or 0 in layers without an adapter
-    key    [..]           PRNG key of the dropout, or None for no dropout
-    rate   [..]           dropout rate on the input of the block sum, or None for no dropout
+    Attributes:
+        w: frozen weight [.., in, out] of any type that `ops.linear` supports, quantised or not.
+        d: matrix of MiSS, [.., R, out] float32.
+        scale: factor of d, [..] float32: 1, or 0 in layers without an adapter.
+        key: PRNG keys of the dropout, [..], or None for no dropout.
+        rate: dropout rate on the input of the block sum, [..], or None for no dropout.
 
-    R is the rank, and .. is the layer axis of a stacked weight, or nothing. Only d receives gradients.
+    In the shapes of the attributes, R is the rank of the adapter, and .. is the layer axis of a stacked weight, or
+    nothing. Only d receives gradients.
 
-    Source: arXiv:2409.15371, as in PEFT's MissConfig(init_weights=True).
+    Source: MiSS, arXiv:2409.15371, with the initialisation of PEFT's MissConfig(init_weights=True).
     """
 
     w: Any
@@ -133,24 +140,27 @@ def _(leaf: MissWeight) -> jax.Array:
 
 @factors.register
 def _(leaf: MissWeight, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns two plain arrays whose product is the output of the adapted weight for the input x, with the block sums
-    as further columns of the first array and d as further rows of the second."""
+    """Returns two plain arrays whose product is the output of the adapted weight for the input x.
+
+    The first returned array is x with the block sums of x appended as further columns. The second returned array is w
+    with scale * d appended as further rows.
+    """
     kernel = jnp.concatenate([dense(leaf.w).astype(jnp.float32), leaf.scale * leaf.d])
     return jnp.concatenate([x, _block_sum(leaf, x)], -1), kernel
 
 
 def _block_sum(leaf: MissWeight, x: jax.Array) -> jax.Array:
-    """Returns the sum [.., R] over the consecutive blocks of R channels of x [.., in], after dropout."""
+    """Returns the sum [.., R] over the consecutive blocks of R channels of x [.., in], after dropout on x."""
     low, R = x if leaf.rate is None else dropout(x, leaf.rate, leaf.key), leaf.d.shape[-2]
     low = jnp.pad(low, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % R)])
     return low.reshape(*x.shape[:-1], -1, R).sum(-2)
 
 
 def column_norms(leaf: LoraWeight) -> jax.Array:
-    """Returns the column norms of w + scale a b, [.., 1, out], without materialising the sum.
+    """Returns the column norms [.., 1, out] of w + scale * a @ b without materialising the sum of the two matrices.
 
-    For each column, with s = scale, |w + s a b|^2 = |w|^2 + 2 s sum_r b * (a^T w) + s^2 sum_r b * ((a^T a) b). No
-    gradient flows through the column norms, as in DoRA (arXiv:2402.09353, 4.3).
+    With s = scale, the squared norm of each column is |w + s a b|^2 = |w|^2 + 2 s sum_r b * (a^T w) + s^2 sum_r b *
+    ((a^T a) b). No gradient flows through the column norms, as in DoRA (arXiv:2402.09353, 4.3).
     """
     w, a, b, s = jax.lax.stop_gradient((dense(leaf.w), leaf.a, leaf.b, leaf.scale[..., None, None]))
     a_t = jnp.swapaxes(a, -1, -2)

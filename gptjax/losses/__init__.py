@@ -1,14 +1,15 @@
-"""Losses for training: next-token prediction, preferences, rewards, classification and distillation.
+"""This package defines the training losses: next-token prediction, preference optimisation, policy gradients, reward
+models, classification and distillation.
 
-`next_token`, `preference`, `policy`, `classify`, `reward_model` and `distill` each return the loss for a model config.
-A loss is a pure function (params, batch, key) that returns a `Mean` and a dict of metrics:
+The functions `next_token`, `preference`, `policy`, `classify`, `reward_model` and `distill` each return a loss function
+for a model config. A loss function is a pure function (params, batch, key) that returns a `Mean` and a dict of metrics:
 
     loss = gptjax.losses.next_token(cfg)
     (mean, metrics) = loss(params, batch, None)         pass a key to apply dropout
     mean.value()                                        nats per token
 
-A `Mean` holds a weighted sum and the sum of the weights, so that gradient accumulation can add the losses of
-micro-batches exactly.
+A `Mean` holds a weighted sum of loss terms and the sum of the weights, so that gradient accumulation can add the losses
+of micro-batches exactly.
 """
 
 from gptjax.losses.classify import class_logits, classify

@@ -1,4 +1,5 @@
-"""Classification loss: the hidden states of a text are pooled, and a linear head predicts its class (cross-entropy)."""
+"""This module defines the classification loss: the cross-entropy of a linear head on the pooled hidden states of a
+text."""
 
 from __future__ import annotations
 
@@ -25,10 +26,10 @@ Pooling = Literal["last", "first", "mean"]
 def classify(cfg: ModelConfig, pooling: Pooling = "last") -> Callable[..., tuple[Mean, Metrics]]:
     """Returns the classification loss over `cfg.n_classes` classes.
 
-    A batch has B rows, each with up to K packed texts. It consists of tokens and segment_ids [B, T] int32,
-    labels [B, K] int32, and weights [B, K] float32. The segment id of text k (0 to K - 1) is k + 1; the weight of text
-    k is 0 in rows that have no text k. The loss is the cross-entropy in nats, as a `Mean` over texts. The metrics
-    contain `accuracy`, the fraction of texts that are classified correctly.
+    A batch has B rows, and each row packs up to K texts. The batch consists of tokens and segment_ids [B, T] int32,
+    labels [B, K] int32, and weights [B, K] float32. The segment id of text k (0 to K - 1) is k + 1. The weight of text
+    k is 0 in rows without a text k. The classification loss is the cross-entropy in nats, as a `Mean` over texts. The
+    metrics contain `accuracy`, the fraction of texts that are classified correctly.
     """
 
     def loss(params: Params, batch: LabelledBatch, key: jax.Array | None) -> tuple[Mean, Metrics]:
@@ -53,22 +54,24 @@ def class_logits(
     n: int = 1,
     dropout_key: jax.Array | None = None,
 ) -> jax.Array:
-    """Returns the logits [B, n, n_classes] float32 that `params["cls_head"]` computes for the texts in segments 1 to n.
+    """Returns the class logits [B, n, n_classes] float32 of the texts in segments 1 to n, computed by
+    `params["cls_head"]`.
 
-    Tokens attend only to tokens of the same text, not to other texts or to padding, which is segment 0.
+    Tokens attend only to tokens of the same text. Tokens do not attend to other texts or to padding, which has the
+    segment id 0.
 
     Args:
-        pooling: which hidden state of a text is classified: that of the last token, that of the first token, or the
-            mean over all tokens.
+        pooling: the hidden state of a text that is classified: the hidden state of the last token, the hidden state of
+            the first token, or the mean hidden state of all tokens.
     """
     hidden = backbone(params, tokens, cfg, segment_ids=segment_ids, dropout_key=dropout_key)
     mask = segment_ids[:, None] == jnp.arange(1, n + 1)[:, None]  # [B, n, T]
     if pooling == "mean":
         count = jnp.maximum(mask.sum(-1, keepdims=True), 1)
         share = mask.astype(jnp.float32) / count.astype(jnp.float32)
-        pooled = jnp.einsum(
-            "bnt,btd->bnd", share, hidden.astype(jnp.float32), precision="highest"
-        )  # the mean hidden state of each text; GPUs and TPUs do not round the operands
+        # `pooled` is the mean hidden state of each text. With the precision "highest", GPUs and TPUs do not round the
+        # operands of the product.
+        pooled = jnp.einsum("bnt,btd->bnd", share, hidden.astype(jnp.float32), precision="highest")
     else:
         last = tokens.shape[1] - 1 - mask[..., ::-1].argmax(-1)
         index = last if pooling == "last" else mask.argmax(-1)

@@ -1,4 +1,5 @@
-"""Knowledge distillation: a student learns the probabilities that a teacher gives to the next token, or to a class."""
+"""This module defines knowledge-distillation losses, which train a student on a teacher's next-token or class
+probabilities."""
 
 from __future__ import annotations
 
@@ -21,16 +22,18 @@ if TYPE_CHECKING:
     from gptjax.data.classification import LabelledBatch
 
 Divergence = Literal["forward", "reverse", "js"]
-NO_TOKEN = -1e15  # logit of an excluded token; finite, because the gradient of -inf would be nan
+# NO_TOKEN is the logit of an excluded token. NO_TOKEN is finite, because a logit of -inf would have a NaN gradient.
+NO_TOKEN = -1e15
 
 
 class TeacherBatch(NamedTuple):
-    """A batch for next-token prediction with the teacher's log-probabilities, which `teacher_log_probs` computes.
+    """A batch for next-token prediction that also holds the teacher's log-probabilities from `teacher_log_probs`.
 
-    tokens, targets, weights, segment_ids   [B, T], as in `gptjax.types.Batch`
-    ids         [B, T, K] int32    the K most probable tokens under the teacher, the most probable first
-    log_probs   [B, T, K + 1] float32, or [B, T, K] if K is the vocabulary size: the log-probabilities of these tokens
-                and, last, of all other tokens together
+    Attributes:
+        tokens, targets, weights, segment_ids: arrays [B, T], as in `gptjax.types.Batch`.
+        ids: the K most probable tokens under the teacher in descending order of probability, [B, T, K] int32.
+        log_probs: the log-probabilities of the tokens in `ids` and, as the last element, the total log-probability of
+            all other tokens, [B, T, K + 1] float32. If K is the vocabulary size, the last element is left out.
     """
 
     tokens: Any
@@ -42,19 +45,18 @@ class TeacherBatch(NamedTuple):
 
 
 def divergence(student: jax.Array, teacher: jax.Array, kind: Divergence = "forward", beta: float = 0.5) -> jax.Array:
-    """Returns the divergence of two distributions, [..] in nats.
-
-    forward   KL(teacher || student): the student covers everything that the teacher considers probable
-    reverse   KL(student || teacher): the student avoids what the teacher considers improbable
-    js        beta KL(teacher || m) + (1 - beta) KL(student || m), with m = beta teacher + (1 - beta) student: the
-              generalised Jensen-Shannon divergence
+    """Returns the divergence between the student's and the teacher's distributions in nats, [..].
 
     Args:
-        student, teacher: log-probabilities, [.., V].
+        kind: `forward` computes KL(teacher || student), which makes the student cover every token that is probable
+            under the teacher. `reverse` computes KL(student || teacher), which makes the student avoid every token
+            that is improbable under the teacher. `js` computes the generalised Jensen-Shannon divergence,
+            beta KL(teacher || m) + (1 - beta) KL(student || m), with m = beta teacher + (1 - beta) student.
+        student, teacher: log-probabilities of the student and of the teacher, [.., V].
         beta: weight of the teacher in the mixture m of `js`, between 0 and 1 (exclusive).
 
-    Source: arXiv:2306.13649, section 2; equal to TRL's `generalized_jsd_loss` before its reduction, in which beta=0 is
-    `forward` and beta=1 is `reverse`.
+    Source: arXiv:2306.13649, section 2. The values equal TRL's `generalized_jsd_loss` without the reduction over
+    tokens; in TRL, beta=0 selects `forward` and beta=1 selects `reverse`.
     """
 
     def kl(p: jax.Array, q: jax.Array) -> jax.Array:
@@ -69,18 +71,21 @@ def divergence(student: jax.Array, teacher: jax.Array, kind: Divergence = "forwa
 
 
 def coarse_log_probs(logits: jax.Array, ids: jax.Array) -> jax.Array:
-    """Returns the log-probabilities of the K tokens `ids` [.., K] and, last, of all other tokens together.
+    """Returns the log-probability of each of the K tokens in `ids` [.., K] and the total log-probability of all other
+    tokens.
 
-    The result is [.., K + 1] float32, or [.., K] if K is the size V of the vocabulary, because there are then no other
-    tokens. All other tokens count as one outcome, so that the probabilities sum to 1. A divergence of such coarse
-    distributions is at most that of the full distributions (data processing inequality), and equal to it if K is V.
+    The returned array has the shape [.., K + 1] float32. The last element of the returned array is the log-probability
+    of all other tokens together, so that the probabilities sum to 1. If K is the vocabulary size V, there are no other
+    tokens and the shape is [.., K]. The divergence of two distributions over these K + 1 outcomes is at most the
+    divergence of the full distributions over V tokens (data processing inequality), and both divergences are equal if K
+    is V.
     """
     norm = jax.nn.logsumexp(logits, -1, keepdims=True)
     known = jnp.take_along_axis(logits, ids, -1) - norm
     if ids.shape[-1] == logits.shape[-1]:
         return known
-    # The sum over the other tokens is computed from their logits: 1 - sum(exp(known)) would be rounded to 0 if the
-    # model is almost certain.
+    # The probability of all other tokens is computed from the logits of these tokens, because 1 - sum(exp(known)) would
+    # be rounded to 0 if the model is almost certain.
     others = jnp.put_along_axis(logits, ids, NO_TOKEN, -1, inplace=False)
     return jnp.concatenate([known, jax.nn.logsumexp(others, -1, keepdims=True) - norm], -1)
 
@@ -96,28 +101,30 @@ def distill(
 ) -> Callable[..., tuple[Mean, Metrics]]:
     """Returns the distillation loss, alpha CE + (1 - alpha) temperature^2 D, as a `Mean` over tokens.
 
-    CE is the cross-entropy of the next token, and D the divergence between the teacher's and the student's
-    distributions softmax(logits / temperature). The factor temperature^2 keeps the size of the gradient, which the
-    temperature divides by temperature^2 (arXiv:1503.02531, section 2).
+    CE is the cross-entropy of the next token, and D is the divergence between the teacher's and the student's
+    distributions softmax(logits / temperature). Dividing the logits by the temperature scales the gradient of D by 1 /
+    temperature^2; the factor temperature^2 in the loss compensates for this scaling (arXiv:1503.02531, section 2).
 
-    For a `gptjax.types.Batch`, which must have no token trees, the loss runs the teacher: the parameters are those of
-    the student and params["teacher"], for which there is no gradient. For a `TeacherBatch` it needs no teacher; its
-    log-probabilities must have been computed with the same temperature.
+    For a `gptjax.types.Batch`, which must have no token trees, the loss runs the forward pass of the teacher. For a
+    `Batch`, the params hold the student's parameters and, in params["teacher"], the teacher's parameters, which receive
+    no gradient. For a `TeacherBatch`, the loss uses the teacher's log-probabilities in the batch, which must have been
+    computed with the temperature of the loss.
 
-    For a `gptjax.types.RolloutBatch`, answers that the student generated, the loss is temperature^2 D, whatever alpha
-    is, as in GKD (arXiv:2306.13649, algorithm 1): the expected gradient of the cross-entropy of samples from the
-    student itself is zero. Such a batch has no token trees either; `old` and `advantages` are not used.
+    For a `gptjax.types.RolloutBatch`, which holds answers that the student generated, the loss is temperature^2 D for
+    any alpha, as in GKD (arXiv:2306.13649, algorithm 1). For a `RolloutBatch`, the term CE is left out, because the
+    expected gradient of the cross-entropy on the student's own samples is zero. A `RolloutBatch` must have no token
+    trees, and the arrays `old` and `advantages` of the batch are not used.
 
-    The embedding of a model may have more rows than the tokenizer has ids. Only the logits that both models have are
-    used.
+    The teacher's and the student's vocabulary sizes may differ, because an embedding can have more rows than the
+    tokenizer has token ids. The distillation loss uses only the logits of token ids that both models have.
 
-    The metrics are cross_entropy, divergence (D, in nats) and agreement, the fraction of tokens for which the most
-    probable token of both models is the same.
+    The metrics are cross_entropy (CE, in nats), divergence (D, in nats) and agreement, which is the fraction of
+    positions at which both models have the same most probable token.
 
     Args:
         cfg: the student's model config.
         teacher_cfg: the teacher's model config.
-        kind, beta: see `divergence`.
+        kind, beta: type of the divergence D, see `divergence`.
     """
     n = min(cfg.vocab_size, teacher_cfg.vocab_size)
 
@@ -151,12 +158,13 @@ def distill(
 def teacher_log_probs(
     params: Params, batch: Batch, cfg: ModelConfig, *, top_k: int, vocab_size: int, temperature: float = 1.0
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns the `ids` and `log_probs` of a `TeacherBatch`: the teacher's K = `top_k` most probable tokens.
+    """Returns the teacher's `top_k` most probable tokens and the log-probabilities of these tokens, for a
+    `TeacherBatch`.
 
     Args:
-        params, cfg: the teacher.
-        vocab_size: number of logits to use, the smaller of the vocabulary sizes of teacher and student.
-        temperature: temperature of the softmax, that of the loss.
+        params, cfg: parameters and model config of the teacher.
+        vocab_size: number of logits to use: the smaller of the teacher's and the student's vocabulary sizes.
+        temperature: temperature of the softmax, which must equal the temperature of the loss.
     """
 
     def of_tokens(logits: jax.Array, _: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -178,12 +186,14 @@ def distill_classes(
     temperature: float = 1.0,
     alpha: float = 0.5,
 ) -> Callable[..., tuple[Mean, Metrics]]:
-    """Returns the distillation loss of a classifier, as `distill` with the probabilities of the classes, as a `Mean`
-    over texts.
+    """Returns the distillation loss of a classifier as a `Mean` over texts.
 
-    Batches are as in `losses.classify`; params["teacher"] are the parameters of the teacher, a classifier with the same
-    classes in the same order. The metrics are those of `distill` and accuracy, the fraction of texts that the student
-    classifies correctly.
+    The loss is alpha CE + (1 - alpha) temperature^2 D as in `distill`, but with class probabilities instead of token
+    probabilities.
+
+    The batches have the form that `losses.classify` describes. params["teacher"] holds the parameters of the teacher,
+    which must be a classifier with the same classes in the same order. The metrics are the metrics of `distill` and
+    `accuracy`, the fraction of texts that the student classifies correctly.
     """
 
     def loss(params: Params, batch: LabelledBatch, key: jax.Array | None) -> tuple[Mean, Metrics]:
@@ -209,8 +219,11 @@ def _head(
 
 
 def _values(student: jax.Array, targets: jax.Array, divergences: jax.Array, best: jax.Array) -> dict[str, jax.Array]:
-    """Returns the metrics of each token or text, [..], from the student's logits [.., V], the divergences [..] and the
-    most probable outcome under the teacher, `best` [..]."""
+    """Returns the cross-entropy, divergence and agreement of each token or text, [..] each.
+
+    The arguments are the student's logits [.., V], the targets [..], the divergences [..], and `best` [..], which is
+    the most probable token or class under the teacher.
+    """
     return {
         "cross_entropy": -jnp.take_along_axis(jax.nn.log_softmax(student), targets[..., None], -1)[..., 0],
         "divergence": divergences,

@@ -1,4 +1,4 @@
-"""Cross-entropy of the next token, the loss of pretraining and instruction tuning."""
+"""This module defines the next-token cross-entropy, which is the loss of pretraining and of instruction tuning."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def next_token(cfg: ModelConfig, *, chunk: int | None = None) -> Callable[..., tuple[Mean, Metrics]]:
-    """Returns the loss function of next-token prediction, whose batches are of type `gptjax.types.Batch`.
+    """Returns the loss function of next-token prediction for batches of type `gptjax.types.Batch`.
 
     Args:
         chunk: number of tokens whose logits are in memory at once. None: the default chunk size of
@@ -29,7 +29,7 @@ def next_token(cfg: ModelConfig, *, chunk: int | None = None) -> Callable[..., t
 
     @matmul_precision(cfg)
     def loss(params: Params, batch: Batch, key: jax.Array | None) -> tuple[Mean, Metrics]:
-        """Returns the cross-entropy in nats, as a `Mean` over the targets, and an empty dict of metrics.
+        """Returns the next-token cross-entropy in nats, as a `Mean` over the targets, and an empty dict of metrics.
 
         If `key` is None, dropout is off.
         """
@@ -55,13 +55,14 @@ def token_log_probs(
     *,
     temperature: float = 1.0,
 ) -> jax.Array:
-    """Returns the log-probability of every target token, [B, T] float32.
+    """Returns the log-probability of every target token under the model, [B, T] float32.
 
-    Only the tokens, targets, segment_ids and, if the batch has them, positions and subtree_end are used.
+    `token_log_probs` uses the tokens, targets and segment_ids of the batch, and the positions and subtree_end if the
+    batch contains positions and subtree_end.
 
     Args:
         key: random key for dropout, or None for no dropout.
-        temperature: the logits are divided by it, as in sampling.
+        temperature: sampling temperature by which the logits are divided.
     """
     hidden, head = _head_factors(params, batch, cfg, key)
     return linear_log_probs(
@@ -78,9 +79,10 @@ def token_log_probs_and_entropies(
     *,
     temperature: float = 1.0,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns `token_log_probs`, and the entropy in nats of the distribution of each target, [B, T] float32 each.
+    """Returns the log-probability of each target and the entropy of the model's distribution at each position.
 
-    The entropies have no gradient.
+    The log-probabilities, which equal the result of `token_log_probs`, and the entropies are in nats, [B, T] float32
+    each. No gradient flows through the entropies.
     """
     hidden, head = _head_factors(params, batch, cfg, key)
     return linear_log_probs_and_entropies(

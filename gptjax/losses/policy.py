@@ -1,7 +1,8 @@
-"""Policy-gradient losses for reinforcement learning with verifiable rewards: GRPO and its relatives.
+"""This module defines policy-gradient losses for reinforcement learning with verifiable rewards: GRPO and its variants.
 
-A model samples N answers to each of G prompts, a function rewards every answer, and the loss raises the probability of
-the answers that were rewarded more than others. `advantages` and `policy` differ between the kinds in a few switches:
+A model samples N answers to each of G prompts, and a reward function scores every answer. The policy-gradient loss
+raises the probability of answers with a higher reward than other answers. The following table lists the differences
+between the kinds of loss:
 
     kind           advantage of an answer                     ratio per   mean over
     grpo           (reward - group mean) / group std          token       the tokens of each answer, then answers
@@ -11,7 +12,8 @@ the answers that were rewarded more than others. `advantages` and `policy` diffe
     rloo           reward - mean of the group's others        answer      answers
     reinforce_pp   (reward - batch mean) / batch std          token       the tokens of each answer, then answers
 
-A group is the N answers to one prompt; the ratio is the probability under the policy divided by that under the sampler.
+A group is the N answers to one prompt. The ratio is the probability under the policy divided by the probability under
+the sampler, which is the model that generated the answers.
 """
 
 from __future__ import annotations
@@ -30,28 +32,28 @@ from gptjax.types import Mean, Metrics, Params, RolloutBatch
 
 Kind = Literal["grpo", "dr_grpo", "dapo", "gspo", "rloo", "reinforce_pp"]
 
-_STD_EPSILON = 1e-4  # added to the standard deviation of rewards, as in TRL
-_MAX_LOG_RATIO = 20.0  # the exponential of a larger one could overflow, and its gradient would be NaN
+_STD_EPSILON = 1e-4  # _STD_EPSILON is added to the standard deviation of the rewards, as in TRL.
+_MAX_LOG_RATIO = 20.0  # The exponential of a larger log-ratio could overflow, and the gradient would be NaN.
 
 
 class Switches(NamedTuple):
-    """The choices that distinguish the kinds of policy-gradient losses.
+    """Holds the settings in which the kinds of policy-gradient losses differ.
 
-    baseline        what is subtracted from a reward: the mean of its group, of the others in its group, or of the batch
-    std             the differences are divided by the standard deviation of the group or of the batch, or not divided
-    ratio           the ratio of each token; that of the answer, the product over its tokens; or the geometric mean of
-                    that product
-    mean            how the terms of tokens are averaged:
-                      answer_mean   mean over the tokens of each answer, then over answers
-                      answer_sum    sum over the tokens of each answer, then mean over answers
-                      token         mean over all tokens of the batch
-                      constant      sum over all tokens, divided by `max_new_tokens` and the number of answers
-                    The ratio of an answer gives one term for the answer, which is averaged over answers.
-    clip            the ratio is clipped to at least 1 - clip ...
-    clip_high       ... and at most 1 + clip_high
-    kl              coefficient of the KL penalty
-    kl_ratio        the penalty is multiplied by the ratio
-    max_new_tokens  maximum number of tokens of an answer, which only mean=constant needs
+    Attributes:
+        baseline: value that is subtracted from a reward: the mean reward of the group, the mean reward of the other
+            answers in the group, or the mean reward of the batch.
+        std: standard deviation by which the advantage is divided: of the group, of the batch, or no division.
+        ratio: the ratio of each token, the ratio of each answer (the product over the answer's tokens), or the
+            geometric mean of the token ratios of each answer. An answer's ratio gives one loss term per answer, and
+            these terms are averaged over answers.
+        mean: average of the per-token loss terms. answer_mean: mean over the tokens of each answer, then mean over
+            answers. answer_sum: sum over the tokens of each answer, then mean over answers. token: mean over all tokens
+            of the batch. constant: sum over all tokens, divided by `max_new_tokens` and by the number of answers.
+        clip: the ratio is clipped to at least 1 - clip.
+        clip_high: the ratio is clipped to at most 1 + clip_high.
+        kl: coefficient of the KL penalty.
+        kl_ratio: whether the KL penalty is multiplied by the ratio.
+        max_new_tokens: maximum number of tokens of an answer, which only mean=constant needs.
     """
 
     baseline: Literal["group", "others", "batch"] = "group"
@@ -83,7 +85,7 @@ def policy_switches(
     kl: float = 0.0,
     max_new_tokens: int | None = None,
 ) -> Switches:
-    """Returns the switches of a kind of loss, with the settings that `policy` explains.
+    """Returns the `Switches` of a kind of policy-gradient loss; `policy` explains the arguments.
 
     Raises:
         UserError: the kind is unknown, a setting is out of range, or kind=dr_grpo has no `max_new_tokens`.
@@ -115,19 +117,21 @@ def _default(kind: str) -> Switches:
 
 
 def advantages(rewards: jax.Array, kind: Kind = "grpo") -> jax.Array:
-    """Returns the advantages [G, N] float32 of N answers to each of G prompts, from their rewards [G, N].
+    """Returns the advantages [G, N] float32 of N answers to each of G prompts, computed from the rewards [G, N] of the
+    answers.
 
         rewards     [[1, 0, 0, 1], [0, 0, 0, 0]]
         grpo        [[.87, -.87, -.87, .87], [0, 0, 0, 0]]
         dr_grpo     [[.5, -.5, -.5, .5], [0, 0, 0, 0]]
         rloo        [[.67, -.67, -.67, .67], [0, 0, 0, 0]]
 
-    The module's docstring says which mean and standard deviation each kind uses, and `policy` names the papers.
-    Standard deviations are those of a sample (divided by n - 1), plus 1e-4, as in TRL. Equal rewards give advantages
-    of exactly 0. For kind=reinforce_pp, pass all prompts of a batch at once.
+    The docstring of this module lists the mean and the standard deviation that each kind uses, and `policy` cites the
+    papers. Standard deviations are sample standard deviations (divisor n - 1) plus 1e-4, as in TRL. Equal rewards give
+    advantages of exactly 0. With kind=reinforce_pp, pass the rewards of all prompts of a batch in one call, because the
+    baseline is the mean over the batch.
 
     Raises:
-        UserError: the kind is unknown, rewards is not two-dimensional, or a mean would be that of a single answer.
+        UserError: the kind is unknown, rewards is not two-dimensional, or a mean would be over a single answer.
     """
     s = _default(kind)
     rewards = jnp.asarray(rewards, jnp.float32)
@@ -138,10 +142,12 @@ def advantages(rewards: jax.Array, kind: Kind = "grpo") -> jax.Array:
     if n < 2:
         of = "answers in the batch" if axis is None else "answers per prompt"
         raise UserError(f"rewards: kind={kind} compares answers and needs 2 or more {of}, got {n}")
-    rewards = rewards - (rewards[:, :1] if axis else rewards[0, 0])  # so that the mean of equal rewards has no rounding
+    # Subtracting the first reward makes the mean of equal rewards exact.
+    rewards = rewards - (rewards[:, :1] if axis else rewards[0, 0])
     centred = rewards - rewards.mean(axis, keepdims=True)
     if s.baseline == "others":
-        centred = centred * (n / (n - 1))  # equals reward minus the mean of the other n - 1 rewards
+        # The centred reward times n / (n - 1) equals the reward minus the mean of the other n - 1 rewards.
+        centred = centred * (n / (n - 1))
     if s.std == "none":
         return centred
     return centred / (rewards.std(axis, ddof=1, keepdims=True) + _STD_EPSILON)
@@ -155,24 +161,28 @@ def policy_terms(
     advantages: jax.Array,
     switches: Switches,
 ) -> tuple[Mean, Metrics]:
-    """Computes a policy-gradient loss from log-probabilities.
+    """Computes a policy-gradient loss from the log-probabilities of sampled tokens.
 
-    The term of a token or answer is -min(r A, clip(r, 1 - clip, 1 + clip_high) A), with its ratio r and the answer's
-    advantage A. Every token adds kl r (exp(d) - d - 1) with d = log p_reference - log p_policy, the estimate k3 of the
-    KL divergence from the reference model. The factor r, as in DeepSeek-V3.2 (arXiv:2512.02556) and TRL, makes the
-    expected gradient that of KL(policy || reference). GRPO's paper has no such factor: kl_ratio=False.
+    The loss term of a token or answer is -min(r A, clip(r, 1 - clip, 1 + clip_high) A), where r is the ratio of the
+    token or answer and A is the advantage of the answer. The KL penalty adds kl r (exp(d) - d - 1) per token, with d =
+    log p_reference - log p_policy; exp(d) - d - 1 is the estimator k3 of the KL divergence from the reference model.
+    With the factor r, as in DeepSeek-V3.2 (arXiv:2512.02556) and TRL, the expected gradient of the KL penalty is the
+    gradient of KL(policy || reference). The GRPO paper has no factor r in the KL penalty, which corresponds to
+    kl_ratio=False.
 
     Args:
-        new: log-probabilities of the targets under the policy, [B, T] float32; the gradient flows to these.
-        old: log-probabilities under the sampler, [B, T].
-        reference: log-probabilities under the reference model, [B, T], or None if there is no KL penalty.
+        new: log-probabilities of the targets under the policy, [B, T] float32; only this argument receives a gradient.
+        old: log-probabilities of the targets under the sampler, [B, T].
+        reference: log-probabilities of the targets under the reference model, [B, T], or None if there is no KL
+            penalty.
         mask: [B, T] float32, 1 for the tokens of answers; the log-probabilities of other tokens are not used.
         advantages: advantage of each answer, [B].
-        switches: the kind of loss, as `policy_switches` returns it.
+        switches: settings of the kind of loss, as `policy_switches` returns them.
 
     Returns:
-        The loss, as a `Mean` whose weight is the number of answers (mean=answer_mean and answer_sum), of tokens (token)
-        or of answers times `max_new_tokens` (constant), and the metrics of `policy` but for `entropy`.
+        The loss and the metrics. The loss is a `Mean` whose weight is the number of answers (mean=answer_mean and
+        mean=answer_sum), the number of tokens (mean=token), or the number of answers times `max_new_tokens`
+        (mean=constant). The metrics are the metrics of `policy` except `entropy`.
 
     Raises:
         UserError: the loss has a KL penalty, and reference is None.
@@ -182,7 +192,7 @@ def policy_terms(
     present = mask > 0
     count = mask.sum(-1, keepdims=True)
     tokens, answers = count.sum(), (count > 0).astype(jnp.float32).sum()
-    even = mask / jnp.maximum(count, 1.0)  # these weights turn a sum over tokens into a mean for each answer
+    even = mask / jnp.maximum(count, 1.0)  # Weighting tokens by `even` turns a sum over tokens into a mean per answer.
     share = even if switches.mean == "answer_mean" else mask
     weight = {"token": tokens, "constant": answers * float(switches.max_new_tokens or 0)}.get(switches.mean, answers)
 
@@ -213,7 +223,8 @@ def policy_terms(
 
 
 def _k3(d: jax.Array) -> jax.Array:
-    """Returns exp(d) - d - 1. With d = log q - log p of a sample of p, it is an unbiased estimate of KL(p || q)."""
+    """Returns exp(d) - d - 1, which is the unbiased estimator k3 of KL(p || q) if d = log q - log p of a sample from
+    p."""
     d = jnp.minimum(d, _MAX_LOG_RATIO)
     return jnp.exp(d) - d - 1.0
 
@@ -230,16 +241,17 @@ def policy(
 ) -> Callable[..., tuple[Mean, Metrics]]:
     """Returns the policy-gradient loss named `kind`, for batches of type `RolloutBatch`.
 
-    `policy_terms` describes the loss, and the module's docstring how the kinds differ. For all kinds the KL penalty is
-    a term of the loss, as in GRPO; the papers of rloo and reinforce_pp subtract it from the rewards instead.
+    The docstring of `policy_terms` gives the formula of the loss, and the docstring of this module lists how the kinds
+    differ. For all kinds, the KL penalty is a term of the loss, as in GRPO. In contrast, the papers of rloo and
+    reinforce_pp subtract the KL penalty from the rewards.
 
-    The metrics are `Mean`s over the tokens of answers:
+    The metrics of the policy-gradient loss are `Mean`s over the tokens of the answers:
 
         kl             KL(sampler || policy) in nats per token, estimated by k3 from the sampled tokens
-        kl_reference   KL(policy || reference), estimated likewise; only if the batch has `reference`
-        entropy        entropy of the policy's distribution in nats, at the temperature of sampling
-        clipped        fraction of tokens whose ratio is clipped, so that they have no gradient
-        ratio          probability under the policy divided by that under the sampler
+        kl_reference   KL(policy || reference) in nats per token, estimated by k3; only if the batch has `reference`
+        entropy        entropy of the policy's distribution in nats, at the sampling temperature
+        clipped        fraction of tokens whose ratio is clipped, which makes the gradient of the token's term zero
+        ratio          probability under the policy divided by the probability under the sampler
         length         tokens per answer, including the end token
 
     Args:
@@ -247,14 +259,15 @@ def policy(
         clip_high: the ratio is clipped to at most 1 + clip_high. None: equal to clip, but at least 0.28 for dapo and
             4e-4 for gspo.
         kl: coefficient of the KL penalty; 0: no penalty, and the batch needs no `reference`.
-        temperature: temperature of sampling. The policy's log-probabilities are those of logits / temperature.
+        temperature: sampling temperature. The policy's log-probabilities are computed from logits / temperature.
         max_new_tokens: maximum number of tokens of an answer. Only dr_grpo needs it.
 
     Raises:
         UserError: the kind is unknown, a setting is out of range, or kind=dr_grpo has no `max_new_tokens`.
 
-    Source: GRPO, arXiv:2402.03300, eq. 3 and 4; Dr. GRPO, arXiv:2503.20783; DAPO, arXiv:2503.14476, eq. 8; GSPO,
-    arXiv:2507.18071, eq. 5 to 7; RLOO, arXiv:2402.14740, with clipped ratios as in TRL; REINFORCE++, arXiv:2501.03262.
+    Sources: arXiv:2402.03300, eq. 3 and 4 (grpo); arXiv:2503.20783 (dr_grpo); arXiv:2503.14476, eq. 8 (dapo);
+    arXiv:2507.18071, eq. 5 to 7 (gspo); arXiv:2402.14740, with clipped ratios as in TRL (rloo); arXiv:2501.03262
+    (reinforce_pp, REINFORCE++).
     """
     if not temperature > 0:
         raise UserError(f"temperature: expected a number above 0, got {temperature}; greedy answers are not samples")
@@ -274,7 +287,10 @@ def policy(
 
 
 def of_answers(values: jax.Array, batch: RolloutBatch) -> jax.Array:
-    """Returns values of tokens [B, T] by answer: [B N, A] if rows hold several answers (`index`), else unchanged."""
+    """Returns the per-token values [B, T] rearranged to one row per answer, [B N, A].
+
+    The values are returned unchanged if the batch has no `index`, because every row then holds one answer.
+    """
     if batch.index is None:
         return values
     B, N, A = batch.index.shape

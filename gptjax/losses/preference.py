@@ -1,4 +1,5 @@
-"""Losses for preference optimisation on chosen and rejected answers (DPO, IPO, ORPO, KTO and SimPO)."""
+"""This module defines preference-optimisation losses on pairs of chosen and rejected answers: DPO, IPO, ORPO, KTO and
+SimPO."""
 
 from __future__ import annotations
 
@@ -17,17 +18,20 @@ if TYPE_CHECKING:
     from gptjax.data.preferences import PairBatch
 
 Kind = Literal["dpo", "ipo", "orpo", "kto", "simpo"]
-BETA = {"dpo": 0.1, "ipo": 0.1, "orpo": 0.1, "kto": 0.1, "simpo": 2.0}  # default value of `beta` for each loss
+BETA = {"dpo": 0.1, "ipo": 0.1, "orpo": 0.1, "kto": 0.1, "simpo": 2.0}  # BETA holds the default `beta` of each loss.
 NEEDS_REFERENCE = ("dpo", "ipo", "kto")
 
 
 class Answers(NamedTuple):
-    """The inputs of a preference loss for B rows of P pairs, [B, P, 2] float32; the last axis is (chosen, rejected).
+    """Holds the inputs of a preference loss for B rows with P pairs of answers each, in arrays of shape [B, P, 2]
+    float32 whose last axis is (chosen, rejected).
 
-    now        log p, the log-probability of each answer under the policy, summed over its tokens and the end token
-    before     log p_reference, the same log-probability under the reference model, the policy before training
-    length     number of tokens of each answer, including the end token
-    present    [B, P], 1 where there is a pair, 0 for padding
+    Attributes:
+        now: log p, the log-probability of each answer under the policy, summed over the tokens and the end token.
+        before: log p_reference, the log-probability of each answer under the reference model, which is the policy
+            before training.
+        length: number of tokens of each answer, including the end token.
+        present: mask [B, P], which is 1 for a pair and 0 for padding.
     """
 
     now: jax.Array
@@ -36,7 +40,8 @@ class Answers(NamedTuple):
     present: jax.Array
 
 
-LossAndRewards = tuple[jax.Array, jax.Array]  # loss of each pair [B, P], and rewards of its two answers [B, P, 2]
+# LossAndRewards is a pair of arrays: the loss per pair [B, P] and the reward per answer [B, P, 2].
+LossAndRewards = tuple[jax.Array, jax.Array]
 
 
 def dpo(x: Answers, beta: float, margin: float) -> LossAndRewards:
@@ -51,7 +56,7 @@ def dpo(x: Answers, beta: float, margin: float) -> LossAndRewards:
 def ipo(x: Answers, beta: float, margin: float) -> LossAndRewards:
     """Computes the IPO loss, (h_chosen - h_rejected - 1 / (2 beta))^2.
 
-    h is log(p / p_reference) of an answer divided by its number of tokens, as in TRL.
+    For each answer, h is log(p / p_reference) divided by the number of tokens of the answer, as in TRL.
 
     Source: arXiv:2310.12036, eq. 17.
     """
@@ -63,9 +68,9 @@ def orpo(x: Answers, beta: float, margin: float) -> LossAndRewards:
     """Computes the ORPO loss: the chosen answer's mean cross-entropy, minus beta log sigmoid(log odds ratio).
 
     The odds ratio is the odds of the chosen answer divided by the odds of the rejected answer. The odds of an answer
-    are p / (1 - p), where p is the geometric mean of its tokens' probabilities.
+    are p / (1 - p), where p is the geometric mean of the probabilities of the answer's tokens.
 
-    Source: arXiv:2403.07691.
+    Source: arXiv:2403.07691 (ORPO).
     """
     mean = jnp.minimum(x.now / x.length, -1e-6)
     odds = mean - jnp.log(-jnp.expm1(mean))
@@ -73,15 +78,16 @@ def orpo(x: Answers, beta: float, margin: float) -> LossAndRewards:
 
 
 def kto(x: Answers, beta: float, margin: float) -> LossAndRewards:
-    """Computes the KTO loss: the sum of a term for the chosen and a term for the rejected answer.
+    """Computes the KTO loss of a pair: the sum of a term for the chosen answer and a term for the rejected answer.
 
-    With h = log(p / p_reference) of the answer and a KL reference point z, the term of a chosen answer is
-    1 - sigmoid(beta (h - z)), and the term of a rejected answer is 1 - sigmoid(beta (z - h)).
+    For each answer, h is log(p / p_reference), and z is a KL reference point. The KTO term of a chosen answer is 1 -
+    sigmoid(beta (h - z)), and the KTO term of a rejected answer is 1 - sigmoid(beta (z - h)).
 
-    The reference point of the chosen answers is the mean log(p / p_reference) of the rejected answers in the batch, or
-    0 if this mean is negative. In the same way, the reference point of the rejected answers is computed from the chosen
-    answers, as in TRL's kto_pair. The KTO loss of a pair therefore depends on the other pairs in the batch. The KTO
-    paper estimates the KL reference point differently, from mismatched questions and answers.
+    The KL reference point of the chosen answers is the mean log(p / p_reference) of the rejected answers in the batch,
+    or 0 if this mean is negative. Likewise, the KL reference point of the rejected answers is the non-negative mean
+    log(p / p_reference) of the chosen answers, as in TRL's kto_pair. The KTO loss of a pair therefore depends on the
+    other pairs in the batch. In contrast, the KTO paper estimates the KL reference point from mismatched questions and
+    answers.
 
     Source: arXiv:2402.01306, eq. 8.
     """
@@ -96,7 +102,7 @@ def kto(x: Answers, beta: float, margin: float) -> LossAndRewards:
 def simpo(x: Answers, beta: float, margin: float) -> LossAndRewards:
     """Computes the SimPO loss, -log sigmoid(r_chosen - r_rejected - margin).
 
-    The reward r of an answer is beta times the mean log-probability of its tokens.
+    The reward r of an answer is beta times the mean log-probability of the answer's tokens.
 
     Source: arXiv:2405.14734, eq. 6.
     """
@@ -116,20 +122,23 @@ LOSSES: dict[str, Callable[[Answers, float, float], LossAndRewards]] = {
 def answer_log_probs(
     params: Params, batch: PairBatch, cfg: ModelConfig, key: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns two arrays [B, P, 2] float32: the log-probability of each answer, and its number of tokens.
+    """Returns the log-probability of each answer and the number of tokens of each answer, [B, P, 2] float32 each.
 
-    Both include the end token of the answer. If the policy is a frozen model with a LoRA adapter, the reference model
-    is the frozen model: to compute its log-probabilities, pass the params without the adapter.
+    The log-probability and the number of tokens include the end token of the answer. If the policy is a frozen model
+    with a LoRA adapter, the frozen model is the reference model. To compute the reference log-probabilities, pass the
+    params without the adapter.
 
     Args:
         batch: the `PairBatch`, whose arrays tokens, targets, weights, segment_ids [B, T] and present [B, P] are used.
-            Segment 2 p + 1 is the chosen answer of pair p, and segment 2 p + 2 the rejected answer.
+            Segment 2 p + 1 is the chosen answer of pair p, and segment 2 p + 2 is the rejected answer.
     """
     log_probs = token_log_probs(params, batch, cfg, key)
     n = 2 * batch.present.shape[1]
-    mask = batch.segment_ids[:, None] == jnp.arange(1, n + 1)[:, None]  # mask of each answer's tokens, [B, 2 P, T]
+    # `mask` [B, 2 P, T] selects the tokens of each answer.
+    mask = batch.segment_ids[:, None] == jnp.arange(1, n + 1)[:, None]
     counts = jnp.where(mask, batch.weights[:, None], 0.0)
-    sums = jnp.einsum("bst,bt->bs", counts, log_probs, precision="highest")  # GPUs and TPUs do not round the operands
+    # With the precision "highest", GPUs and TPUs do not round the operands of the product.
+    sums = jnp.einsum("bst,bt->bs", counts, log_probs, precision="highest")
     lengths = counts.sum(-1)
     return sums.reshape(-1, n // 2, 2), lengths.reshape(-1, n // 2, 2)
 
@@ -139,8 +148,8 @@ def preference(
 ) -> Callable[..., tuple[Mean, Metrics]]:
     """Returns the preference loss named `kind`, averaged over pairs, for a `gptjax.data.preferences.PairBatch`.
 
-    The metrics are `margin`, the reward of the chosen answer minus the reward of the rejected answer, and `accuracy`,
-    the fraction of pairs with a margin above 0.
+    The metric `margin` is the reward of the chosen answer minus the reward of the rejected answer. The metric
+    `accuracy` is the fraction of pairs with a margin above 0.
     """
     beta = BETA[kind] if beta is None else beta
 

@@ -1,4 +1,5 @@
-"""Loss of reward models: a linear head scores both answers of a pair, and the chosen one should score higher."""
+"""This module defines the loss of reward models, which trains a linear head to score the chosen answer of a pair higher
+than the rejected answer."""
 
 from __future__ import annotations
 
@@ -20,12 +21,13 @@ if TYPE_CHECKING:
 def reward_model(cfg: ModelConfig, center: float = 0.0) -> Callable[..., tuple[Mean, Metrics]]:
     """Returns the loss of a reward model, averaged over pairs, for a `gptjax.data.preferences.PairBatch`.
 
-    The loss of a pair with the rewards r is -log sigmoid(r_chosen - r_rejected) + center * (r_chosen + r_rejected)^2.
-    The first term is the negative log-likelihood of the Bradley-Terry model, in nats. It does not change if a constant
-    is added to both rewards; the second term makes their mean 0. The metrics are `margin`, r_chosen - r_rejected, and
-    `accuracy`, the fraction of pairs with a margin above 0.
+    The loss of a pair is -log sigmoid(r_chosen - r_rejected) + center * (r_chosen + r_rejected)^2, where r_chosen and
+    r_rejected are the rewards of both answers. The term -log sigmoid(r_chosen - r_rejected) is the negative
+    log-likelihood of the Bradley-Terry model, in nats. The Bradley-Terry term does not change if a constant is added to
+    both rewards. The term center * (r_chosen + r_rejected)^2 therefore draws the mean of both rewards to 0. The metric
+    `margin` is r_chosen - r_rejected. The metric `accuracy` is the fraction of pairs with a margin above 0.
 
-    Source: arXiv:2203.02155, eq. 1; the second term as in TRL, from arXiv:2312.09244.
+    Sources: arXiv:2203.02155, eq. 1 (Bradley-Terry term); arXiv:2312.09244, as in TRL (centering term).
     """
 
     def loss(params: Params, batch: PairBatch, key: jax.Array | None) -> tuple[Mean, Metrics]:
@@ -44,12 +46,13 @@ def reward_model(cfg: ModelConfig, center: float = 0.0) -> Callable[..., tuple[M
 def answer_rewards(params: Params, batch: PairBatch, cfg: ModelConfig, key: jax.Array | None = None) -> jax.Array:
     """Returns the rewards of the chosen and the rejected answer of each pair, [B, P, 2] float32.
 
-    The reward of an answer is the logit of the model's only class, computed from the hidden state of its last token.
+    The reward of an answer is the logit of the model's only class, computed from the hidden state of the answer's last
+    token.
 
     Args:
         batch: the `PairBatch`, whose arrays tokens, segment_ids [B, T] and present [B, P] are used. Segment 2 p + 1 is
-            the chosen answer of pair p, and segment 2 p + 2 the rejected answer.
-        key: random key of dropout. None: dropout is off.
+            the chosen answer of pair p, and segment 2 p + 2 is the rejected answer.
+        key: PRNG key of the dropout. None: dropout is off.
     """
     n = 2 * batch.present.shape[1]
     logits = class_logits(params, batch.tokens, batch.segment_ids, cfg, n=n, dropout_key=key)  # [B, 2 P, 1]

@@ -1,1 +1,1 @@
-"""The decoder-only transformer: its parameters, and the functions that compute with them."""
+"""This package implements the decoder-only transformer: the parameters, the forward pass and the KV cache."""

@@ -1,4 +1,6 @@
-"""Paths of activations, and the taps and patches (hooks) that read and replace activations in the forward pass.
+"""This module defines taps and patches, which are hooks that read or replace activations in the forward pass.
+
+A tap returns an activation, and a patch replaces an activation. Each activation has a path:
 
     embed                  [B, T, D]     the input of the first block
     blocks/*/resid_pre     [B, T, D]     the residual stream before the block
@@ -15,20 +17,22 @@
     blocks/*/resid         [B, T, D]     the residual stream after the block
     ln_f/out               [B, T, D]     the input of the head
 
-There are B rows of T tokens, D channels of the residual stream, N query heads and K key heads with H channels each, F
-hidden units and L layers.
+In the shapes above, B is the number of rows of the batch, T the number of tokens per row, D the number of channels of
+the residual stream, N the number of query heads, K the number of key heads, H the number of channels per head, F the
+number of hidden units of the feed-forward layer, and L the number of layers.
 
-The path `blocks/*/resid` stands for the activations of all layers, stacked as [L, B, T, D]; `blocks/3/resid` stands for
+The path `blocks/*/resid` names the activations of all layers, stacked as [L, B, T, D]. The path `blocks/3/resid` names
 the activation of layer 3, [B, T, D]. A pattern of paths is a glob, in which "*" also matches "/", or several globs
-joined by "|". A glob that matches every layer (`blocks/*/attn/*`, `*/resid`) selects stacked activations of all layers;
-any other glob (`blocks/[0-2]/resid`) selects activations of single layers.
+joined by "|". A glob that matches every layer (`blocks/*/attn/*`, `*/resid`) selects the stacked activations of all
+layers. Any other glob (`blocks/[0-2]/resid`) selects the activations of individual layers.
 
-Attention weights are selected only by a glob that ends in "weights", so not by `blocks/*/attn/*`. Fused attention
-kernels do not materialise the attention weights, so reading them costs a separate computation. If attention weights are
-patched, the output of attention is computed from the patched weights.
+Attention weights are selected only by a glob that ends in "weights"; the glob `blocks/*/attn/*` does not select
+attention weights. Fused attention kernels do not materialise the attention weights, so that reading the attention
+weights needs a separate computation. If attention weights are patched, the output of attention is computed from the
+patched weights.
 
-Stacked and unstacked parameters give the same activations. A model with norm_position=post has no activations
-ln_1/out and ln_2/out.
+Stacked and unstacked parameters (see `gpt.unstack_layers`) give the same activations. A model with norm_position=post
+has no activations `ln_1/out` and `ln_2/out`.
 """
 
 from __future__ import annotations
@@ -55,11 +59,12 @@ _BLOCKS = "blocks/"
 
 @struct.dataclass
 class Patch:
-    """Replaces an activation x by fn(x, *data), which is broadcast to x's shape and cast to x's dtype.
+    """Describes the replacement of an activation x by fn(x, *data), which is broadcast to the shape of x and cast to
+    the dtype of x.
 
-    The arrays of `data` may be traced, so that a jitted function can take them as arguments, and autodiff and vmap
-    apply to them. If the path stands for all layers, each array of `data` has a leading axis L, and layer i gets slice
-    i. `fn` is static: a patch with another function makes JAX recompile the model.
+    The arrays in `data` may be tracers, so that a jitted function can take the arrays as arguments, and autodiff and
+    vmap work. If the patched path names all layers, each array in `data` has a leading axis L, and layer i is patched
+    with slice i. The field `fn` is static: if `fn` changes, JAX recompiles the model.
     """
 
     fn: Callable[..., jax.Array] = struct.field(pytree_node=False)
@@ -67,25 +72,27 @@ class Patch:
 
 
 def replace(value: Any, mask: Any = None) -> Patch:
-    """Returns a patch that replaces an activation by `value`.
+    """Returns a `Patch` that replaces an activation by `value`.
 
-    With a bool `mask`, which is broadcast to the activation, only elements where the mask is True are replaced.
+    If a bool `mask` is given, only the elements of the activation at which the mask is True are replaced. The mask is
+    broadcast to the shape of the activation.
     """
     return Patch(_value, (value,)) if mask is None else Patch(_where, (value, mask))
 
 
 def add(value: Any) -> Patch:
-    """Returns a patch that adds `value` to an activation.
+    """Returns a `Patch` that adds `value` to an activation.
 
-    The value can be a steering vector [D], for example, or [L, D] if the patch is for all layers.
+    For example, `value` can be a steering vector [D], or an array [L, D] of steering vectors if the patch is for all
+    layers.
     """
     return Patch(_add, (value,))
 
 
 def scale(factor: Any) -> Patch:
-    """Returns a patch that multiplies an activation by `factor`.
+    """Returns a `Patch` that multiplies an activation by `factor`.
 
-    For `attn/heads`, a factor [N, 1] that is 0 for some heads ablates these heads.
+    For example, a patch of `attn/heads` with a factor [N, 1] that is 0 for some attention heads ablates these heads.
     """
     return Patch(_scale, (factor,))
 
@@ -106,20 +113,21 @@ def _scale(x, factor):
     return x * factor
 
 
-# maps a pattern of paths to its patch: a replacement array, a function from the activation to its replacement, a
-# `Patch`, or a tuple of these
+# `Patches` maps each pattern of paths to a patch, which is a replacement array, a function that computes the
+# replacement from the activation, a `Patch`, or a tuple of patches. `Placed` maps each path to the patches of this
+# path, in the order in which the patches are applied.
 Patches = Mapping[str, Any]
-Placed = dict[str, tuple[Patch, ...]]  # maps each path to its patches, in the order in which they are applied
+Placed = dict[str, tuple[Patch, ...]]
 
 
 def names(cfg: ModelConfig) -> list[str]:
-    """Returns the paths of all activations; those inside blocks are given once for all layers, as `blocks/*/..`."""
+    """Returns the paths of all activations of a model, with `blocks/*/..` for the activations inside the blocks."""
     absent = ("ln_1/out", "ln_2/out") if cfg.norm_position == "post" else ()
     return ["embed", *(f"{_BLOCKS}*/{site}" for site in SITES if site not in absent), "ln_f/out"]
 
 
 def paths(patterns: Iterable[str], cfg: ModelConfig) -> tuple[str, ...]:
-    """Returns the paths of activations that match `patterns`, in order and without duplicates.
+    """Returns the paths of the activations that match `patterns`, in the order of the patterns and without duplicates.
 
     Raises:
         UserError: a pattern, or one of its alternatives separated by "|", matches no activation. The message names all
@@ -131,8 +139,9 @@ def paths(patterns: Iterable[str], cfg: ModelConfig) -> tuple[str, ...]:
     unmatched = []
     for glob in (glob.strip() for pattern in patterns for glob in pattern.split("|")):
         stacked = [name for name in names(cfg) if not name.endswith(WEIGHTS) or glob.endswith("weights")]
-        # To find out whether a glob selects all layers, it is matched against paths that contain the text "any layer"
-        # in place of the layer's index: "*" matches this text, but "3", "?" and "[0-2]" do not.
+        # To find out whether a glob selects all layers, the glob is matched against paths in which the text "any layer"
+        # replaces the index of the layer. The glob "*" matches the text "any layer", but the globs "3", "?" and "[0-2]"
+        # do not.
         matches = [name for name in stacked if tree.matches(glob, name.replace("*", "any layer"))]
         if not matches:
             single = [name.replace("*", str(i)) for i in range(cfg.n_layer) for name in stacked if "*" in name]
@@ -149,10 +158,10 @@ def paths(patterns: Iterable[str], cfg: ModelConfig) -> tuple[str, ...]:
 
 
 def place(patches: Patches | None, cfg: ModelConfig) -> Placed:
-    """Matches the patterns in `patches` against the paths of activations, and returns the patches of each matched path.
+    """Returns a dict from each path of an activation to its patches, by matching the patterns in `patches`.
 
-    The function is idempotent. Patches of the same path are applied in the given order. In each layer, patches
-    that apply to every layer are applied first, then the patches of that layer alone.
+    The function is idempotent. Patches of the same path are applied in the order in which they are given. In each
+    layer, the patches for all layers are applied before the patches for this layer alone.
 
     Raises:
         UserError: a pattern matches no activation, or an array of a patch for all layers lacks the leading axis L.
@@ -175,10 +184,10 @@ def place(patches: Patches | None, cfg: ModelConfig) -> Placed:
 
 
 def split(path: str) -> tuple[str, str]:
-    """Splits an activation's path into the layer and the site, which is the activation's path within its block.
+    """Splits the path of an activation into the layer and the site, which is the path within the block.
 
-    For example, blocks/3/attn/out is split into "3" and "attn/out", blocks/*/resid into "*" and "resid", and embed,
-    which is outside the blocks, into "" and "embed".
+    For example, the path `blocks/3/attn/out` is split into "3" and "attn/out", and the path `blocks/*/resid` into "*"
+    and "resid". The path `embed`, which is outside the blocks, is split into "" and "embed".
     """
     if not path.startswith(_BLOCKS):
         return "", path
@@ -187,15 +196,15 @@ def split(path: str) -> tuple[str, str]:
 
 
 def stacked_patches(placed: Placed) -> dict[str, tuple[Patch, ...]]:
-    """Returns the patches whose path stands for all layers, `blocks/*/..`, as a dict from site to patches."""
+    """Returns the patches whose path `blocks/*/..` names all layers, as a dict from each site to its patches."""
     return {site: patches for path, patches in placed.items() for layer, site in [split(path)] if layer == "*"}
 
 
 def layer_patches(placed: Placed) -> dict[str, dict[int, tuple[Patch, ...]]]:
-    """Returns the patches whose path names a single layer, such as `blocks/3/..`.
+    """Returns the patches whose path names one layer, such as `blocks/3/..`, by site and layer.
 
     Returns:
-        a dict from each site to a dict, which maps the index of a layer to the patches of the site in this layer.
+        a dict from each site to a dict that maps the index of a layer to the patches of the site in this layer.
     """
     out: dict[str, dict[int, tuple[Patch, ...]]] = {}
     for path, patches in placed.items():
@@ -217,10 +226,11 @@ def sites(taps: Iterable[str], layer: int | None = None) -> tuple[str, ...]:
 
 
 class Reader:
-    """Callable that the model applies to each activation, as in x = tap("attn/out", x).
+    """A callable that the model applies to each activation, for example x = tap("attn/out", x).
 
-    The call applies the patches of the site, "attn/out", and records the activation in `seen` if the site is tapped;
-    without taps and patches, the call returns x unchanged. A new `Reader` is made each time that a block is traced.
+    Calling a `Reader` with the site "attn/out" applies the patches of this site to x, and records the result in `seen`
+    if the site is tapped. For a site without taps and patches, the `Reader` returns x unchanged. The model creates a
+    new `Reader` each time that a block is traced.
     """
 
     def __init__(
@@ -230,13 +240,14 @@ class Reader:
         single: Mapping[str, dict[int, tuple[Patch, ...]]] | None = None,
         layer: jax.Array | None = None,
     ):
-        """Stores the taps and patches of a block.
+        """Stores the taps and patches of one transformer block.
 
         Args:
-            taps: sites whose activations are recorded in `seen`.
+            taps: the sites whose activations are recorded in `seen`.
             patches: patches of the block, by site.
-            single: patches of single layers, by site and index of the layer; only those of this block are applied.
-            layer: index of the block, which may be traced.
+            single: patches of individual layers, by site and layer index; only the patches of this block's layer are
+                applied.
+            layer: index of the block's layer, which may be a tracer.
         """
         self.taps, self.patches, self.single, self.layer = frozenset(taps), patches or {}, single or {}, layer
         self.seen: dict[str, jax.Array] = {}
@@ -250,7 +261,8 @@ class Reader:
     def __call__(self, site: str, x: jax.Array) -> jax.Array:
         x = _apply(site, x, self.patches.get(site, ()))
         for layer, patches in self.single.get(site, {}).items():
-            # `cond` runs only one of its branches, even under vmap, because vmap does not batch the layer index
+            # `jax.lax.cond` runs only one of its branches, even under vmap, because vmap does not batch the layer
+            # index.
             x = jax.lax.cond(self.layer == layer, lambda x, p: _apply(site, x, p), lambda x, p: x, x, patches)
         if site in self.taps:
             self.seen[site] = x
@@ -269,5 +281,5 @@ def _apply(site: str, x: jax.Array, patches: Iterable[Patch]) -> jax.Array:
 
 
 def __getattr__(name: str) -> Any:
-    """Looks up renamed functions by their old names."""
+    """Returns the function of this module that formerly had the given name, with a DeprecationWarning."""
     return moved_name(__name__, name)

@@ -1,4 +1,4 @@
-"""The KV cache: keys and values of the tokens that decoding has processed."""
+"""This module defines the KV cache, which holds the attention keys and values of all tokens processed so far."""
 
 from __future__ import annotations
 
@@ -10,19 +10,23 @@ from jax.typing import DTypeLike
 from gptjax.config import ModelConfig
 from gptjax.ops.device import activation_dtype
 
-_ROWS = 16  # batches of up to this many rows are written row by row, in place; larger batches by one scatter
+_ROWS = 16  # A batch of up to _ROWS rows is written row by row in place, and a larger batch by one scatter.
 
 
 class Cache(struct.PyTreeNode):
-    """KV cache of all layers. The token at position p of a row is stored in slot p; slots from `length` on are empty.
+    """Holds the keys and values of all layers for decoding.
 
-    k, v    [L, B, K, S, H] in float32, bfloat16 or int8, for K key heads, S slots and H channels per head
-    scales  None, or with int8 the scales of keys and values, [L, B, K, S, 1] float32 each
-    length  [B] int32, number of tokens in each row; reduce it to drop the row's last tokens
-    x       [B, S, D] the token embeddings, in the activations' dtype, or None without cfg.smear, which adds to each
-            embedding a weighted copy of the previous token's embedding
-    empty   static bool, which is True before the first `write`, so that prefill attends to the keys of its own tokens
-            without reading the cache
+    The token at position p of a row is stored in slot p. The slots of a row from `length` on are empty.
+
+    Attributes:
+        k, v: keys and values, [L, B, K, S, H] in float32, bfloat16 or int8, for K key heads, S slots and H channels per
+            head.
+        scales: quantisation scales of int8 keys and values, [L, B, K, S, 1] float32 each, or None for other dtypes.
+        length: number of tokens in each row, [B] int32. Reducing `length` drops the last tokens of a row.
+        x: token embeddings, [B, S, D] in the dtype of activations, or None without cfg.smear, which adds to each token
+            embedding a weighted copy of the previous token's embedding.
+        empty: static bool that is True before the first `write`. If `empty` is True, prefill attends to the keys of
+            the new tokens without reading the cache.
     """
 
     k: jax.Array
@@ -33,7 +37,8 @@ class Cache(struct.PyTreeNode):
     empty: bool = struct.field(pytree_node=False, default=False)
 
     def write(self, layer: int | jax.Array, k: jax.Array, v: jax.Array) -> Cache:
-        """Writes k and v [B, K, T, H] of `layer` into the slots from `length` on."""
+        """Returns the cache with the keys k and values v [B, K, T, H] of one layer written into the slots from `length`
+        on."""
         if self.scales is None:
             return self.replace(k=self._put(self.k, layer, k), v=self._put(self.v, layer, v))
         (k, k_scale), (v, v_scale) = (_to_int8(a) for a in (k, v))
@@ -42,7 +47,7 @@ class Cache(struct.PyTreeNode):
         return self.replace(k=self._put(self.k, layer, k), v=self._put(self.v, layer, v), scales=scales)
 
     def read(self, layer: int | jax.Array, dtype: DTypeLike) -> tuple[jax.Array, jax.Array]:
-        """Returns the keys and the values of `layer`, [B, K, S, H] each."""
+        """Returns the keys and the values of one layer, [B, K, S, H] each, cast to `dtype`."""
         k, v = (jax.lax.dynamic_index_in_dim(a, layer, keepdims=False).astype(dtype) for a in (self.k, self.v))
         if self.scales is None:
             return k, v
@@ -51,18 +56,19 @@ class Cache(struct.PyTreeNode):
         return k.astype(dtype), v.astype(dtype)
 
     def remember(self, x: jax.Array) -> Cache:
-        """Writes embeddings [B, T, D] into the field `x` of the cache, in the slots from `length` on."""
+        """Returns the cache with the token embeddings x [B, T, D] written into the slots from `length` on of the field
+        `x`."""
         assert self.x is not None  # cfg.smear
         return self.replace(x=self._put(self.x[None, :, None], 0, x[:, None])[0, :, 0])
 
     def before(self) -> jax.Array:
-        """Returns the embedding of each row's last token, [B, D], or zeros for an empty row."""
+        """Returns the token embedding of the last token of each row, [B, D], or zeros for an empty row."""
         assert self.x is not None  # cfg.smear
         last = jnp.take_along_axis(self.x, jnp.maximum(self.length - 1, 0)[:, None, None], 1)[:, 0]
         return jnp.where(self.length[:, None] > 0, last, 0)
 
     def _put(self, old: jax.Array, layer: int | jax.Array, new: jax.Array) -> jax.Array:
-        """Returns `old` with `new` [B, K, T, *] written at [layer, row, :, length[row]:, :] for each row."""
+        """Returns the array `old` with `new` [B, K, T, *] written at [layer, row, :, length[row]:, :] for each row."""
         new = new.astype(old.dtype)[None]
         if self.empty:
             return jax.lax.dynamic_update_slice(old, new, (layer, 0, 0, 0, 0))
@@ -78,18 +84,19 @@ class Cache(struct.PyTreeNode):
 
 
 def _to_int8(a: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Quantises `a` [.., H] to int8 symmetrically; returns it with a float32 scale [.., 1] per head and token."""
+    """Quantises `a` [.., H] symmetrically to int8 with one float32 scale [.., 1] per head and token."""
     a = a.astype(jnp.float32)
     scale = jnp.maximum(jnp.abs(a).max(-1, keepdims=True), 1e-30) / 127
     return jnp.round(a / scale).astype(jnp.int8), scale
 
 
 def init_cache(cfg: ModelConfig, batch: int, length: int | None = None, dtype: DTypeLike | None = None) -> Cache:
-    """Creates an empty KV cache of `length` slots (default: the context length) for `batch` rows.
+    """Returns an empty KV cache for `batch` rows with `length` slots each (default: the context length).
 
     Args:
-        dtype: float32, bfloat16, int8, or None for the activations' dtype, `cfg.dtype` (float32 on a CPU). int8 takes a
-            quarter of float32's memory and rounds each head's vector to multiples of 1/127 of its largest magnitude.
+        dtype: dtype of keys and values: float32, bfloat16, int8, or None for the dtype of activations, which is
+            `cfg.dtype` (float32 on a CPU). An int8 cache takes a quarter of the memory of a float32 cache, and rounds
+            the key and value vectors of each head to multiples of 1/127 of the vector's largest magnitude.
     """
     slots, dtype = length or cfg.context_length, activation_dtype(cfg.dtype) if dtype is None else dtype
     shape = (cfg.n_layer, batch, cfg.n_kv_head, slots, cfg.head_dim)

@@ -1,4 +1,8 @@
-"""The model's public functions, all pure functions of the parameters: initialisation, forward pass, KV cache, taps."""
+"""This module defines the public functions of the model: initialisation, forward pass, decoding with a KV cache, and
+taps.
+
+Every function is a pure function of the parameters.
+"""
 
 from __future__ import annotations
 
@@ -29,27 +33,29 @@ from gptjax.types import Params
 
 
 def init_params(key: jax.Array, cfg: ModelConfig) -> Params:
-    """Draws the initial parameters: a nested dict of float32 arrays; the arrays of the blocks are stacked [L, ..].
+    """Returns randomly initialised parameters: a nested dict of float32 arrays, with the blocks' arrays stacked [L,
+    ..].
 
-    init=gpt2 follows Hugging Face's GPT-2: matrices are drawn from normal distributions with mean 0 and standard
-    deviation 0.02 (output projections: 0.02 / sqrt(2L), token embeddings: embed_std), and biases are 0. init=torch uses
-    PyTorch's defaults: embeddings are drawn from N(0, 1), and linear layers from U(+-1/sqrt(in)), so that the expected
-    initial loss of GPT-2 with an untied head is ln V + 1/6.
+    With init=gpt2, as in Hugging Face's GPT-2, matrices are drawn from normal distributions with mean 0 and standard
+    deviation 0.02 (output projections: 0.02 / sqrt(2L), token embeddings: embed_std), and biases are 0. With
+    init=torch, as by default in PyTorch, embeddings are drawn from N(0, 1) and the weights of linear layers from
+    U(-1/sqrt(in), 1/sqrt(in)). With init=torch, the expected initial loss of GPT-2 with an untied head is ln V + 1/6.
     """
     return _init(key, dataclasses.replace(cfg, unroll=False))
 
 
 @partial(jax.jit, static_argnums=1)
 def _init(key: jax.Array, cfg: ModelConfig) -> Params:
-    """Draws the parameters. `cfg.unroll` must be False, so that layers are scanned.
+    """Returns randomly initialised parameters; `cfg.unroll` must be False, so that the layers run in a scan.
 
-    With 40 unrolled layers, compiling this function took half a minute.
+    Compiling `_init` for 40 unrolled layers took half a minute.
     """
     return GPT(cfg).init(key, jnp.zeros((1, 2), jnp.int32))["params"]
 
 
 def abstract_params(cfg: ModelConfig) -> Params:
-    """Returns the tree of `init_params`, with a `jax.ShapeDtypeStruct` for each array; allocates no arrays."""
+    """Returns the parameter tree of `init_params` with a `jax.ShapeDtypeStruct` in place of each array, without
+    allocating memory."""
     return jax.eval_shape(lambda key: init_params(key, cfg), jax.random.key(0))
 
 
@@ -65,19 +71,19 @@ def backbone(
     dropout_key: jax.Array | None = None,
     patches: Patches | None = None,
 ) -> jax.Array:
-    """Computes the last hidden state [B, T, D], after the final norm, of token ids [B, T].
+    """Returns the hidden states [B, T, D] after the final norm for the token ids [B, T].
 
     Args:
-        positions: position of each token, [B, T] or [T] int32. None: positions are counted from 0 within each document.
-        segment_ids: document of each token, [B, T] int32; a token attends only to tokens of its own document. Padding
-            counts as one more document.
-        subtree_end: [B, T] int32, for documents that are token trees: index in the row from which on each token is no
-            longer visible (see `data.token_tree`). It needs `positions`, and a model without cfg.smear. None: every
-            document is a plain sequence.
-        dropout_key: random key for dropout, or None for no dropout.
+        positions: position of each token, [B, T] or [T] int32. None: positions count from 0 within each document.
+        segment_ids: id of the document of each token, [B, T] int32. A token attends only to tokens of the same
+            document. Padding counts as one more document.
+        subtree_end: for documents that are token trees, the index in the row from which on each token is no longer
+            visible, [B, T] int32 (see `data.token_tree`). `subtree_end` requires `positions` and a model without
+            cfg.smear. None: every document is a plain sequence.
+        dropout_key: PRNG key for dropout, or None for no dropout.
         patches: maps paths (or patterns of paths) of activations to their patches. A patch is an array that replaces
             the activation, a function that computes the replacement from the activation, a `Patch`, or a tuple of
-            these. Paths and shapes are listed in `gptjax.model.activations`.
+            patches. `gptjax.model.activations` lists the paths and shapes of activations.
 
     Raises:
         UserError: a patch matches no activation, or its shape does not fit the activation; or `subtree_end` is given
@@ -108,10 +114,11 @@ def _check(tokens: Any, cfg: ModelConfig, positions: Any) -> None:
 
 @with_matmul_precision
 def head_factors(params: Params, hidden: jax.Array, cfg: ModelConfig) -> tuple[jax.Array, jax.Array]:
-    """Returns two plain arrays, hidden' [.., D'] and kernel' [D', V], whose product is the logits of hidden [.., D].
+    """Returns two plain arrays, hidden' [.., D'] and kernel' [D', V], whose product is the logits of `hidden` [.., D]
+    before the softcap.
 
-    The logits are those before the softcap. D' is D, or larger if the head has an adapter with dropout. An adapter of a
-    tied embedding table has no dropout, as in PEFT.
+    D' equals D unless the head has an adapter with dropout, for which D' is larger than D. An adapter of a tied
+    embedding table has no dropout, as in PEFT.
     """
     if cfg.tie_embeddings:
         return hidden, dense(params["wte"]["embedding"]).T
@@ -120,12 +127,13 @@ def head_factors(params: Params, hidden: jax.Array, cfg: ModelConfig) -> tuple[j
 
 @with_matmul_precision
 def lm_logits(params: Params, hidden: jax.Array, cfg: ModelConfig) -> jax.Array:
-    """Computes the logits [.., V] float32 of hidden states [.., D], and applies the softcap cfg.logit_softcap.
+    """Returns the logits [.., V] float32 of the hidden states [.., D], after the softcap `cfg.logit_softcap`.
 
     The logits are never rounded to bfloat16.
     """
     if cfg.dtype != "float32":
-        hidden = hidden.astype(jnp.float32)  # `matmul` returns the dtype of its input: float32 is needed here
+        # `matmul` returns logits in the dtype of `hidden`, and the logits must be float32.
+        hidden = hidden.astype(jnp.float32)
     head = params["wte"]["embedding"] if cfg.tie_embeddings else params["lm_head"]["kernel"]
     if isinstance(head, jax.Array) and device.platform() == "gpu" and device.mesh() is None:
         kernel = aligned_columns(head.T if cfg.tie_embeddings else head)
@@ -138,9 +146,11 @@ def lm_logits(params: Params, hidden: jax.Array, cfg: ModelConfig) -> jax.Array:
 
 
 def forward(params: Params, tokens: jax.Array, cfg: ModelConfig, **context: Any) -> jax.Array:
-    """Computes the logits [B, T, V] float32 of token ids [B, T] int32. Keyword arguments are passed to `backbone`.
+    """Returns the logits [B, T, V] float32 for the token ids [B, T] int32. The keyword arguments are passed to
+    `backbone`.
 
-    Ids outside the vocabulary raise an error, except under `jit`, where ids are not known and are clipped instead.
+    Token ids outside the vocabulary raise an error. Under `jit`, the values of token ids are unknown, and ids outside
+    the vocabulary are clipped instead.
 
     Raises:
         UserError: `tokens` is not an integer array [B, T], an id is outside the vocabulary, T exceeds the number of
@@ -163,16 +173,16 @@ def tapped(
     dropout_key: jax.Array | None = None,
     patches: Patches | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Returns the logits [B, T, V] of `forward`, and the activations named by `taps` as a dict from path to array.
+    """Returns the logits [B, T, V] of `forward`, and a dict from path to array of the activations that `taps` selects.
 
         logits, acts = tapped(params, tokens, cfg, ("blocks/*/attn/out", "blocks/3/resid"))
         acts["blocks/*/attn/out"]   [L, B, T, D]
         acts["blocks/3/resid"]      [B, T, D]
 
-    The paths of activations are listed in `gptjax.model.activations`. A patched activation is returned with its patch
-    applied. The returned activations can be used as patches: `forward(params, tokens, cfg, patches=acts)` gives the
-    same logits. With stacked parameters, tapping an activation in one layer takes as much memory as tapping it in all
-    layers.
+    `gptjax.model.activations` lists the paths of activations. If an activation is both tapped and patched, the patched
+    activation is returned. The returned activations can be used as patches: `forward(params, tokens, cfg,
+    patches=acts)` gives the same logits as `tapped`. With stacked parameters, tapping an activation in one layer takes
+    as much memory as tapping the activation in all layers.
 
     Raises:
         UserError: a tap or a patch matches no activation, or a patch's shape does not fit.
@@ -192,24 +202,26 @@ def extend(
     lengths: jax.Array | None = None,
     patches: Patches | None = None,
 ) -> tuple[jax.Array, Cache]:
-    """Runs the model on tokens [B, T] that follow the tokens of the cache, for prefill (T > 1) or decoding (T == 1).
+    """Runs the model on tokens [B, T] that follow the tokens in the KV cache, for prefill (T > 1) or decoding (T == 1).
 
     Args:
-        lengths: [B] int32, the number of new tokens in each row; the rest of a row is padding, which the cache does not
-            keep and whose logits are meaningless. If `lengths` is None, all T tokens are new.
-        patches: activation patches as in `backbone`, applied to the T new tokens. The cache holds patched keys and
+        lengths: the number of new tokens in each row, [B] int32. The rest of a row is padding: the cache does not keep
+            padding tokens, and the logits of padding tokens are meaningless. If `lengths` is None, all T tokens are
+            new.
+        patches: activation patches as in `backbone`, applied to the T new tokens. The cache stores the patched keys and
             values.
 
     Returns:
-        logits [B, T, V] float32, and the cache extended by the new tokens. The caller must keep cache.length + T within
-        the cache's slots.
+        the logits [B, T, V] float32, and the cache extended by the new tokens. The caller must ensure that cache.length
+        + T does not exceed the number of slots of the cache.
 
     Raises:
         UserError: any error that `forward` raises, or the tokens do not fit into the cache (checked only outside `jit`,
             where the lengths are known).
     """
     _check(tokens, cfg, None)
-    # the lengths are checked where they are known; under `jit`, tokens that do not fit overwrite the last slots
+    # Outside `jit`, the lengths are known and checked. Under `jit`, tokens that do not fit into the cache overwrite the
+    # last slots.
     if not any(isinstance(a, jax.core.Tracer) for a in (cache.length, lengths)) and is_local(cache.length):
         slots, context = cache.k.shape[3], cfg.context_length if cfg.position == "learned" else math.inf
         after = int((np.asarray(cache.length) + (tokens.shape[1] if lengths is None else np.asarray(lengths))).max())
@@ -230,7 +242,7 @@ def extend_tapped(
     lengths: jax.Array | None = None,
     patches: Patches | None = None,
 ) -> tuple[jax.Array, Cache, dict[str, jax.Array]]:
-    """Like `extend`, but also returns the activations named by `taps`, as `tapped` does."""
+    """Returns the logits and the cache of `extend`, and the activations that `taps` selects as in `tapped`."""
     hidden, cache, seen = _extend(params, tokens, cfg, cache, activations.paths(taps, cfg), lengths, patches)
     return lm_logits(params, hidden, cfg), cache, seen
 
@@ -244,9 +256,11 @@ def extend_backbone(
     lengths: jax.Array | None = None,
     patches: Patches | None = None,
 ) -> tuple[jax.Array, Cache]:
-    """Like `extend`, but returns the last hidden state [B, T, D] in place of the logits.
+    """Returns the hidden states [B, T, D] after the final norm, and the extended KV cache, for the arguments of
+    `extend`.
 
-    Prefill needs the logits of the last token only, and computes them from that token's hidden state with `lm_logits`.
+    Prefill needs only the logits of the last token, and computes these logits with `lm_logits` from the hidden state of
+    the last token.
     """
     return _extend(params, tokens, cfg, cache, (), lengths, patches)[:2]
 
@@ -266,14 +280,15 @@ def _extend(
 
 
 def refuse_classifier(cfg: ModelConfig, source: str = "", way_out: str = "") -> None:
-    """Raises an error if the model is a classifier, for callers that need a language model.
+    """Raises a UserError if the model is a classifier, for callers that need a language model.
 
-    In a classifier, the language-modelling head was not trained together with the other parameters, and classifiers
-    from Hugging Face have no such head.
+    The language-modelling head of a classifier was not trained together with the classifier's other parameters.
+    Classifiers from Hugging Face have no language-modelling head.
 
     Args:
-        source: the model's name or path, as the user gave it.
-        way_out: advice at the end of the error message; if it is empty, the advice is to use `gptjax classify`.
+        source: the name or path of the model, as the user gave it.
+        way_out: advice at the end of the error message. If `way_out` is empty, the message recommends `gptjax
+            classify`.
 
     Raises:
         UserError: the model has a classification head.
@@ -290,17 +305,18 @@ def refuse_classifier(cfg: ModelConfig, source: str = "", way_out: str = "") -> 
 def grow_vocabulary(
     params: Params, cfg: ModelConfig, vocab_size: int, *, used: int | None = None
 ) -> tuple[Params, ModelConfig]:
-    """Initialises the rows of new tokens in the token embeddings and the head; adds rows if there are too few.
+    """Returns the parameters and the config with initialised rows for new tokens in the token embeddings and the head.
 
-    The row of every new token is the mean of the rows of the existing tokens. The logits of existing tokens do not
-    change. The embeddings of a model may have more rows than its tokenizer has tokens (Qwen2.5: 151,936 rows and
-    151,665 tokens); new tokens use these spare rows before any rows are added.
+    In the token embeddings and the head, the row of every new token is the mean of the rows of the existing tokens. The
+    logits of existing tokens do not change. The token embeddings of a model may have more rows than the tokenizer has
+    tokens (Qwen2.5: 151,936 rows and 151,665 tokens). New tokens use the spare rows of the token embeddings before
+    further rows are added.
 
     Args:
-        params: parameters, all of them plain arrays.
+        params: parameters, which must all be plain arrays.
         vocab_size: vocabulary size of the extended tokenizer (`tokenizers.extend`).
-        used: vocabulary size of the tokenizer before it was extended; rows from this index on are initialised anew.
-            If `used` is None, all existing rows are kept.
+        used: vocabulary size of the tokenizer before the extension; rows from this index on are initialised anew. If
+            `used` is None, all existing rows are kept.
 
     Raises:
         UserError: `vocab_size` is below `used`, or `used` is above the number of rows of the token embedding.
@@ -326,17 +342,23 @@ def grow_vocabulary(
 
 
 def unstack_layers(params: Params, cfg: ModelConfig) -> Params:
-    """Splits the stacked layers `blocks` into `blocks_0`, `blocks_1`, ..; this module's functions accept both layouts.
+    """Returns parameters in which the stacked layers `blocks` are split into the trees `blocks_0`, `blocks_1` and so
+    on.
 
-    With one tree per layer some layers can be trained while the others are frozen: no gradients are computed for frozen
-    layers, and backpropagation stops at the lowest trained layer.
+    All functions of this module accept both the stacked and the unstacked layout of the parameters. With one tree per
+    layer, training can freeze individual layers: JAX computes no gradients for frozen layers, and backpropagation stops
+    at the lowest trained layer.
     """
     rest = {name: node for name, node in params.items() if name != "blocks"}
     return rest | {f"blocks_{i}": jax.tree.map(lambda leaf: leaf[i], params["blocks"]) for i in range(cfg.n_layer)}  # noqa: B023
 
 
 def stack_layers(params: Params, cfg: ModelConfig) -> Params:
-    """Stacks the layers `blocks_0`, `blocks_1`, .. as `blocks` [L, ..]: the inverse of `unstack_layers`."""
+    """Returns parameters in which the trees `blocks_0`, `blocks_1` and so on are stacked into one tree `blocks` [L,
+    ..].
+
+    `stack_layers` is the inverse of `unstack_layers`.
+    """
     names = [f"blocks_{i}" for i in range(cfg.n_layer)]
     rest = {name: node for name, node in params.items() if name not in names}
     return rest | {"blocks": jax.tree.map(lambda *leaves: jnp.stack(leaves), *(params[name] for name in names))}
@@ -345,19 +367,20 @@ def stack_layers(params: Params, cfg: ModelConfig) -> Params:
 def for_decoding(params: Params, cfg: ModelConfig) -> Params:
     """Returns the parameters in the fastest layout for decoding one token at a time.
 
-    All functions of this module accept the decoding layout, but parameters in this layout must not be saved. The layers
-    are unstacked, because slicing a layer's weights out of the stacked arrays takes as long as the matrix products with
-    these weights. The matrices of q, k and v are concatenated as `qkv`, and the matrices of up and gate as `up_gate`,
-    unless the matrices differ in type. The matrices of unstacked layers are stored transposed, so that each column is
-    contiguous, if their type supports this layout.
+    All functions of this module accept the decoding layout, but parameters in the decoding layout must not be saved.
+    The layers are unstacked, because slicing a layer's weights out of the stacked arrays takes as long as the matrix
+    products with these weights. The weight matrices of q, k and v are concatenated into `qkv`, and the weight matrices
+    of up and gate into `up_gate`, unless the matrices differ in type. The weight matrices of unstacked layers are
+    stored transposed if their type supports this layout, so that each column is contiguous.
 
-    On a CPU the stacked layers are kept as well: prefill of a short prompt uses them, because it then compiles faster.
+    On a CPU, the stacked layers are kept too, because prefill of a short prompt compiles faster with stacked layers.
 
-    On a GPU the stacked layers are not kept; if memory is short, delete `params` after this call. A model of more than
-    48 layers is not unstacked on a GPU. If cfg.dtype is bfloat16, matrices are cast to bfloat16 on a GPU, because they
-    are multiplied in that dtype. On a GPU, the vocabulary axis of the head is also padded to a multiple of 128.
+    On a GPU, the stacked layers are not kept. To free memory, delete `params` after `for_decoding` has returned. On a
+    GPU, models with more than 48 layers are not unstacked. On a GPU, matrices are cast to bfloat16 if cfg.dtype is
+    bfloat16, because matrix products cast their operands to bfloat16 anyway. On a GPU, the vocabulary axis of the head
+    is also padded to a multiple of 128.
 
-    The parameters are returned unchanged on a TPU, on several devices, and if their layers are already unstacked.
+    The parameters are returned unchanged on a TPU, on several devices, and if the layers are already unstacked.
     """
     known = (leaf for leaf in jax.tree.leaves(params) if not isinstance(leaf, np.ndarray | jax.core.Tracer))
     sharded = device.mesh() is not None or any(len(leaf.devices()) > 1 for leaf in known)
@@ -373,9 +396,10 @@ def for_decoding(params: Params, cfg: ModelConfig) -> Params:
 
 
 def _in_low_precision(params: Params, cfg: ModelConfig) -> Params:
-    """Casts matrices to bfloat16 if cfg.dtype is bfloat16, and pads the head's vocabulary axis to a multiple of 128.
+    """Returns the parameters with the head's vocabulary axis padded to a multiple of 128, and with matrices cast to
+    bfloat16 if cfg.dtype is bfloat16.
 
-    The logits do not change, because matrix multiplications cast their operands to cfg.dtype anyway.
+    The cast does not change the logits, because matrix multiplications cast their operands to cfg.dtype anyway.
     """
 
     def cast(path: tuple, leaf: Any) -> Any:
@@ -390,15 +414,15 @@ def _in_low_precision(params: Params, cfg: ModelConfig) -> Params:
     return jax.tree_util.tree_map_with_path(cast, params)
 
 
-# largest number of layers to unstack on a GPU; unstacked layers are compiled separately, so that compilation takes
-# longer with every layer
+# _MAX_UNSTACKED is the largest number of layers that `for_decoding` unstacks on a GPU. XLA compiles every unstacked
+# layer separately, so that the compilation time grows with the number of layers.
 _MAX_UNSTACKED = 48
 _CONCATENATED = {"attn": ("qkv", ("q", "k", "v")), "mlp": ("up_gate", ("up", "gate"))}
 
 
 @partial(jax.jit, static_argnums=2)
 def _decoding_layer(stack: Params, i: jax.Array, platform: str) -> Params:
-    """Returns layer `i` in the layout of `for_decoding`; `platform` is static because the layout depends on it."""
+    """Returns the parameters of layer `i` in the layout of `for_decoding`, which depends on the static `platform`."""
     layer = _joined(jax.tree.map(lambda leaf: leaf[i], stack))
     return tree.unflatten({
         path: transposed(leaf) if path.endswith("/kernel") else leaf for path, leaf in tree.flatten_nodes(layer).items()
@@ -406,7 +430,10 @@ def _decoding_layer(stack: Params, i: jax.Array, platform: str) -> Params:
 
 
 def _joined(blocks: Params) -> Params:
-    """Concatenates the matrices that have the same input into `qkv` and `up_gate`, in one layer or stacked layers."""
+    """Returns the parameters of one layer or of stacked layers with the matrices that share an input concatenated.
+
+    The matrices of q, k and v are concatenated into `qkv`, and the matrices of up and gate into `up_gate`.
+    """
     out = dict(blocks)
     for module, (name, sources) in _CONCATENATED.items():
         node = blocks[module]
@@ -420,5 +447,5 @@ def _joined(blocks: Params) -> Params:
 
 
 def __getattr__(name: str) -> Any:
-    """Looks up renamed functions by their old names."""
+    """Returns the function of this module that formerly had the given name, with a DeprecationWarning."""
     return moved_name(__name__, name)

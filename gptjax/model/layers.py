@@ -1,4 +1,4 @@
-"""Flax Linen modules of the decoder, which declare the parameters and call `gptjax.ops` for the mathematics."""
+"""This module defines the Flax Linen modules of the decoder, which declare the parameters and call `gptjax.ops`."""
 
 from __future__ import annotations
 
@@ -23,38 +23,40 @@ from gptjax.ops.linear import Gathered, linear, take
 from gptjax.ops.norm import layer_norm, rms_norm
 from gptjax.ops.scale import scaled
 
-# names that `jax.ad_checkpoint.checkpoint_name` gives to arrays, so that a rematerialisation policy can select them
-BLOCK_INPUT = "block"  # the input of each block
-PRODUCT = "product"  # the output of each linear layer, in the activations' dtype
-_GPU_LAYERS = 12  # largest number of layers that one iteration of the scan over layers runs on a GPU
-TOKENS = (device.ROWS, device.CONTEXT, None)  # partition spec of activations [B, T, D]
+# `jax.ad_checkpoint.checkpoint_name` gives the names BLOCK_INPUT and PRODUCT to arrays, so that a rematerialisation
+# policy can select these arrays.
+BLOCK_INPUT = "block"  # BLOCK_INPUT names the input of each block.
+PRODUCT = "product"  # PRODUCT names the output of each linear layer, in the dtype of activations.
+_GPU_LAYERS = 12  # On a GPU, one iteration of the scan over layers runs at most _GPU_LAYERS layers.
+TOKENS = (device.ROWS, device.CONTEXT, None)  # TOKENS is the partition spec of activations [B, T, D].
 
 
 class SharedInputs(NamedTuple):
-    """Inputs that every block reads besides the residual stream; these inputs are the same for all layers."""
+    """Holds the inputs that every block reads in addition to the residual stream and that are equal for all layers."""
 
-    rope: tuple[jax.Array, jax.Array] | None  # cosines and sines, from `_rope_table`
+    rope: tuple[jax.Array, jax.Array] | None  # `rope` holds the cosines and sines of `_rope_table`.
     segment_ids: jax.Array | None
     branches: Branches | None
     dropout_key: jax.Array | None
-    patches: Mapping[str, dict[int, tuple[Patch, ...]]]  # patches of single layers, from `activations.layer_patches`
+    patches: Mapping[str, dict[int, tuple[Patch, ...]]]  # `patches` holds the result of `activations.layer_patches`.
 
 
 class Residual(NamedTuple):
-    """Carry of the scan over layers: the residual stream, and other state that passes from block to block."""
+    """Holds the carry of the scan over layers: the residual stream and other state that passes from block to block."""
 
-    x: jax.Array  # [B, T, D] the residual stream
-    x0: jax.Array | None  # [B, T, D] the input of the first block, or None without cfg.x0_lambdas
-    v0: jax.Array | None  # [B, T, K, H] the first layer's attention values, or None without cfg.value_residual
+    x: jax.Array  # `x` is the residual stream, [B, T, D].
+    x0: jax.Array | None  # `x0` is the input of the first block, [B, T, D], or None without cfg.x0_lambdas.
+    # `v0` is the attention values of the first layer, [B, T, K, H], or None without cfg.value_residual.
+    v0: jax.Array | None
     cache: Cache | None
-    layer: jax.Array  # int32, index of the next block
+    layer: jax.Array  # `layer` is the index of the next block, int32.
 
 
 def _read(module: nn.Module, name: str, init: Callable[..., jax.Array], shape: tuple[int, ...]) -> Any:
-    """Returns the parameter `name` of the module if it exists, whatever its type; otherwise creates a new array.
+    """Returns the parameter `name` of the module, or creates a new array if the module has no such parameter.
 
-    `Module.param` alone is not enough, because it refuses leaves that are not arrays, such as adapters and quantised
-    matrices.
+    An existing parameter may be of any type. `flax.linen.Module.param` raises an error for parameters that are not
+    arrays, such as weights with adapters and quantised matrices.
     """
     if module.has_variable("params", name):
         return module.get_variable("params", name)
@@ -70,10 +72,10 @@ def uniform(bound: float) -> Callable[..., jax.Array]:
 
 
 class Linear(nn.Module):
-    """Linear layer, x @ kernel [in, out], with or without a bias.
+    """Applies a linear layer, x @ kernel [in, out], with or without a bias.
 
-    With init=torch, kernel and bias are drawn from U(+-1/sqrt(in)); otherwise the kernel is drawn from N(0, std), and
-    the bias is 0.
+    With init=torch, kernel and bias are drawn from U(-1/sqrt(in), 1/sqrt(in)). Otherwise, the kernel is drawn from a
+    normal distribution with mean 0 and standard deviation `std`, and the bias is 0.
     """
 
     cfg: ModelConfig
@@ -115,8 +117,7 @@ class Attention(nn.Module):
     def __call__(
         self, x: jax.Array, stream: Residual, shared: SharedInputs, key: jax.Array | None, tap: Reader
     ) -> tuple[jax.Array, jax.Array | None, Cache | None]:
-        """Returns the output [B, T, D] to add to the residual stream, the first layer's attention values, and the KV
-        cache."""
+        """Returns the attention output [B, T, D], the attention values of the first layer, and the updated KV cache."""
         cfg = self.cfg
         B, T, _ = x.shape
         H, K = cfg.head_dim, cfg.n_kv_head
@@ -127,8 +128,8 @@ class Attention(nn.Module):
             q, k, v = jnp.split(qkv, (sizes["q"], sizes["q"] + sizes["k"]), axis=-1)
         else:
             q, k, v = (Linear(cfg, size, cfg.qkv_bias, name=name)(x) for name, size in sizes.items())
-        # the barrier makes XLA on a TPU round the matrix products to bfloat16 before they are split into heads; without
-        # it, XLA splits the products in float32, which takes twice the memory
+        # On a TPU, the barrier makes XLA round the matrix products to bfloat16 before the products are split into
+        # heads. Without the barrier, XLA splits the products in float32, which takes twice the memory.
         if device.platform() == "tpu":
             q, k, v = jax.lax.optimization_barrier((q, k, v))
         v = v.reshape(B, T, K, H)
@@ -174,8 +175,11 @@ class Attention(nn.Module):
         return dropout(y, cfg.dropout, None if drop_keys is None else drop_keys[1]), v0, cache
 
     def _qk_norm(self, q: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Applies RMS norm to queries and keys over the last axis: the channels of each head, or with qk_norm_over=all
-        those of all heads."""
+        """Applies RMS norm to queries and keys over the last axis.
+
+        The last axis of queries and keys holds the channels of one head, or with qk_norm_over=all the channels of all
+        heads.
+        """
         cfg = self.cfg
         if not cfg.qk_norm:
             return q, k
@@ -220,7 +224,7 @@ class FeedForward(nn.Module):
 
 class Block(nn.Module):
     cfg: ModelConfig
-    taps: tuple[str, ...] = ()  # sites (names in `activations.SITES`) whose activations are returned
+    taps: tuple[str, ...] = ()  # `taps` names the sites (see `activations.SITES`) whose activations are returned.
 
     @nn.compact
     def __call__(
@@ -229,10 +233,10 @@ class Block(nn.Module):
         """Runs one transformer block.
 
         Args:
-            patches: the patches of this layer, by site.
+            patches: patches of this layer, by site.
 
         Returns:
-            the residual stream and other state after the block, and a dict from each site in `taps` to its activation.
+            the `Residual` after the block, and a dict from each site in `taps` to the activation at this site.
         """
         tap = Reader(self.taps, patches, shared.patches, stream.layer)
         cfg, x = self.cfg, checkpoint_name(device.constrain(stream.x, *TOKENS), BLOCK_INPUT)
@@ -262,7 +266,8 @@ class Block(nn.Module):
 
 
 _REMAT = {
-    # saves arrays by name, because jax.checkpoint_policies.dots_saveable would save the matrix products in float32
+    # The policy selects arrays by name, because jax.checkpoint_policies.dots_saveable would save the matrix products in
+    # float32.
     "dots": jax.checkpoint_policies.save_only_these_names(SAVED, PRODUCT),
     "full": jax.checkpoint_policies.nothing_saveable,
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
@@ -273,15 +278,16 @@ _REMAT = {
 
 
 class GPT(nn.Module):
-    """The decoder without the head.
+    """Implements the decoder-only transformer without the head.
 
-    A call takes tokens [B, T] and returns the last hidden state [B, T, D], the KV cache, and a dict from each path in
-    `taps` to its activation. If the parameters of the blocks are stacked [L, ..], the blocks run in one `nn.scan`; if
-    each layer has its own tree (`gpt.unstack_layers`), they run in a Python loop.
+    A call takes token ids [B, T] and returns the hidden states [B, T, D] after the final norm, the KV cache, and a dict
+    from each path in `taps` to the activation at this path. If the parameters of the blocks are stacked [L, ..], the
+    blocks run in one `nn.scan`. If each layer has a separate tree (see `gpt.unstack_layers`), the blocks run in a
+    Python loop.
     """
 
     cfg: ModelConfig
-    taps: tuple[str, ...] = ()  # paths of the activations to return, from `activations.paths`
+    taps: tuple[str, ...] = ()  # `taps` holds the paths of the activations to return.
 
     @nn.compact
     def __call__(
@@ -298,7 +304,8 @@ class GPT(nn.Module):
         B, T = tokens.shape
         branches = None
         if subtree_end is not None:
-            assert positions is not None and not cfg.smear  # checked by `gpt.backbone`
+            # `gpt.backbone` raises an error if `positions` is None or cfg.smear is set.
+            assert positions is not None and not cfg.smear
             branches = Branches(positions, subtree_end)
         tap = Reader(self.taps, patches)
         if positions is None:
@@ -308,8 +315,8 @@ class GPT(nn.Module):
             x = x * cfg.embed_gain
         if cfg.position == "learned":
             wpe = Embed(cfg, rows=cfg.context_length, std=0.02, name="wpe")(positions)
-            # position embeddings are added in float32, so that their gradient, a sum over the batch, is accumulated in
-            # float32
+            # The position embeddings are added in float32, so that the gradient of the position embeddings, which is a
+            # sum over the batch, is accumulated in float32.
             x = (x.astype(jnp.float32) + wpe.astype(jnp.float32)).astype(x.dtype)
         elif cfg.position == "sinusoidal":
             x = x + position.sinusoidal(positions, cfg.d_model).astype(x.dtype)
@@ -338,15 +345,17 @@ class GPT(nn.Module):
         hidden = tap("ln_f/out", Norm(cfg, name="ln_f")(device.constrain(stream.x, *TOKENS)))
         if not cfg.tie_embeddings and self.is_initializing():
             std = 0.0 if cfg.zero_init_head else 0.02
-            Linear(cfg, cfg.vocab_size, False, std, name="lm_head")(hidden)  # read by lm_logits
+            # `gpt.lm_logits` reads the kernel of `lm_head`.
+            Linear(cfg, cfg.vocab_size, False, std, name="lm_head")(hidden)
         if cfg.n_classes and self.is_initializing():
-            Linear(cfg, cfg.n_classes, cfg.cls_bias, name="cls_head")(hidden)  # read by losses.classify
+            # `losses.classify` reads the parameters of `cls_head`.
+            Linear(cfg, cfg.n_classes, cfg.cls_bias, name="cls_head")(hidden)
         return hidden, stream.cache, {path: (seen | tap.seen)[path] for path in self.taps}
 
     def _run_unstacked(
         self, stream: Residual, shared: SharedInputs, patches: Placed
     ) -> tuple[Residual, dict[str, jax.Array]]:
-        """Runs the unstacked layers `blocks_0`, .. (see `gpt.unstack_layers`, `gpt.for_decoding`) in a Python loop."""
+        """Runs unstacked layers (see `gpt.unstack_layers` and `gpt.for_decoding`) in a Python loop."""
         stacked, single = activations.stacked_patches(patches), activations.layer_patches(patches)
         layers = []
         for i in range(self.cfg.n_layer):
@@ -384,10 +393,10 @@ class GPT(nn.Module):
 
 
 def _rope_table(cfg: ModelConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Computes the cosines and sines of RoPE, [.., H/2] each.
+    """Returns the cosines and the sines of RoPE for the given positions, [.., H/2] each.
 
-    With cfg.rope_local_base both arrays have shape [2, .., H/2]: index 0 is for layers with full attention, index 1 for
-    layers with a sliding window.
+    With cfg.rope_local_base, both arrays have the shape [2, .., H/2], where index 0 is for layers with full attention
+    and index 1 is for layers with sliding-window attention.
     """
     scaled = position.rope_frequencies(
         cfg.head_dim, cfg.rope_base, cfg.rope_scaling, cfg.rope_factor, cfg.rope_slow, cfg.rope_fast,
@@ -403,18 +412,19 @@ def _rope_table(cfg: ModelConfig, positions: jax.Array) -> tuple[jax.Array, jax.
 
 
 def layers_per_iteration(cfg: ModelConfig) -> int:
-    """Returns the number of blocks per iteration of the scan over layers (its `unroll`), a divisor of cfg.n_layer.
+    """Returns the number of blocks per iteration of the scan over layers, which is the argument `unroll` of `nn.scan`.
 
-    An iteration runs all blocks if `cfg.unroll` is True, and one block if it is False. If `cfg.unroll` is None, the
-    number depends on the device.
+    An iteration of the scan runs all blocks if `cfg.unroll` is True, and one block if `cfg.unroll` is False. If
+    `cfg.unroll` is None, the number of blocks per iteration depends on the device, and is a divisor of cfg.n_layer.
 
-    On a CPU, an iteration runs all blocks if these have fewer than about 20 million weights, and otherwise one block.
-    Unrolling makes such small models at least 10 % faster. Models of GPT-2's size or larger become no faster: unrolling
-    lengthens their compilation, and copies each layer's weights out of the stacked arrays.
+    On a CPU, an iteration of the scan runs all blocks if the blocks have fewer than about 20 million weights in total,
+    and otherwise one block. On a CPU, unrolling makes models with fewer than 20 million weights at least 10 % faster.
+    For models of the size of GPT-2 or larger, unrolling gives no speed-up, lengthens the compilation, and copies each
+    layer's weights out of the stacked arrays.
 
-    On a GPU, an iteration runs up to 12 blocks. A training step of GPT-2 124M took 36.3 ms with all 12 blocks unrolled
-    and 42.5 ms with one block per iteration, and compiling the unrolled blocks took 9 s longer (H200, bfloat16,
-    16 x 1,024 tokens). On a TPU, an iteration runs one block.
+    On a GPU, an iteration of the scan runs up to 12 blocks. A training step of GPT-2 124M took 36.3 ms with all 12
+    blocks unrolled and 42.5 ms with one block per iteration of the scan, and compiling the unrolled blocks took 9 s
+    longer (H200, bfloat16, 16 x 1,024 tokens). On a TPU, an iteration of the scan runs one block.
     """
     if cfg.unroll is not None:
         return cfg.n_layer if cfg.unroll else 1
@@ -425,11 +435,11 @@ def layers_per_iteration(cfg: ModelConfig) -> int:
 
 
 class Embed(nn.Module):
-    """Embedding lookup: token ids or positions [..] -> [.., D]."""
+    """Looks up embeddings: token ids or positions [..] are mapped to vectors [.., D]."""
 
     cfg: ModelConfig
-    rows: int | None = None  # None: the vocabulary
-    std: float | None = None  # None: cfg.embed_std
+    rows: int | None = None  # If `rows` is None, the table has cfg.vocab_size rows.
+    std: float | None = None  # If `std` is None, the standard deviation is cfg.embed_std.
 
     @nn.compact
     def __call__(self, ids: jax.Array) -> jax.Array:

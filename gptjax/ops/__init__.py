@@ -1,1 +1,1 @@
-"""The mathematics of the model as plain functions of arrays."""
+"""This package implements the mathematical operations of the model as plain functions of arrays."""

@@ -1,4 +1,4 @@
-"""Activation functions of the feed-forward layer."""
+"""This module defines the activation functions of the feed-forward layer."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ _C = math.sqrt(2 / math.pi)
 
 @jax.custom_vjp
 def gelu(x: jax.Array) -> jax.Array:
-    """Computes GPT-2's GELU, x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))). Source: arXiv:1606.08415, section 2.
+    """Computes the tanh approximation of GELU, x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))), as in GPT-2.
 
-    GELU is computed as the equivalent x * sigmoid(2z), where z is the argument of tanh, so that one exponential gives
-    both the value and the derivative. The derivative is saved for the backward pass instead of x, so that nothing is
-    recomputed.
+    Source: arXiv:1606.08415, section 2.
+
+    `gelu` computes the equivalent formula x * sigmoid(2z), where z is the argument of tanh, so that one exponential
+    gives both the value and the derivative. The derivative of GELU is saved for the backward pass instead of x, so that
+    the backward pass recomputes nothing.
     """
     return _gelu(x)[0]
 
@@ -33,5 +35,5 @@ gelu.defvjp(_gelu, lambda slope, g: (g * slope,))
 
 
 def relu_squared(x: jax.Array) -> jax.Array:
-    """Computes the squared ReLU, max(x, 0)^2. Source: Primer, arXiv:2109.08668."""
+    """Computes the squared ReLU, max(x, 0)^2, of Primer (arXiv:2109.08668)."""
     return jnp.square(jax.nn.relu(x))

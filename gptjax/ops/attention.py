@@ -1,4 +1,5 @@
-"""Causal scaled dot-product attention with grouped queries, document masks, sliding windows and ALiBi."""
+"""This module implements causal scaled dot-product attention with grouped queries, document masks, sliding windows and
+ALiBi."""
 
 from __future__ import annotations
 
@@ -15,32 +16,36 @@ from gptjax.ops.dropout import off
 from gptjax.ops.position import alibi_slopes
 from gptjax.ops.precision import custom_vjp
 
-_MASKED = -1e30  # finite, because with -inf the softmax of a query whose keys are all masked would be NaN
-_BLOCK = 64  # the smallest block of queries for which a separate matrix multiplication pays off
+# The masked score is finite, because with -inf the softmax of a query whose keys are all masked would be NaN.
+_MASKED = -1e30
+_BLOCK = 64  # A block of at least _BLOCK queries is large enough for a separate matrix product.
 
 
 class Branches(NamedTuple):
-    """Token trees in the rows of a batch, in depth-first order; both arrays are [B, T] int32.
+    """Describes token trees in the rows of a batch, whose tokens are stored in depth-first order, by two arrays [B, T]
+    int32.
 
-    A query attends to the keys on the path from the root to its own token: the keys up to its own index whose
-    `subtree_end` is larger than that index. Distances between tokens (for windows and ALiBi) are those of `positions`.
+    A query attends to the keys on the path from the root of the tree to the query's own token. The keys on the path to
+    a query with index i are the keys with an index of at most i and a `subtree_end` larger than i. The distance between
+    two tokens, which sliding windows and ALiBi use, is the difference of their `positions`.
     """
 
-    positions: jax.Array  # number of tokens before this one on its path
-    subtree_end: jax.Array  # index after the last token of the subtree that begins at this token
+    positions: jax.Array  # `positions` is the number of tokens before each token on the path from the root.
+    subtree_end: jax.Array  # `subtree_end` is the index after the last token of the subtree that begins at each token.
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, **options: Any) -> jax.Array:
-    """Computes causal attention, softmax(scale q k^T + mask) v: a query attends to the keys up to its own position.
+    """Computes causal attention, softmax(scale q k^T + mask) v, in which a query attends to the keys up to the query's
+    position.
 
     Args:
-        q: [B, T, N, H].
-        k, v: [B, S, K, H]; N is a multiple of K, and query head n attends to key head n // (N // K)
+        q: queries [B, T, N, H].
+        k, v: keys and values [B, S, K, H]. N is a multiple of K, and query head n attends to key head n // (N // K)
             (grouped-query attention, arXiv:2305.13245).
         options: keyword arguments that are passed to `heads_attention`.
 
     Returns:
-        [B, T, N, H] in q's dtype; scores and softmax are float32.
+        the attention output [B, T, N, H] in the dtype of q. The scores and the softmax are computed in float32.
     """
     return heads_attention(q, *(x.transpose(0, 2, 1, 3) for x in (k, v)), **options)
 
@@ -59,22 +64,24 @@ def heads_attention(
     dropout: float | jax.Array = 0.0,
     dropout_key: jax.Array | None = None,
 ) -> jax.Array:
-    """Computes `attention` for k and v in the layout of the KV cache, [B, K, S, H].
+    """Computes causal attention (see `attention`) for keys and values in the layout of the KV cache, [B, K, S, H].
 
-    A fused kernel computes attention if one supports the arguments (see `fused.kernel_for`): splash on a TPU, and
-    cuDNN's or our own flash attention kernel on a GPU. No fused kernel is used on a CPU, with ALiBi, with dropout, or
-    with token trees, or if the queries are not at the same positions as the keys, as in decoding. Without a fused
-    kernel, attention is computed with plain XLA operations.
+    If a fused kernel supports the arguments (see `fused.kernel_for`), the fused kernel computes attention: splash
+    attention on a TPU, and the flash-attention kernel of cuDNN or of `ops.flash` on a GPU. No fused kernel is used on a
+    CPU, with ALiBi, with dropout, with token trees, or if the queries are not at the same positions as the keys, as in
+    decoding. Without a fused kernel, attention is computed with plain XLA operations.
 
     Args:
-        offset: position of the first query among the keys; an array [B] if it differs between the rows of the batch.
-        segment_ids: document of each token, [B, T], where T == S; a token attends only to tokens of its own document.
-        branches: the token trees of the rows, where T == S, or None if every document is a plain sequence.
-        window: size of the sliding window, the number of tokens that a query attends to, itself included; 0: no window
-            (arXiv:2004.05150, section 3.1).
+        offset: position of the first query among the keys; an array [B] if the position differs between the rows of the
+            batch.
+        segment_ids: id of the document of each token, [B, T], where T == S. A token attends only to tokens of the same
+            document.
+        branches: token trees of the rows, where T == S, or None if every document is a plain sequence.
+        window: size of the sliding window, which is the number of tokens that a query attends to, including the query's
+            own token (arXiv:2004.05150, section 3.1). 0: no window.
         scale: factor of the scores q k^T, or None for 1 / sqrt(H).
         alibi: whether to add ALiBi's biases, -slope * distance, to the scores (arXiv:2108.12409).
-        dropout: rate of dropout on the attention weights, applied if `dropout_key` is given.
+        dropout: dropout rate on the attention weights; dropout is applied if `dropout_key` is given.
     """
     (B, T, N, H), (K, S) = q.shape, k.shape[1:3]
     square = S == T and isinstance(offset, int) and offset == 0
@@ -88,7 +95,8 @@ def heads_attention(
     dropout_keys = [None] * blocks if dropout_key is None or off(dropout) else jax.random.split(dropout_key, blocks)
     q = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
     outs = []
-    for i in range(blocks):  # keys after a block's queries are skipped: two blocks compute only 3/4 of all scores
+    # The keys after the queries of a block are skipped, so that two blocks compute only 3/4 of all scores.
+    for i in range(blocks):
         first, end = i * T // blocks, (i + 1) * T // blocks
         n_key = end if blocks > 1 else S
         bias = _bias(
@@ -114,10 +122,10 @@ def attention_weights(
     scale: float | None = None,
     alibi: bool = False,
 ) -> jax.Array:
-    """Returns the attention weights [B, N, T, S], float32, of queries q [B, T, N, H] over keys k [B, K, S, H].
+    """Returns the attention weights [B, N, T, S] float32 of the queries q [B, T, N, H] over the keys k [B, K, S, H].
 
     The attention weights are computed with plain XLA operations on every device, without fused kernels. Masked keys
-    have weight 0. The arguments mean the same as in `heads_attention`.
+    have an attention weight of 0. The docstring of `heads_attention` describes the arguments.
     """
     (B, T, N, H), (K, S) = q.shape, k.shape[1:3]
     q = (q * (H**-0.5 if scale is None else scale)).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
@@ -132,7 +140,8 @@ def attention_weights(
 def weighted_values(
     weights: jax.Array, v: jax.Array, *, dropout: float = 0.0, dropout_key: jax.Array | None = None
 ) -> jax.Array:
-    """Multiplies attention weights [B, N, T, S] by values v [B, K, S, H]; returns [B, T, N, H] in v's dtype."""
+    """Returns the product [B, T, N, H] of the attention weights [B, N, T, S] and the values v [B, K, S, H], in the
+    dtype of v."""
     B, N, T, S = weights.shape
     weights = dropped_out(weights, dropout, dropout_key).astype(v.dtype)
     out = _dot(_rows(weights.reshape(B, v.shape[1], -1, T, S)), v)
@@ -152,15 +161,16 @@ def _bias(
     window: int | jax.Array,
     alibi: bool,
 ) -> jax.Array:
-    """Returns the additive mask of queries `first:end` over the first `n_key` keys: 0 where visible, -1e30 elsewhere.
+    """Returns the additive attention mask of the queries `first:end` over the first `n_key` keys.
 
-    For T queries and S keys the shape of the mask is [1 or B, 1, 1, T, S]. With ALiBi the mask includes ALiBi's biases,
-    which differ between heads. The shape is then [1 or B, K, G, T, S], for K key heads with G query heads each.
+    The attention mask is 0 where a query may attend to a key, and -1e30 elsewhere. For T queries and S keys, the shape
+    of the mask is [1 or B, 1, 1, T, S]. With ALiBi, the attention mask includes the biases of ALiBi, which differ
+    between heads. With ALiBi, the shape of the mask is [1 or B, K, G, T, S], for K key heads with G query heads each.
 
     Args:
-        beyond: number larger than any distance between a query and a key. If `window` is a traced 0, meaning no window,
-            `beyond` replaces it as the window size.
-        heads: the pair (K, G).
+        beyond: number larger than any distance between a query and a key. A traced `window` of 0, which means no
+            window, is replaced by `beyond`.
+        heads: pair (K, G) of the number of key heads and the number of query heads per key head.
     """
     distance = jnp.arange(first, end)[:, None] + jnp.reshape(offset, (-1, 1, 1, 1, 1)) - jnp.arange(n_key)
     mask = distance >= 0
@@ -182,8 +192,9 @@ def _bias(
 def _attend(q, k, v, bias, keep, dropout):
     """Computes softmax(q k^T + bias) v with dropout on the attention weights, differentiable in q, k and v only.
 
-    The shape of q is [B, K, G, T, H], for K key heads with G query heads each, and that of k and v is [B, K, S, H]. The
-    bias and `keep`, the boolean dropout mask or None, broadcast to [B, K, G, T, S]. `dropout` is the dropout rate.
+    The shape of q is [B, K, G, T, H], for K key heads with G query heads each, and the shape of k and v is [B, K, S,
+    H]. The argument `keep` is the boolean dropout mask or None. `bias` and the dropout mask `keep` broadcast to [B, K,
+    G, T, S]. The argument `dropout` is the dropout rate.
     """
     return _attend_forward(q, k, v, bias, keep, dropout)[0]
 
@@ -196,11 +207,12 @@ def _attend_forward(q, k, v, bias, keep, dropout):
 
 
 def _attend_backward(residual, g):
-    """Computes the gradients of q, k and v from the saved attention weights p, without transposing a [T, S] array.
+    """Computes the gradients of q, k and v from the saved attention weights p without transposing a [T, S] array.
 
-    The gradient of the scores is p (d_p - sum_s p d_p), where d_p is the gradient of p. The sum equals the dot product
-    of the output and its gradient g (arXiv:2205.14135, appendix B). The dot product is not used here, because the
-    output would then have to be saved for the backward pass as well.
+    The gradient of the scores is p (d_p - sum_s p d_p), where d_p is the gradient of p. The sum sum_s p d_p equals the
+    dot product of the attention output and the output's gradient g (arXiv:2205.14135, appendix B). The backward pass
+    computes sum_s p d_p directly, because the dot product would require saving the attention output for the backward
+    pass.
     """
     q, k, v, keep, p, dropout = residual
     d_p = _dropped(_dot(_rows(g), _transposed(v)).reshape(p.shape), keep, dropout)
@@ -222,7 +234,8 @@ def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _rows(x: jax.Array) -> jax.Array:
-    """Merges the query heads that share a key head into one matrix: [B, K, G, T, *] -> [B, K, G * T, *]."""
+    """Merges the G query heads that share a key head into one matrix, by reshaping x from [B, K, G, T, *] to [B, K, G *
+    T, *]."""
     return x.reshape(*x.shape[:2], -1, x.shape[-1])
 
 
@@ -235,5 +248,5 @@ def _dropped(x: jax.Array, keep: jax.Array | None, rate: float | jax.Array) -> j
 
 
 def __getattr__(name: str) -> Any:
-    """Looks up functions that were once in this module and are now in `gptjax.from_scratch`."""
+    """Returns a function that was moved from this module to `gptjax.from_scratch`, with a DeprecationWarning."""
     return moved_name(__name__, name)

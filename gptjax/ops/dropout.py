@@ -1,4 +1,4 @@
-"""Dropout."""
+"""This module implements dropout."""
 
 from __future__ import annotations
 
@@ -9,16 +9,20 @@ import jax.numpy as jnp
 
 
 def off(rate: Any) -> bool:
-    """Returns True if a dropout rate is a Python number equal to 0, so that dropout can be skipped.
+    """Returns True if the dropout rate is a Python number equal to 0, so that dropout can be skipped.
 
-    For a traced rate, which may or may not be 0, the result is False.
+    For a traced dropout rate, whose value is unknown, the result is False.
     """
     return isinstance(rate, int | float) and rate == 0
 
 
 def dropout(x: jax.Array, rate: float | jax.Array, key: jax.Array | None) -> jax.Array:
-    """Zeroes each element with probability `rate` and scales the rest by 1 / (1 - rate); without a key, returns x."""
+    """Sets each element of x to zero with probability `rate`, and multiplies the other elements by 1 / (1 - rate).
+
+    If `key` is None, `dropout` returns x unchanged.
+    """
     if key is None or off(rate):
         return x
-    kept = (x.astype(jnp.float32) / (1 - rate)).astype(x.dtype)  # in float32, because bfloat16 would round 1 - rate
+    # The division by 1 - rate is in float32, because bfloat16 would round 1 - rate.
+    kept = (x.astype(jnp.float32) / (1 - rate)).astype(x.dtype)
     return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), kept, 0)

@@ -1,10 +1,12 @@
-"""Flash attention for NVIDIA GPUs from Ampere on, as Pallas kernels that Triton compiles.
+"""This module implements flash attention for NVIDIA GPUs from Ampere on, as Pallas kernels that Triton compiles.
 
-The kernels support causal masks, document masks, sliding windows, grouped-query attention and rows of any length. The
-window's size may be traced, so that it can differ between scanned layers. Scores are computed tile by tile and never
-stored; fully masked tiles are skipped.
+The flash-attention kernels support causal masks, document masks, sliding windows, grouped-query attention and rows of
+any length. The window size may be a tracer, so that the window size can differ between scanned layers. The
+flash-attention kernels compute the attention scores tile by tile, never store the scores in GPU memory, and skip fully
+masked tiles.
 
-Source: arXiv:2205.14135. The backward pass has two kernels, as in arXiv:2307.08691, section 3.
+Source: arXiv:2205.14135 (FlashAttention). The backward pass has two kernels, as in arXiv:2307.08691, section 3
+(FlashAttention-2).
 """
 
 from __future__ import annotations
@@ -23,16 +25,17 @@ from jax.typing import DTypeLike
 
 from gptjax.ops.precision import default_precision
 
-# The score of a masked key. It is finite, because with -inf a tile whose keys are all masked for a query would make the
-# query's softmax NaN. With a finite score the softmax sums of such a tile are wrong, but they are multiplied by 0 as
-# soon as a later tile has a key that the query attends to.
+# _MASKED is the score of a masked key. The masked score is finite, because a score of -inf would make the softmax of a
+# query NaN if a tile contains only masked keys. With a finite masked score, the softmax sums of a fully masked tile are
+# wrong, but the wrong sums are multiplied by 0 as soon as a later tile has a key that the query attends to.
 _MASKED = -1e30
-# Scores are multiplied by log2(e), because exp(x) = exp2(x log2(e)), and exp2 is a single instruction.
+# The kernels multiply scores by log2(e), because exp(x) = exp2(x log2(e)) and exp2 is a single GPU instruction.
 _LOG2E = math.log2(math.e)
 
 
 class Tile(NamedTuple):
-    """Tile sizes of a Triton program (queries and keys per iteration), and its numbers of warps and pipeline stages."""
+    """Holds the tile sizes of a Triton program in queries and keys per iteration, and the numbers of warps and pipeline
+    stages."""
 
     queries: int
     keys: int
@@ -46,9 +49,9 @@ class Tiles(NamedTuple):
     d_kv: Tile
 
 
-# Tile sizes for each pair (number of columns of a tile, bytes per element). For compute capability 8.0 to 10.0 Triton
-# compiles these sizes without spilling registers in a loop and within 99 KiB of shared memory, the limit of
-# capabilities 8.6 and 8.9. The speed of these sizes was not measured.
+# _TILES maps each pair (number of columns of a tile, bytes per element) to tile sizes. For compute capabilities 8.0 to
+# 10.0, Triton compiles these tile sizes without spilling registers in a loop and within 99 KiB of shared memory, which
+# is the limit of the capabilities 8.6 and 8.9. The speed of the kernels with the tile sizes in _TILES was not measured.
 _TILES = {
     (64, 2): Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8), Tile(64, 64)),
     (128, 2): Tiles(Tile(128, 64, 8), Tile(128, 32, 8), Tile(32, 64)),
@@ -60,7 +63,7 @@ _TILES = {
 
 
 def default_tiles(head_dim: int, dtype: DTypeLike) -> Tiles:
-    """Returns the tile sizes of the kernels for the forward pass and the gradients, given head size and dtype."""
+    """Returns the tile sizes of the forward and backward kernels for the given head size and dtype."""
     return _TILES[max(64, pl.next_power_of_2(head_dim)), jnp.dtype(dtype).itemsize]
 
 
@@ -84,33 +87,37 @@ def flash_attention(
     saved_as: str = "attention",
     interpret: bool = False,
 ) -> jax.Array:
-    """Computes causal attention, softmax(q k^T + mask) v: each query attends to the keys up to its own position.
+    """Computes causal attention, softmax(q k^T + mask) v, in which a query attends to the keys up to the query's
+    position.
 
     Args:
-        q: [B, T, N, H], already multiplied by the softmax scale.
-        k, v: [B, S, K, H]; query head n attends to key head n // (N // K).
-        segment_ids: document ids of the queries [B, T] and of the keys [B, S]; a query attends only to keys of its own
+        q: queries [B, T, N, H], already multiplied by the softmax scale.
+        k, v: keys and values [B, S, K, H]; query head n attends to key head n // (N // K).
+        segment_ids: document ids of the queries [B, T] and of the keys [B, S]; a query attends only to keys of the same
             document.
         offset: position of the first query among the keys; offset + T <= S.
-        window: size of the sliding window, the number of keys that a query attends to, including the key at the query's
-            own position; 0: no window.
+        window: size of the sliding window, which is the number of keys that a query attends to, including the key at
+            the query's own position. 0: no window.
         tiles: tile sizes of the kernels, or None for the tile sizes that `default_tiles` returns.
-        saved_as: name that `jax.ad_checkpoint.checkpoint_name` gives to two arrays that the backward pass needs, the
-            output and the log-sum-exp.
-        interpret: whether to run the kernels in Pallas' interpreter on a CPU, for tests.
+        saved_as: name that `jax.ad_checkpoint.checkpoint_name` gives to the output and to the log-sum-exp, which the
+            backward pass needs.
+        interpret: whether to run the kernels in the interpreter of Pallas on a CPU, for tests.
 
     Returns:
-        [B, T, N, H] in q's dtype; scores, softmax and the accumulation of products are float32.
+        the attention output [B, T, N, H] in the dtype of q. The scores, the softmax and the accumulation of matrix
+        products are float32.
     """
     T, S = q.shape[1], k.shape[1]
     q_ids, k_ids = (None, None) if segment_ids is None else (x.astype(jnp.int32) for x in segment_ids)
     windowed = not isinstance(window, int) or 0 < window < S
     window = jnp.where(jnp.asarray(window) > 0, window, S)
     span = jnp.stack([jnp.asarray(offset, jnp.int32), window.astype(jnp.int32)])
-    # the matmul precision is read here, because the backward pass is traced outside the context manager that sets it
+    # The matmul precision is read before the backward pass, because the backward pass is traced outside the context
+    # manager that sets the precision.
     precision = default_precision()
 
-    # limits a tile's size to the row length n, rounded up to a power of two that is at least 16, as tensor cores need
+    # `at_most` limits the size of a tile to the row length n, rounded up to a power of two of at least 16, which tensor
+    # cores require.
     def at_most(size: int, n: int) -> int:
         return min(size, max(16, pl.next_power_of_2(n)))
 
@@ -132,11 +139,11 @@ def _attention_forward(q, k, v, q_ids, k_ids, span, static):
 
 
 def _attention_backward(static, residual, d_out):
-    """Computes the gradients of q, k and v.
+    """Computes the gradients of causal attention with respect to q, k and v.
 
-    The gradient of the scores is p (d_p - sum_s p d_p), where p are the attention weights and d_p is their gradient.
-    The sum equals the dot product of the output and its gradient, and is computed as this dot product
-    (arXiv:2205.14135, appendix B).
+    The gradient of the scores is p (d_p - sum_s p d_p), where p are the attention weights and d_p is the gradient of p.
+    The sum sum_s p d_p equals the dot product of the attention output and the gradient of the attention output, and is
+    computed as this dot product (arXiv:2205.14135, appendix B).
     """
     q, k, v, q_ids, k_ids, span, out, lse = residual
     delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1).transpose(0, 2, 1)
@@ -161,7 +168,7 @@ _attention.defvjp(_attention_forward, _attention_backward)
 
 
 def _forward(q, k, v, q_ids, k_ids, span, static):
-    """Returns the output and, for each query, log2(sum_s exp(score_s)) over the keys s, [B, N, T] float32."""
+    """Returns the attention output, and the array [B, N, T] float32 of log2(sum_s exp(score_s)) over the keys s."""
     sizes, tile = _Sizes.of(q, k), static.tiles.forward
     ranges = _ranges(sizes, tile, span, q_ids, k_ids, static.windowed)
     specs = _by_query(sizes, tile, len(ranges))
@@ -174,7 +181,8 @@ def _forward(q, k, v, q_ids, k_ids, span, static):
 def _call(kernel, sizes, tile, static, specs, inputs, in_specs, results, out_specs):
     present = [x is not None for x in inputs]
 
-    def named(*refs):  # passes None for inputs that are absent, such as the segment ids of rows without documents
+    # `named` passes None to the kernel for inputs that are absent, such as the segment ids of rows without documents.
+    def named(*refs):
         rest = iter(refs)
         kernel(
             *(next(rest) if is_present else None for is_present in present),
@@ -197,7 +205,7 @@ def _call(kernel, sizes, tile, static, specs, inputs, in_specs, results, out_spe
     )(*(x for x in inputs if x is not None))
 
 
-# --- ranges of tiles and block specs ---
+# The following functions compute ranges of tiles and Pallas block specs.
 
 
 class _Sizes(NamedTuple):
@@ -214,7 +222,10 @@ class _Sizes(NamedTuple):
 
     @property
     def width(self) -> int:
-        """Number of columns of a tile: the head size H rounded up to a power of two, with zeros in columns beyond H."""
+        """Returns the number of columns of a tile: the head size H, rounded up to a power of two of at least 16.
+
+        The columns of a tile beyond the first H columns hold zeros.
+        """
         return max(16, pl.next_power_of_2(self.H))
 
     @property
@@ -226,7 +237,8 @@ class _Sizes(NamedTuple):
 
 
 class _Layout(NamedTuple):
-    """The grid of a kernel's Triton programs, and for each array the block that a single program reads or writes."""
+    """Holds the grid of Triton programs of a kernel, and for each array the block that one Triton program reads or
+    writes."""
 
     programs: tuple[int, int, int]
     ranges: pl.BlockSpec
@@ -239,9 +251,10 @@ class _Layout(NamedTuple):
 
 
 def _by_query(sizes: _Sizes, tile: Tile, n_ranges: int) -> _Layout:
-    """Layout with one Triton program per head and tile of queries, which loops over the keys.
+    """Returns the layout of kernels with one Triton program per query head and tile of queries.
 
-    The program of the last tile of queries starts first, because these queries attend to the most keys.
+    Each Triton program loops over the tiles of keys. The Triton program for the last tile of queries starts first,
+    because the last queries attend to the most keys.
     """
     n, (_, S) = pl.cdiv(sizes.T, tile.queries), sizes.padded(tile)
 
@@ -261,9 +274,9 @@ def _by_query(sizes: _Sizes, tile: Tile, n_ranges: int) -> _Layout:
 
 
 def _by_key(sizes: _Sizes, tile: Tile, n_ranges: int) -> _Layout:
-    """Layout with one Triton program per key head and tile of keys.
+    """Returns the layout of kernels with one Triton program per key head and tile of keys.
 
-    Each Triton program loops over the queries of all query heads that share its key head.
+    Each Triton program loops over the queries of all query heads that share the program's key head.
     """
     n, (T, _) = pl.cdiv(sizes.S, tile.keys), sizes.padded(tile)
 
@@ -286,15 +299,17 @@ def _ranges(
     sizes: _Sizes, tile: Tile, span: jax.Array, q_ids: jax.Array | None, k_ids: jax.Array | None, windowed: bool,
     loop_over: str = "keys",
 ) -> jax.Array:  # fmt: skip
-    """Returns the range of key tiles that each of the n tiles of queries attends to, [1 or B, n, 4] int32.
+    """Returns, for each of n tiles of queries, the range of key tiles that the queries attend to, [1 or B, n, 4] int32.
 
-    A range consists of four indices of key tiles, `begin <= whole <= rest <= end`. Tiles before `begin` and from `end`
-    on are fully masked, and the kernels skip them. In tiles `whole` to `rest - 1` nothing is masked, and the kernels
-    do not apply the mask. In tiles `begin` to `whole - 1` and `rest` to `end - 1` the kernels apply the mask. With
-    `loop_over="queries"`, the function returns the range of query tiles for each tile of keys.
+    A range consists of four indices of key tiles, `begin <= whole <= rest <= end`. Key tiles before `begin` and from
+    `end` on are fully masked, and the kernels skip fully masked tiles. Key tiles `whole` to `rest - 1` contain no
+    masked keys, and the kernels do not apply the mask to these tiles. The kernels apply the mask to the key tiles
+    `begin` to `whole - 1` and `rest` to `end - 1`. With `loop_over="queries"`, `_ranges` returns the range of query
+    tiles for each tile of keys.
 
-    Only the smallest and the largest document id of each tile are compared. If ids increase along a row, as in packed
-    rows, the ranges are exact; otherwise they may be longer than necessary, and the result is still correct.
+    To find fully masked tiles, `_ranges` compares only the smallest and the largest document id of each tile. If
+    document ids increase along a row, as in packed rows, the ranges are exact. If document ids do not increase along a
+    row, the ranges may be longer than necessary, but the attention output is still correct.
     """
     q_first, k_first = (jnp.arange(0, n, step) for n, step in ((sizes.T, tile.queries), (sizes.S, tile.keys)))
     q_last = span[0] + jnp.minimum(q_first + tile.queries, sizes.T) - 1
@@ -321,7 +336,7 @@ def _ranges(
 
 
 def _extremes(ids: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
-    """Returns the smallest and the largest id of each tile, two arrays [B, n]."""
+    """Returns the smallest and the largest document id of each of n tiles, [B, n] each."""
     tiles = jnp.pad(ids, ((0, 0), (0, -ids.shape[1] % size)), mode="edge").reshape(ids.shape[0], -1, size)
     return tiles.min(-1), tiles.max(-1)
 
@@ -383,9 +398,10 @@ def _d_q_kernel(ranges, span, q_ids, k_ids, q, k, v, d_out, lse, delta, d_q, *, 
 
 
 def _d_kv_kernel(ranges, span, q_ids, k_ids, q, k, v, d_out, lse, delta, d_k, d_v, *, sizes, tile, static):
-    """Computes the gradients of k and v.
+    """Computes the gradients of k and v for one tile of keys.
 
-    Scores are computed as [keys, queries], so that no matrix product needs the transpose of another product's result.
+    The kernel computes the scores in the layout [keys, queries], so that no matrix product needs the transpose of the
+    result of another matrix product.
     """
     keys = pl.program_id(0) * tile.keys + jnp.arange(tile.keys)
     mask, in_keys = _Mask(span, static.windowed), _inside(keys, sizes.S)
@@ -414,9 +430,9 @@ def _d_kv_kernel(ranges, span, q_ids, k_ids, q, k, v, d_out, lse, delta, d_k, d_
 
 
 class _Mask:
-    """Computes the attention mask of a tile from the positions and document ids of its queries and keys.
+    """Computes the attention mask of a tile from the positions and document ids of the queries and keys in the tile.
 
-    The positions and document ids of the queries broadcast against those of the keys.
+    The positions and document ids of the queries broadcast against the positions and document ids of the keys.
     """
 
     def __init__(self, span: Any, windowed: bool):
@@ -431,13 +447,14 @@ class _Mask:
 
 
 def _loop(ranges: Any, step: Callable, carry: Any, repeats: int = 1) -> Any:
-    """Calls `step(repeat, tile, carry, masked)` for each repeat from 0 to `repeats - 1` and each tile in the range.
+    """Calls `step(repeat, tile, carry, masked)` for each `repeat` from 0 to `repeats - 1` and each tile in a range of
+    tiles.
 
-    The calls for the tiles that need the mask (`masked` is True) come first, and then those for the other tiles.
+    `_loop` processes the tiles that need the mask (`masked` is True) before the tiles that do not need the mask.
 
     Args:
-        ranges: a range of tiles, the four indices (begin, whole, rest, end) of `_ranges`.
-        step: function that returns the new carry.
+        ranges: range of tiles, given by the four indices (begin, whole, rest, end) that `_ranges` describes.
+        step: function that processes one tile and returns the new carry.
     """
     begin, whole, rest, end = (ranges[i] for i in range(4))
     n_whole, n_before = rest - whole, whole - begin
@@ -461,12 +478,13 @@ def _divide(index: jax.Array, n: jax.Array, repeats: int) -> tuple[jax.Array, ja
 
 
 def _inside(positions: jax.Array, n: int) -> jax.Array | None:
-    """Returns the mask of a tile's positions that lie within a row of length n, or None if the tile size divides n."""
+    """Returns the mask of the positions of a tile that lie within a row of length n, or None if the tile size divides
+    n."""
     return positions < n if n % positions.shape[0] else None
 
 
 def _columns(width: int, H: int) -> jax.Array | None:
-    """Returns the mask of the first H columns of a tile, or None if the tile has no more than H columns."""
+    """Returns the mask of the first H columns of a tile, or None if the tile has at most H columns."""
     return (jnp.arange(width) < H)[None, :] if width > H else None
 
 
@@ -476,7 +494,8 @@ def _both(rows: jax.Array | None, columns: jax.Array | None) -> jax.Array | None
 
 
 def _load(ref: Any, rows: jax.Array | None, H: int | None = None) -> jax.Array:
-    """Loads a tile [n] or [n, width], with zeros after the end of the row and after the first H columns."""
+    """Loads a tile [n] or [n, width], with zeros in place of elements after the end of the row or after the first H
+    columns."""
     mask = rows if H is None else _both(rows, _columns(ref.shape[-1], H))
     return triton.load(ref) if mask is None else triton.load(ref, mask=mask, other=0)
 
@@ -486,7 +505,7 @@ def _store(ref: Any, x: jax.Array, rows: jax.Array | None, H: int | None = None)
 
 
 def _dot(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int, static: _Static) -> jax.Array:
-    """Computes the product of a and b, contracted over the given axes, with float32 accumulation."""
+    """Computes the matrix product of a and b, contracted over `a_axis` and `b_axis`, with float32 accumulation."""
     return jax.lax.dot_general(
         a, b, (((a_axis,), (b_axis,)), ((), ())), precision=static.precision, preferred_element_type=jnp.float32
     )

@@ -1,4 +1,7 @@
-"""Fused attention kernels, which never store the scores: splash on TPUs, cuDNN or our flash attention on GPUs."""
+"""This module chooses and calls fused attention kernels, which never store the attention scores in device memory.
+
+The fused kernels are splash attention on TPUs, and on GPUs the flash attention of cuDNN or of `ops.flash`.
+"""
 
 from __future__ import annotations
 
@@ -16,25 +19,28 @@ from jax.sharding import PartitionSpec as P
 from gptjax.ops.device import CONTEXT, ROWS, TENSOR, by_device, capability, fit, mesh, platform
 from gptjax.ops.precision import splash_keeps_it
 
-# name that `jax.ad_checkpoint.checkpoint_name` gives to the arrays that the kernels save for their backward pass
+# `jax.ad_checkpoint.checkpoint_name` gives the name SAVED to the arrays that the kernels save for the backward pass.
 SAVED = "attention"
-AMPERE, HOPPER, BLACKWELL = 8.0, 9.0, 10.0  # compute capabilities
+# AMPERE, HOPPER and BLACKWELL are the compute capabilities of NVIDIA GPU generations.
+AMPERE, HOPPER, BLACKWELL = 8.0, 9.0, 10.0
 
 
 def kernel_for(
     q: jax.Array, *, segment_ids: jax.Array | None = None, window: int | jax.Array = 0
 ) -> Callable[..., jax.Array] | None:
-    """Chooses the kernel for causal attention of q [B, T, N, H] over T keys on the target device.
+    """Returns the fused kernel for causal attention of the queries q [B, T, N, H] over T keys, or None if no fused
+    kernel supports q.
 
-    Returns the first kernel in this table that supports the arguments, or None for plain XLA operations:
+    `kernel_for` returns the first kernel in the following table that supports the device and the arguments:
 
-    device           kernel   documents   traced window   dtypes           head sizes                context parallelism
-    TPU              splash   yes         no              all              all                       yes
-    GPU, Ampere on   cudnn    no          no              16-bit           up to 128 (Hopper: 256)   no
-    GPU, Ampere on   flash    yes         yes             16- and 32-bit   up to 256                 yes
-    older GPU        None
+        device          kernel  documents  traced window  dtypes          head sizes               context parallelism
+        TPU             splash  yes        no             all             all                      yes
+        GPU, Ampere on  cudnn   no         no             16-bit          up to 128 (Hopper: 256)  no
+        GPU, Ampere on  flash   yes        yes            16- and 32-bit  up to 256                yes
+        older GPU       None
 
-    On GPUs the head size must be a multiple of 8; on TPUs the number of tokens per device must be a multiple of 128.
+    On GPUs, the head size must be a multiple of 8. On TPUs, the number of tokens per device must be a multiple of 128.
+    If `kernel_for` returns None, attention is computed with plain XLA operations.
     """
     static = isinstance(window, int)
     if platform() == "tpu":
@@ -47,16 +53,17 @@ def kernel_for(
 
 
 def splash_fits(T: int) -> bool:
-    """Returns True if splash supports T queries over T keys: each device must have a multiple of 128 queries."""
+    """Returns True if splash attention supports T queries over T keys, which requires a multiple of 128 queries per
+    device."""
     current_mesh = mesh()
     return T % (128 * (1 if current_mesh is None else current_mesh.shape[CONTEXT])) == 0
 
 
 def cudnn_fits(q: jax.Array) -> bool:
-    """Returns True if cuDNN's kernel supports q.
+    """Returns True if the flash-attention kernel of cuDNN supports the queries q on the target device.
 
-    cuDNN's kernel needs 16-bit floats, a head size that is a multiple of 8 and at most 128 (256 on Hopper, from cuDNN
-    9.5 on), no context parallelism, an Ampere or later GPU (not a T4), and an installed cuDNN.
+    The cuDNN kernel requires 16-bit floats, a head size that is a multiple of 8 and at most 128 (256 on Hopper, from
+    cuDNN 9.5 on), no context parallelism, an Ampere or later GPU (not a T4), and an installed cuDNN.
     """
     current_mesh, is_hopper = mesh(), jax.default_backend() == "gpu" and HOPPER <= capability() < BLACKWELL
     widest = 256 if is_hopper and cudnn_version() >= 90500 else 128
@@ -71,20 +78,21 @@ def cudnn_fits(q: jax.Array) -> bool:
 
 
 def cudnn_version() -> int:
-    """Returns cuDNN's version, such as 90800, or 0 if jax finds no cuDNN."""
+    """Returns the version of cuDNN as an integer, such as 90800, or 0 if jax finds no cuDNN."""
     try:
         from jax._src.lib import cuda_versions
 
-        return cuda_versions.cudnn_get_version() if cuda_versions else 0  # the module is None without a CUDA plugin
+        # Without a CUDA plugin, `cuda_versions` is None.
+        return cuda_versions.cudnn_get_version() if cuda_versions else 0
     except (ImportError, AttributeError, RuntimeError):
         return 0
 
 
 def flash_fits(q: jax.Array) -> bool:
-    """Returns True if `ops.flash` supports q.
+    """Returns True if the kernels of `ops.flash` support the queries q on the target device.
 
-    The kernels of `ops.flash` need 16- or 32-bit floats, a head size that is a multiple of 8 and at most 256, an Ampere
-    or later GPU, and Pallas' Triton backend (deprecated in jax 0.12).
+    The kernels of `ops.flash` require 16- or 32-bit floats, a head size that is a multiple of 8 and at most 256, an
+    Ampere or later GPU, and the Triton backend of Pallas (deprecated in jax 0.12).
     """
     return (
         capability() >= AMPERE
@@ -104,22 +112,23 @@ def splash(
     window: int = 0,
     interpret: bool = False,
 ) -> jax.Array:
-    """Computes causal attention on a TPU with the splash attention kernel of jax.
+    """Computes causal attention on a TPU with the splash-attention kernel of jax.
 
-    Under a mesh, each device computes attention for its own rows, heads and queries. Fully masked tiles of the scores
-    are skipped.
+    Under a mesh, each device computes attention for the rows, heads and queries of the device's shard. The
+    splash-attention kernel skips fully masked tiles of the attention scores.
 
     Args:
-        q: [B, T, N, H], already multiplied by the softmax scale.
-        k, v: [B, K, T, H].
-        segment_ids: document of each token, [B, T]; a token attends only to tokens of its own document.
-        window: size of the sliding window, the number of tokens that a query attends to, itself included; 0: no window.
-        interpret: whether to run the kernel in Pallas' interpreter on a CPU, for tests.
+        q: queries [B, T, N, H], already multiplied by the softmax scale.
+        k, v: keys and values [B, K, T, H].
+        segment_ids: id of the document of each token, [B, T]. A token attends only to tokens of the same document.
+        window: size of the sliding window, which is the number of tokens that a query attends to, including the query's
+            own token. 0: no window.
+        interpret: whether to run the kernel in the interpreter of Pallas on a CPU, for tests.
 
     Returns:
-        [B, T, N, H] in q's dtype.
+        the attention output [B, T, N, H] in the dtype of q.
 
-    Source: jax.experimental.pallas.ops.tpu.splash_attention; the algorithm is arXiv:2205.14135.
+    Source: jax.experimental.pallas.ops.tpu.splash_attention, which implements the algorithm of arXiv:2205.14135.
     """
     T, N = q.shape[1:3]
     if (current_mesh := mesh()) is None:
@@ -132,10 +141,10 @@ def splash(
 
 
 def _splash_kernel(T: int, n_heads: int, q_shards: int, window: int, interpret: bool) -> Any:
-    """Returns the splash kernel for the `n_heads` heads of one device and the T queries of all devices together.
+    """Returns the splash-attention kernel for the `n_heads` heads of one device and the T queries of all devices.
 
-    The kernel contains arrays that describe the mask of all T queries. The caller shards these arrays over the devices
-    in the same way as the queries.
+    The splash-attention kernel contains arrays that describe the attention mask of all T queries. The caller shards the
+    mask arrays over the devices in the same way as the queries.
     """
     from jax.experimental.pallas.ops.tpu import splash_attention as pallas
 
@@ -152,10 +161,10 @@ def _splash_kernel(T: int, n_heads: int, q_shards: int, window: int, interpret: 
 
 
 def _splash(q, k, v, q_ids, k_ids, offset, kernel):
-    """Computes attention on one device.
+    """Computes attention on one device with the splash-attention kernel.
 
-    `kernel` is the device's shard of the splash kernel. Its arrays describe the mask of the device's own queries, so
-    `offset` is not needed.
+    The argument `kernel` is the shard of the splash-attention kernel for this device. The arrays in `kernel` describe
+    the mask of the queries on this device, so that the argument `offset` is not needed.
     """
     from jax.experimental.pallas.ops.tpu import splash_attention as pallas
 
@@ -172,17 +181,18 @@ def flash(
     window: int | jax.Array = 0,
     **options: Any,
 ) -> jax.Array:
-    """Computes causal attention on an NVIDIA GPU with our own kernels, `ops.flash`.
+    """Computes causal attention on an NVIDIA GPU with the Pallas kernels of `ops.flash`.
 
-    The arrays q, k, v and segment_ids have the same shapes as in `splash`.
+    The docstring of `splash` describes the shapes of q, k, v and segment_ids.
 
     Args:
-        window: size of the sliding window; it may be traced, so that scanned layers can have different windows.
-        options: the arguments `tiles` and `interpret` of `flash_attention`.
+        window: size of the sliding window, which may be a tracer, so that scanned layers can have different windows.
+        options: arguments `tiles` and `interpret` of `flash_attention`.
     """
     static = isinstance(window, int)
     attend = partial(_flash, **options, **({"window": window} if static else {}))
-    k, v = (x.transpose(0, 2, 1, 3) for x in (k, v))  # undoes the transpose in `attention`; XLA removes both transposes
+    # The transpose of k and v undoes the transpose in `attention.attention`, and XLA removes both transposes.
+    k, v = (x.transpose(0, 2, 1, 3) for x in (k, v))
     extra = () if static else (window,)
     return _by_device(attend, q, k, v, segment_ids, heads_at=2, extra=extra, extra_spec=(P(),) * len(extra))
 
@@ -200,7 +210,7 @@ def cudnn(
 ) -> jax.Array:
     """Computes causal attention on an NVIDIA GPU with cuDNN, without document masks.
 
-    The arrays q, k and v have the same shapes as in `splash`.
+    The docstring of `splash` describes the shapes of q, k and v.
 
     Args:
         by: `implementation` argument of `jax.nn.dot_product_attention`: "cudnn", or "xla" for tests on a CPU.
@@ -231,13 +241,13 @@ def _by_device(
     extra: Any = None,
     extra_spec: Any = None,
 ) -> jax.Array:
-    """Runs `attend(q, k, v, q_ids, k_ids, offset, extra)` on each device for the device's own rows, heads and queries.
+    """Runs `attend(q, k, v, q_ids, k_ids, offset, extra)` on each device for the rows, heads and queries of the device.
 
-    Under context parallelism each device all-gathers the keys and values. The backward pass all-gathers them again,
-    because saving the gathered arrays would take up the memory that sharding the tokens saves.
+    Under context parallelism, each device all-gathers the keys and values. The backward pass all-gathers the keys and
+    values again, because saving the gathered arrays would take up the memory that sharding the tokens saves.
 
     Args:
-        heads_at: axis of the heads in k and v, 1 or 2; the tokens are along the other of these two axes.
+        heads_at: axis of the heads in k and v, 1 or 2. The tokens are along axis 3 - heads_at.
         extra: pytree that is passed to `attend`, sharded by `extra_spec`.
     """
     if (current_mesh := mesh()) is None:

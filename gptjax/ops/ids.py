@@ -1,4 +1,4 @@
-"""Range checks of token ids, made only outside `jit`, where the values of the ids are known."""
+"""This module checks the range of token ids outside `jit`, where the values of the ids are known."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ def is_local(array: Any) -> bool:
 
 
 def check_ids(name: str, ids: Any, vocab_size: int, weights: Any = None) -> None:
-    """Checks that ids [..] are within 0 to vocab_size - 1; ids with weight 0 are ignored.
+    """Checks that the token ids [..] are within 0 to vocab_size - 1, and ignores ids with weight 0.
 
-    Under `jit` the values of the ids are not known, so nothing is checked; embedding lookups clip ids out of range.
+    Under `jit`, `check_ids` checks nothing, because the values of the ids are unknown; embedding lookups clip ids that
+    are out of range.
 
     Raises:
         UserError: an id is out of range.

@@ -1,4 +1,5 @@
-"""Matrix multiplication with any type of weight (array, adapter, quantised matrix), and linear layers."""
+"""This module implements linear layers and matrix products with any type of weight: array, adapter or quantised
+matrix."""
 
 from __future__ import annotations
 
@@ -11,32 +12,34 @@ from flax import struct
 
 from gptjax.ops.device import TENSOR, ProductAxes, constrain, platform
 
-_FEW_ROWS = 64  # for up to this many rows of x, a CPU computes (w @ x.T).T faster than x @ w.T
-_COLUMNS = 128  # on a GPU, `aligned_columns` pads the columns of a matrix to a multiple of this number
+_FEW_ROWS = 64  # For at most _FEW_ROWS rows of x, a CPU computes (w @ x.T).T faster than x @ w.T.
+_COLUMNS = 128  # On a GPU, `aligned_columns` pads the number of columns of a matrix to a multiple of _COLUMNS.
 
 
 @singledispatch
 def matmul(w: Any, x: jax.Array, dtype: str = "float32") -> jax.Array:
-    """Multiplies x [.., in] by w [in, out]; the result [.., out] has x's dtype.
+    """Returns the matrix product x @ w [.., out] of x [.., in] and w [in, out], in the dtype of x.
 
-    If `dtype` is "bfloat16", both operands are cast to bfloat16; if it is "float32", w is cast to x's dtype. Products
-    are accumulated in float32. `matmul` dispatches on the type of `w`: every type of weight other than a plain array
-    (an adapter, a quantised matrix) registers its own implementation, so that layers need not know the type.
+    If `dtype` is "bfloat16", both operands are cast to bfloat16. If `dtype` is "float32", w is cast to the dtype of x.
+    The matrix product is accumulated in float32. `matmul` dispatches on the type of `w`: every type of weight other
+    than a plain array (an adapter, a quantised matrix) registers an implementation, so that layers need not know the
+    type of weight.
     """
-    rows = x.reshape(-1, x.shape[-1])  # XLA's CPU backend is faster with matrices than with [B, T, ..] arrays
+    rows = x.reshape(-1, x.shape[-1])  # The CPU backend of XLA is faster with matrices than with [B, T, ..] arrays.
     y = rows @ w.astype(x.dtype) if dtype == "float32" else _low_product(rows, w).astype(x.dtype)
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 @singledispatch
 def matmul_transposed(w: Any, x: jax.Array, dtype: str = "float32") -> jax.Array:
-    """Multiplies x [.., in] by the transpose of w [out, in]; dtypes are treated as in `matmul`.
+    """Returns the matrix product x @ w.T [.., out] of x [.., in] and the transpose of w [out, in].
 
-    Logits are computed with this function if the head shares its weights with the token embeddings.
+    The dtypes of operands and result are the same as in `matmul`. The model computes logits with `matmul_transposed` if
+    the head shares weights with the token embeddings.
     """
     rows = x.reshape(-1, x.shape[-1])
     if dtype == "float32":
-        # for few rows of x, XLA's CPU backend is twice as fast with the larger operand, w, on the left
+        # For few rows of x, the CPU backend of XLA is twice as fast with the larger operand, w, on the left.
         few = isinstance(rows.shape[0], int) and rows.shape[0] <= _FEW_ROWS and platform() == "cpu"
         y = (w.astype(x.dtype) @ rows.T).T if few else rows @ w.astype(x.dtype).T
     else:
@@ -46,8 +49,8 @@ def matmul_transposed(w: Any, x: jax.Array, dtype: str = "float32") -> jax.Array
 
 @singledispatch
 def take(w: Any, ids: jax.Array) -> jax.Array:
-    """Looks up embeddings: returns the rows [.., D] of w [V, D] at ids [..]; ids out of range are clipped."""
-    # the columns of w are not sharded, because with sharded columns XLA would all-gather and reshard the result
+    """Returns the rows [.., D] of the embedding table w [V, D] at the ids [..], with out-of-range ids clipped."""
+    # The columns of w are not sharded, because with sharded columns XLA would all-gather and reshard the result.
     return jnp.take(constrain(w, TENSOR, None), ids, axis=0, mode="clip")
 
 
@@ -61,32 +64,33 @@ def dense(w: Any) -> jax.Array:
 def factors(w: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns two plain arrays, x' [.., in'] and w' [in', out], whose product x' @ w' equals matmul(w, x).
 
-    `factors` is used in the loss, which computes the product of the hidden states and the LM head in chunks.
+    The loss calls `factors` to compute the product of the hidden states and the LM head in chunks.
     """
     return x, dense(w)
 
 
 @singledispatch
 def transposed(w: Any) -> Any:
-    """Returns the weight w [in, out] stored as [out, in], so that each of its columns is contiguous in memory.
+    """Returns the weight w [in, out] stored as [out, in], so that each column of w is contiguous in memory.
 
-    Weights of a type that does not support the transposed layout are returned unchanged.
+    If the type of the weight does not support the transposed layout, the weight is returned unchanged.
     """
     return Transposed(w.T) if isinstance(w, jax.Array) and jnp.issubdtype(w.dtype, jnp.floating) else w
 
 
 @singledispatch
 def side_by_side(w: Any, *others: Any) -> Any:
-    """Concatenates matrices [.., in, out] with the same `in` along `out`; returns None if their types differ."""
+    """Returns matrices [.., in, out] with equal `in` concatenated along the axis `out`, or None if the types of the
+    matrices differ."""
     same_dtype = all(isinstance(leaf, jax.Array) and leaf.dtype == w.dtype for leaf in (w, *others))
     return jnp.concatenate([w, *others], -1) if same_dtype else None
 
 
 def aligned_columns(w: jax.Array) -> jax.Array:
-    """On a GPU, pads w [in, out] with zeros to a multiple of 128 columns.
+    """Returns w [in, out], padded on a GPU with zeros to a multiple of 128 columns.
 
-    The fast GPU kernels of cuBLAS need matrices whose rows are aligned in memory. A training step of GPT-2 124M on an
-    H200 took 57.7 ms with 50,257 columns and 43.7 ms with 50,304.
+    The fast GPU kernels of cuBLAS require matrices whose rows are aligned in memory. A training step of GPT-2 124M on
+    an H200 took 57.7 ms with a head of 50,257 columns and 43.7 ms with a head of 50,304 columns.
     """
     padding = -w.shape[-1] % _COLUMNS
     return jnp.pad(w, ((0, 0), (0, padding))) if padding and platform() == "gpu" else w
@@ -94,10 +98,11 @@ def aligned_columns(w: jax.Array) -> jax.Array:
 
 @struct.dataclass
 class Transposed:
-    """A weight [in, out] stored as [out, in], the fastest layout for few rows of x on a CPU and one row on a GPU.
+    """Holds a weight [in, out] in the layout [out, in], which is the fastest layout for few rows of x on a CPU or one
+    row on a GPU.
 
-    In the transposed layout each output of x @ w is a sum over contiguous elements, which XLA computes in one pass; for
-    a sum over non-contiguous elements XLA first writes the terms to memory in float32.
+    In the transposed layout, each output of x @ w is a sum over contiguous elements, which XLA computes in one pass.
+    For a sum over non-contiguous elements, XLA first writes the terms of the sum to memory in float32.
     """
 
     w: Any
@@ -114,11 +119,11 @@ def _(leaf: Transposed) -> jax.Array:
 
 
 def _low_product(x: jax.Array, w: jax.Array) -> jax.Array:
-    """Multiplies x by w with bfloat16 operands and float32 accumulation.
+    """Returns the matrix product x @ w with bfloat16 operands and float32 accumulation.
 
-    With jax 0.7 on a CPU, operands are rounded to bfloat16 but multiplied in float32. This avoids an error of XLA on
-    CPUs with bfloat16 instructions, where some products of bfloat16 operands with a float32 result fail in DotThunk
-    (the message mentions BF16 x BF16 = F32).
+    With jax 0.7 on a CPU, the operands are rounded to bfloat16 but multiplied in float32. The multiplication in float32
+    avoids an error of XLA in jax 0.7 on CPUs with bfloat16 instructions, where some products of bfloat16 operands with
+    a float32 result fail in DotThunk (the message mentions BF16 x BF16 = F32).
     """
     if jax.__version_info__ < (0, 8) and platform() == "cpu":
         x, w = (a.astype(jnp.bfloat16).astype(jnp.float32) for a in (x, w))
@@ -128,10 +133,12 @@ def _low_product(x: jax.Array, w: jax.Array) -> jax.Array:
 
 @struct.dataclass
 class Gathered:
-    """A sharded weight [in, out] that is cast to the product's dtype and all-gathered before the product (FSDP).
+    """Holds a sharded weight [in, out] that is cast to the dtype of the matrix product and all-gathered before the
+    product (FSDP).
 
-    By default XLA multiplies by each shard as it arrives from another chip, and reads and writes the float32 sums
-    [B T, out] once per shard; this memory traffic limits the speed of GPT-2 1558M on eight chips.
+    By default, XLA multiplies by each shard of the weight as the shard arrives from another chip, and reads and writes
+    the float32 sums [B T, out] once per shard. The memory traffic of the float32 sums limits the speed of GPT-2 1558M
+    on eight chips.
 
     Attributes:
         axes: the mesh axes that shard `w` during the product.
@@ -154,30 +161,32 @@ def _with_axes(w: jax.Array, axes: ProductAxes) -> jax.Array:
 
 
 def linear(x: jax.Array, kernel: Any, bias: jax.Array | None = None, dtype: str = "float32") -> jax.Array:
-    """Computes x @ kernel + bias, for x [.., in], kernel [in, out] and bias [out]."""
+    """Computes the linear layer x @ kernel + bias for x [.., in], kernel [in, out] and bias [out]."""
     y = matmul(kernel, x, dtype)
     if bias is None:
         return y
-    # the bias is added in float32, so that its gradient, a sum over all tokens, is accumulated in float32
+    # The bias is added in float32, so that the gradient of the bias, which is a sum over all tokens, is accumulated in
+    # float32.
     return (y.astype(jnp.float32) + bias.astype(jnp.float32)).astype(y.dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _matmul_bfloat16(x: jax.Array, w: jax.Array, axes: ProductAxes = None) -> jax.Array:
-    """Multiplies with bfloat16 operands, float32 accumulation and float32 master weights (arXiv:1710.03740).
+    """Returns the matrix product x @ w with bfloat16 operands, float32 accumulation and float32 master weights
+    (arXiv:1710.03740).
 
-    In the custom backward pass, the products for the gradients of x and w have bfloat16 operands too; autodiff would
-    multiply by the float32 cotangent.
+    In the custom backward pass, the matrix products for the gradients of x and w have bfloat16 operands too. Without
+    the custom backward pass, autodiff would multiply by the float32 cotangent.
     """
     return _forward(x, w, axes)[0]
 
 
 def _forward(x, w, axes):
     low, low_w = x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)
-    # For the backward pass, w is saved in its own dtype. If the bfloat16 copy were saved, the copies of all scanned
-    # layers, all-gathered under FSDP, would stay in memory until the backward pass. On a CPU the copy is saved, because
-    # XLA's CPU backend would otherwise merge the transpose of a tied head with the product for the gradient of x, and
-    # it cannot compute the merged product.
+    # For the backward pass, w is saved in the original dtype. If the bfloat16 copy of w were saved, the copies of all
+    # scanned layers, all-gathered under FSDP, would stay in memory until the backward pass. On a CPU, the bfloat16 copy
+    # of w is saved, because the CPU backend of XLA would otherwise merge the transpose of a tied head with the product
+    # for the gradient of x, and cannot compute the merged product.
     saved_w = low_w if platform() == "cpu" else w
     dims = (((x.ndim - 1,), (0,)), ((), ()))
     y = jax.lax.dot_general(low, _with_axes(low_w, axes), dims, preferred_element_type=jnp.float32)
@@ -190,8 +199,8 @@ def _backward(axes, residual, g):
     dx = jax.lax.dot_general(g, low, (((g.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
     dw = _with_axes(weight_gradient(x, g).astype(like_w.dtype), axes)
     if platform() == "cpu":
-        # prevents XLA from merging the transpose of a tied head's gradient with the matrix product, because XLA's CPU
-        # backend cannot compute the merged product
+        # The barrier prevents XLA from merging the transpose of a tied head's gradient with the matrix product, because
+        # the CPU backend of XLA cannot compute the merged product.
         dw = jax.lax.optimization_barrier(dw)
     return dx.astype(like_x.dtype), dw
 
@@ -200,10 +209,11 @@ _matmul_bfloat16.defvjp(_forward, _backward)
 
 
 def weight_gradient(x: jax.Array, g: jax.Array) -> jax.Array:
-    """Returns a weight's gradient [in, out] float32: x^T g, summed over the leading axes of x [.., in] and g [.., out].
+    """Returns the gradient [in, out] float32 of a weight: x^T g, summed over the leading axes of x [.., in] and g [..,
+    out].
 
-    On a CPU the rows are split into chunks and summed over two axes, the chunks and the rows of a chunk, because XLA
-    computes this sum of bfloat16 products about twice as fast as a sum over one axis.
+    On a CPU, the rows of x and g are split into chunks, and the products are summed over the chunks and over the rows
+    of a chunk, because XLA computes a sum of bfloat16 products over two axes about twice as fast as over one axis.
     """
     x, g = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
     rows = x.shape[0]

@@ -1,4 +1,5 @@
-"""Next-token cross-entropy, from logits, or from hidden states in chunks of tokens without storing all logits."""
+"""This module computes the next-token cross-entropy from logits, or chunk by chunk from hidden states without storing
+all logits."""
 
 from __future__ import annotations
 
@@ -17,23 +18,27 @@ from gptjax.ops.linear import aligned_columns, matmul, weight_gradient
 from gptjax.ops.precision import custom_vjp
 from gptjax.types import Mean
 
-_CHUNK_BYTES = 256 * 2**20  # size of the float32 logits of a chunk of tokens; GPUs with much memory use larger chunks
-# Upper limit on the size of a chunk's logits, reached if JAX can use 32 GiB or more of a GPU. At this size, the
-# training step of GPT-2 124M, compiled for an H100, needs 7.6 GiB of memory and has 64.8 GB of memory traffic. With
-# chunks of twice this size the step would need 8.7 GiB and have nearly the same traffic, 63.9 GB
-# (tests/bench/gpu_program.py).
+# _CHUNK_BYTES is the size of the float32 logits of a chunk of tokens. On GPUs with much memory, chunks are larger.
+_CHUNK_BYTES = 256 * 2**20
+# _GPU_CHUNK_BYTES is the upper limit of the size of a chunk's logits, reached if JAX can use 32 GiB or more of a GPU.
+# With chunks of 1 GiB of logits, the training step of GPT-2 124M, compiled for an H100, needs 7.6 GiB of memory and has
+# 64.8 GB of memory traffic. With chunks of 2 GiB of logits, the training step would need 8.7 GiB of memory and have
+# nearly the same memory traffic, 63.9 GB (tests/bench/gpu_program.py).
 _GPU_CHUNK_BYTES = 2**30
-_NO_TOKEN = -1e15  # logit of a padding column; not -inf, because the gradient of the softcap squares the logits
+# _NO_TOKEN is the logit of a padding column. _NO_TOKEN is finite, because the gradient of the softcap squares the
+# logits.
+_NO_TOKEN = -1e15
 
 
 def cross_entropy(
     logits: jax.Array, targets: jax.Array | np.ndarray, weights: jax.Array | np.ndarray | None = None
 ) -> Mean:
-    """Returns the weighted sum of -log softmax(logits)[target], and the sum of the weights, as a `Mean`.
+    """Returns the weighted cross-entropy of the targets as a `Mean`: the weighted sum of -log softmax(logits)[target],
+    and the sum of the weights.
 
     Args:
-        logits: [.., V].
-        targets: [..] int32.
+        logits: logits of the model, [.., V].
+        targets: target token ids [..] int32.
         weights: weight of each target, [..], or None if all weights are 1.
 
     Raises:
@@ -48,7 +53,10 @@ def cross_entropy(
 
 
 def softcap(logits: jax.Array, cap: float) -> jax.Array:
-    """Returns cap * tanh(logits / cap); a cap of 0 leaves the logits unchanged. Source: Gemma 2, arXiv:2408.00118."""
+    """Returns the softcapped logits cap * tanh(logits / cap), or the logits unchanged if `cap` is 0.
+
+    Source: Gemma 2, arXiv:2408.00118.
+    """
     return cap * jnp.tanh(logits / cap) if cap else logits
 
 
@@ -64,18 +72,20 @@ def linear_cross_entropy(
 ) -> Mean:
     """Computes `cross_entropy(softcap(hidden @ head, cap), targets, weights)` in chunks of tokens.
 
-    Only the logits of one chunk are in memory at a time. When JAX differentiates this function, the forward pass also
-    computes the gradients of `hidden` and `head`, chunk by chunk, so that the backward pass need not recompute logits.
+    Only the logits of one chunk are in memory at a time. When JAX differentiates `linear_cross_entropy`, the forward
+    pass also computes the gradients of `hidden` and `head` chunk by chunk, so that the backward pass does not recompute
+    logits.
 
     Args:
-        hidden: [.., D].
-        head: [D, V].
-        targets: [..] int32.
+        hidden: hidden states [.., D].
+        head: kernel of the LM head [D, V].
+        targets: target token ids [..] int32.
         weights: weight of each target, [..], or None if all weights are 1.
         cap: softcap of the logits; 0: no softcap.
         dtype: dtype of the operands of the matrix products.
         chunk: number of tokens per chunk. If None, a chunk has as many tokens as fit in 256 MiB of logits, but at least
-            128 tokens. If JAX may use more than 8 GiB of a GPU, the limit is 1/32 of that memory, but at most 1 GiB.
+            128 tokens. If JAX may use more than 8 GiB of GPU memory, the limit of 256 MiB is raised to 1/32 of this
+            memory, but to at most 1 GiB.
 
     Raises:
         UserError: a target is outside 0 to V - 1 (checked only outside `jit`, where the targets are known).
@@ -96,14 +106,14 @@ def linear_cross_entropy(
 
 
 def _token_spec(targets: jax.Array) -> P | None:
-    """Returns the sharding that splits tokens [B, T] over the devices for the product with the LM head.
+    """Returns the partition spec that shards the tokens [B, T] over the devices for the product with the LM head.
 
-    The LM head is replicated, and each device splits its own tokens into chunks. The gradient of the LM head is then
-    summed over devices once, instead of once per chunk.
+    The LM head is replicated, and each device splits the device's tokens into chunks. With a replicated LM head, the
+    gradient of the LM head is summed over devices once, instead of once per chunk.
 
-    B is split over `data` and `fsdp`, and T over `context` and `tensor`. If two mesh axes do not split B or T evenly,
-    only the first of them is used. Returns None if there is no mesh, if the targets are not two-dimensional, or if the
-    first mesh axis alone does not split B or T evenly either.
+    B is sharded over the mesh axes `data` and `fsdp`, and T over `context` and `tensor`. If two mesh axes together do
+    not shard B or T evenly, only the first of the two mesh axes shards B or T. The result is None if there is no mesh,
+    if the targets are not two-dimensional, or if the first mesh axis alone does not shard B or T evenly.
     """
     current_mesh = mesh()
     if current_mesh is None or targets.ndim != 2:
@@ -122,11 +132,12 @@ def linear_log_probs(
     chunk: int | None = None,
     temperature: float = 1.0,
 ) -> jax.Array:
-    """Returns log softmax(softcap(hidden @ head) / temperature)[target] of each token, [..] float32.
+    """Returns the log-probability log softmax(softcap(hidden @ head) / temperature)[target] of each token, [..]
+    float32.
 
-    This function is for losses that are not a sum over tokens, such as DPO. The tokens are processed in chunks, and the
-    backward pass recomputes the logits of each chunk. The other arguments and the errors are as in
-    `linear_cross_entropy`.
+    `linear_log_probs` is for losses that are not a sum over tokens, such as DPO. The tokens are processed in chunks,
+    and the backward pass recomputes the logits of each chunk. The docstring of `linear_cross_entropy` describes the
+    arguments and the errors.
     """
     return _per_token(_log_probs, hidden, head, targets, cap, dtype, chunk, temperature)
 
@@ -141,9 +152,10 @@ def linear_log_probs_and_entropies(
     chunk: int | None = None,
     temperature: float = 1.0,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns `linear_log_probs`, and the entropy in nats of softmax(softcap(hidden @ head) / temperature), [..] each.
+    """Returns the log-probabilities of `linear_log_probs`, and the entropy in nats of softmax(softcap(hidden @ head) /
+    temperature), [..] each.
 
-    Both are computed from the same logits. The entropies have no gradient.
+    The log-probabilities and the entropies are computed from the same logits. No gradient flows through the entropies.
     """
 
     def both(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -168,7 +180,7 @@ def _per_token(
     chunk: int | None,
     temperature: float,
 ) -> Any:
-    """Returns fn(logits / temperature, targets) for all tokens; see `map_logits`."""
+    """Returns the result of fn(logits / temperature, targets) for all tokens, computed in chunks by `map_logits`."""
     check_ids("targets", targets, head.shape[1])
 
     def at_temperature(logits: jax.Array, targets: jax.Array) -> Any:
@@ -178,12 +190,13 @@ def _per_token(
 
 
 class Head(NamedTuple):
-    """The input and the kernel of an LM head.
+    """Holds the input, the kernel and the settings of an LM head.
 
-    hidden  [.., D]
-    kernel  [D, V]
-    cap     softcap of the logits; 0: no softcap
-    dtype   dtype of the operands of the matrix product
+    Attributes:
+        hidden: hidden states [.., D].
+        kernel: kernel of the LM head [D, V].
+        cap: softcap of the logits; 0: no softcap.
+        dtype: dtype of the operands of the matrix product.
     """
 
     hidden: jax.Array
@@ -195,20 +208,20 @@ class Head(NamedTuple):
 def map_logits(
     fn: Callable[..., Any], heads: Sequence[Head], arrays: tuple[jax.Array, ...], *, chunk: int | None = None
 ) -> Any:
-    """Applies fn(*logits, *arrays) to chunks of M tokens, so that only the logits of one chunk are in memory at a time.
+    """Returns fn(*logits, *arrays) for all tokens, computed in chunks of M tokens.
 
-    The backward pass recomputes the logits of each chunk.
+    Only the logits of one chunk are in memory at a time. The backward pass recomputes the logits of each chunk.
 
     Args:
-        fn: function of the logits of each head, [M, V] float32, and of the chunk's part of each array, [M, ..]. It
-            returns a pytree of arrays [M, ..]. On a GPU or TPU the logits may have further columns with the value
+        fn: function of the logits of each head, [M, V] float32, and of the chunk's slice of each array, [M, ..]. `fn`
+            returns a pytree of arrays [M, ..]. On a GPU or TPU, the logits may have further columns with the value
             -1e15.
-        heads: one or more LM heads, for the same tokens.
-        arrays: arrays whose leading axes are those of the tokens; the first array has no other axes.
+        heads: one or more LM heads that are applied to the same tokens.
+        arrays: arrays with the leading axes of the tokens; the first array has no other axes.
         chunk: number of tokens per chunk, as in `linear_cross_entropy`.
 
     Returns:
-        The pytree that `fn` returns, for all tokens: its arrays are [.., ..] with the leading axes of the tokens.
+        The pytree that `fn` returns, with arrays for all tokens, whose leading axes are the axes of the tokens.
     """
     n_axes = arrays[0].ndim
 
@@ -222,7 +235,7 @@ def map_logits(
         def of_chunk(chunk: tuple[jax.Array, ...]) -> Any:
             logits = []
             for head, kernel, full, hidden in zip(heads, aligned, kernels, chunk, strict=False):
-                # `dtype` also applies to the backward pass
+                # `head.dtype` is the dtype of the operands in the forward and in the backward pass.
                 raw = matmul(kernel, hidden.astype(jnp.float32), head.dtype)
                 logits.append(_logits(raw, head.cap, full.shape[1]))
             return fn(*logits, *chunk[len(heads) :])
@@ -236,11 +249,11 @@ def map_logits(
 
 
 def _in_chunks(arrays: tuple[jax.Array, ...], head: jax.Array, chunk: int | None) -> tuple[jax.Array, ...]:
-    """Splits arrays [n, ..] into chunks [n_chunks, chunk, ..], padded with zeros at the end."""
+    """Returns the arrays [n, ..] split into chunks [n_chunks, chunk, ..], with zeros as padding at the end."""
     n = arrays[0].shape[0]
     chunk = min(n, chunk or max(128, _chunk_bytes() // (4 * head.shape[1])))
     n_chunks = -(-n // chunk)
-    chunk = -(-n // n_chunks)  # chunks of equal size, with as little padding as possible
+    chunk = -(-n // n_chunks)  # All chunks have the same size, with as little padding as possible.
     pad = n_chunks * chunk - n
     if pad:
         arrays = tuple(jnp.pad(x, ((0, pad),) + ((0, 0),) * (x.ndim - 1)) for x in arrays)
@@ -248,15 +261,19 @@ def _in_chunks(arrays: tuple[jax.Array, ...], head: jax.Array, chunk: int | None
 
 
 def _chunk_bytes() -> int:
-    """Returns the size limit of a chunk's logits in bytes: 256 MiB, or on a GPU 1/32 of the memory that JAX may use,
-    clipped to the range from 256 MiB to 1 GiB."""
+    """Returns the size limit of a chunk's logits in bytes.
+
+    The size limit is 256 MiB, or on a GPU 1/32 of the memory that JAX may use, clipped to the range from 256 MiB to 1
+    GiB.
+    """
     stats = jax.local_devices()[0].memory_stats() if platform() == "gpu" else None
     return min(_GPU_CHUNK_BYTES, max(_CHUNK_BYTES, (stats or {}).get("bytes_limit", 0) // 32))
 
 
 @partial(custom_vjp, nondiff_argnums=(4, 5))
 def _total(hidden, targets, weights, head, cap, dtype):
-    """Returns the weighted sum of the losses of C chunks of M tokens: hidden [C, M, D], targets and weights [C, M]."""
+    """Returns the weighted sum of the losses of C chunks of M tokens, from hidden [C, M, D], targets and weights [C,
+    M]."""
     low = _row_major(aligned_columns(head.astype(dtype)))
 
     def chunk_loss(chunk):
@@ -267,13 +284,14 @@ def _total(hidden, targets, weights, head, cap, dtype):
 
 
 def _logits(raw, cap, n):
-    """Applies the softcap to the logits `raw`, and masks the padding columns after the first n columns."""
+    """Returns the logits `raw` after the softcap, with the padding columns after the first n columns masked."""
     logits, columns = softcap(raw, cap), raw.shape[1]
     return logits if columns == n else jnp.where(jnp.arange(columns) < n, logits, _NO_TOKEN)
 
 
 def _chunk_logits(h, head, cap, dtype, targets, weights, n):
-    """Returns the weighted loss of a chunk, and its logits, probabilities and one-hot targets, [M, V] each."""
+    """Returns the weighted loss of a chunk, and the logits, probabilities and one-hot targets of the chunk, [M, V]
+    each."""
     logits = _logits(jnp.dot(h.astype(dtype), head, preferred_element_type=jnp.float32), cap, n)
     shifted = logits - logits.max(-1, keepdims=True)
     exp = jnp.exp(shifted)
@@ -284,8 +302,10 @@ def _chunk_logits(h, head, cap, dtype, targets, weights, n):
 
 
 def _row_major(a):
-    """Prevents XLA from merging the transpose of a tied head with the matrix product: XLA's CPU backend cannot compute
-    the merged product in bfloat16."""
+    """Returns `a` behind a barrier that prevents XLA from merging the transpose of a tied head with a matrix product.
+
+    The CPU backend of XLA cannot compute a matrix product in bfloat16 that is merged with a transpose.
+    """
     return jax.lax.optimization_barrier(a)
 
 

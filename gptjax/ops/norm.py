@@ -1,4 +1,4 @@
-"""LayerNorm and RMSNorm over the last axis."""
+"""This module implements LayerNorm and RMSNorm over the last axis."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from gptjax.ops.device import platform
 def layer_norm(
     x: jax.Array, scale: jax.Array | None = None, bias: jax.Array | None = None, eps: float = 1e-5
 ) -> jax.Array:
-    """Computes (x - mean) / sqrt(var + eps) * scale + bias over the last axis in float32, and casts it to x's dtype.
+    """Returns the layer norm (x - mean) / sqrt(var + eps) * scale + bias over the last axis, in the dtype of x.
 
-    The variance is biased (divided by D, not D - 1), as in GPT-2. Source: arXiv:1607.06450, eq. 3.
+    The layer norm is computed in float32. The variance is the biased estimate (divided by D, not D - 1), as in GPT-2.
+    Source: arXiv:1607.06450, eq. 3.
     """
 
     def norm(x, scale, bias):
@@ -28,7 +29,8 @@ def layer_norm(
 
 
 def rms_norm(x: jax.Array, scale: jax.Array | None = None, eps: float = 1e-5) -> jax.Array:
-    """Computes x / sqrt(mean(x^2) + eps) * scale over the last axis in float32, and casts it to x's dtype.
+    """Returns the RMS norm x / sqrt(mean(x^2) + eps) * scale over the last axis, computed in float32, in the dtype of
+    x.
 
     Source: arXiv:1910.07467.
     """
@@ -42,9 +44,9 @@ def rms_norm(x: jax.Array, scale: jax.Array | None = None, eps: float = 1e-5) ->
 
 
 def _rematerialized(fn: Callable) -> Callable:
-    """Rematerialises `fn` in the backward pass, so that its inputs are saved instead of float32 intermediates.
+    """Returns `fn` with rematerialisation in the backward pass, or on a CPU `fn` unchanged.
 
-    On a CPU, `fn` is returned unchanged, without rematerialisation.
+    With rematerialisation, JAX saves the inputs of `fn` for the backward pass instead of float32 intermediates.
     """
     return fn if platform() == "cpu" else jax.checkpoint(fn, prevent_cse=False)
 

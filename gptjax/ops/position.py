@@ -1,4 +1,5 @@
-"""Position encodings: sinusoidal, rotary (RoPE), linear biases (ALiBi), and a shift by one token."""
+"""This module implements position encodings: sinusoidal encodings, rotary embeddings (RoPE), linear biases (ALiBi), and
+a shift of embeddings by one token."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ Array = TypeVar("Array", np.ndarray, jax.Array)
 
 
 def sinusoidal(positions: jax.Array, d_model: int) -> jax.Array:
-    """Returns encodings [.., D] float32 of positions [..] int32: sines in even channels, cosines in odd channels.
+    """Returns the sinusoidal encodings [.., D] float32 of the positions [..] int32: sines in even channels, cosines in
+    odd channels.
 
     Source: arXiv:1706.03762, section 3.5.
     """
@@ -31,13 +33,14 @@ def rope_frequencies(
     fast: float = 4.0,
     original_context: int = 8192,
 ) -> jax.Array:
-    """Returns RoPE's frequencies [H/2] float32 for head size H, in radians per position.
+    """Returns the RoPE frequencies [H/2] float32 for head size H, in radians per position.
 
     Args:
-        scaling: "none" keeps the frequencies. "linear" divides all of them by `factor` (arXiv:2306.15595). "llama3"
-            depends on the number of rotations that a frequency makes in `original_context` positions. If it is at most
-            `slow`, the frequency is divided by `factor`; if it is at least `fast`, the frequency is kept; in between,
-            the result is interpolated (as in transformers' modeling_rope_utils and Meta's llama-models).
+        scaling: "none" keeps all frequencies. "linear" divides all frequencies by `factor` (arXiv:2306.15595). "llama3"
+            depends on the number of rotations that a frequency makes in `original_context` positions: with at most
+            `slow` rotations the frequency is divided by `factor`, with at least `fast` rotations the frequency is kept,
+            and between `slow` and `fast` rotations both results are interpolated (as in transformers'
+            modeling_rope_utils and Meta's llama-models).
     """
     frequency = base ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     if scaling == "linear":
@@ -49,23 +52,24 @@ def rope_frequencies(
 
 
 def llama3_ramp(frequency: Array, slow: float, fast: float, original_context: int) -> Array:
-    """Returns the weight `keep`, from 0 to 1, of each unscaled frequency in Llama 3's RoPE scaling.
+    """Returns the weight `keep`, from 0 to 1, of each unscaled frequency in the RoPE scaling of Llama 3.
 
-    The scaled frequency is keep * frequency + (1 - keep) * frequency / factor. `keep` has the dtype of `frequency`.
-    The GGUF code passes a float64 numpy array, because the factors in GGUF files were computed in float64.
+    The scaled frequency is keep * frequency + (1 - keep) * frequency / factor. The weight `keep` has the dtype of
+    `frequency`. The code that reads and writes GGUF files passes `frequency` as a float64 numpy array, because the
+    factors in GGUF files were computed in float64.
     """
     rotations, xp = original_context * frequency / (2 * math.pi), jnp if isinstance(frequency, jax.Array) else np
     return xp.clip((rotations - slow) / (fast - slow), 0, 1)
 
 
 def rope_table(positions: jax.Array, frequencies: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Computes the cosines and sines that `rope` takes, [.., H/2] float32, for positions [..] and frequencies [H/2]."""
+    """Returns the cosines and sines [.., H/2] float32 of RoPE for the positions [..] and frequencies [H/2]."""
     angle = positions[..., None].astype(jnp.float32) * frequencies
     return jnp.cos(angle), jnp.sin(angle)
 
 
 def segment_positions(segment_ids: jax.Array) -> jax.Array:
-    """Returns positions [B, T] int32 that restart at 0 in every document, for segment ids [B, T].
+    """Returns the positions [B, T] int32 of tokens with the segment ids [B, T], restarting at 0 in every document.
 
     Example:
         segment ids  1 1 1 2 2 0
@@ -77,11 +81,12 @@ def segment_positions(segment_ids: jax.Array) -> jax.Array:
 
 
 def rope(x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotary position embedding: rotates the vector of each token in x [B, T, N, H] by the token's position.
+    """Applies rotary position embeddings: rotates the vector of each token in x [B, T, N, H] by the token's position.
 
-    Channel i is paired with channel i + H/2, as in transformers' Llama.
+    Channel i is rotated together with channel i + H/2, as in the Llama implementation of transformers.
 
-    `table` is `rope_table(positions [B, T] or [T], rope_frequencies(H))`. Source: arXiv:2104.09864, eq. 34.
+    The argument `table` is the result of `rope_table(positions, rope_frequencies(H))` for positions [B, T] or [T].
+    Source: arXiv:2104.09864, eq. 34.
     """
     cos, sin = (t[..., None, :].astype(x.dtype) for t in table)
     a, b = jnp.split(x, 2, -1)
@@ -89,9 +94,10 @@ def rope(x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
 
 
 def alibi_slopes(n_head: int) -> jax.Array:
-    """Returns ALiBi's slopes [N] float32, one per head. Source: arXiv:2108.12409.
+    """Returns the ALiBi slopes [N] float32, one slope per attention head.
 
-    The penalty on an attention score is the slope times the distance between query and key in tokens.
+    The ALiBi penalty on an attention score is the slope of the head times the distance between query and key in tokens.
+    Source: arXiv:2108.12409.
     """
     power = 2 ** math.floor(math.log2(n_head))
     slopes = [2 ** (-8 * (i + 1) / power) for i in range(power)]
@@ -100,14 +106,15 @@ def alibi_slopes(n_head: int) -> jax.Array:
 
 
 def previous(x: jax.Array, first: jax.Array | None = None, segment_ids: jax.Array | None = None) -> jax.Array:
-    """Shifts x [B, T, D] by one token: each token gets the vector of the previous token of its document, or zeros.
+    """Returns x [B, T, D] shifted by one token: each token gets the vector of the previous token of the same document,
+    or zeros.
 
-    With `cfg.smear` the model multiplies the shifted embeddings by a learned weight per channel and adds them to the
-    embeddings. In modded-nanogpt the weight is instead a gate computed from the token's embedding.
+    With `cfg.smear`, the model multiplies the shifted embeddings by a learned weight per channel, and adds the products
+    to the embeddings. In modded-nanogpt, a gate computed from the token's embedding replaces the learned weight.
 
     Args:
         first: vector of the token before the first token of each row, [B, D], or None for zeros.
-        segment_ids: id of each token's document, [B, T], or None if every row is one document.
+        segment_ids: id of the document of each token, [B, T], or None if every row is one document.
     """
     first = jnp.zeros_like(x[:, 0]) if first is None else first.astype(x.dtype)
     out = jnp.concatenate([first[:, None], x[:, :-1]], 1)

@@ -1,14 +1,14 @@
-"""Precision of float32 matrix products, whose operands GPUs and TPUs round by default.
+"""This module controls the precision of float32 matrix products, whose operands GPUs and TPUs round by default:
 
                        GPU (Ampere and later)           TPU                        CPU
     default            TF32: 10 bits of mantissa        bfloat16: 7 bits           float32: 23 bits
     high               TF32                             three bfloat16 passes      float32
     highest            float32                          six bfloat16 passes        float32
 
-Functions such as `forward` set the precision by the context manager `jax.default_matmul_precision`. It applies to the
-matrix products that are traced inside the context, and to the matrix products that autodiff derives from them. The
-backward function of a `jax.custom_vjp` is traced later, outside the context; `custom_vjp` in this module restores the
-precision for it.
+Functions such as `forward` set the precision with the context manager `jax.default_matmul_precision`. The precision
+applies to the matrix products that are traced inside the context, and to the matrix products that autodiff derives from
+these matrix products. The backward function of a `jax.custom_vjp` is traced later, outside the context. The class
+`custom_vjp` in this module restores the precision for the backward function.
 """
 
 from __future__ import annotations
@@ -25,16 +25,20 @@ from gptjax.config import ModelConfig
 
 
 def default_precision() -> str | None:
-    """Returns the value of `jax.default_matmul_precision` in the current context."""
-    return jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]  # defined when jax is imported
+    """Returns the current value of `jax.default_matmul_precision`.
+
+    The type checker does not find this config option, because jax defines the option on import.
+    """
+    return jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
 
 
 @contextmanager
 def matmul_precision(cfg: ModelConfig) -> Iterator[None]:
-    """Context manager that sets the precision of matrix products to `cfg.precision`, unless that is "default".
+    """Context manager that sets the precision of matrix products to `cfg.precision`, unless `cfg.precision` is
+    "default".
 
-    The context manager has no effect for models with dtype=bfloat16: every device multiplies bfloat16 operands exactly
-    and accumulates in float32, so that a higher precision would cost time and change nothing.
+    For models with dtype=bfloat16, the context manager has no effect: every device multiplies bfloat16 operands exactly
+    and accumulates in float32, so that a higher precision would cost time without changing the result.
     """
     if cfg.precision == "default" or cfg.dtype != "float32":
         yield
@@ -44,7 +48,7 @@ def matmul_precision(cfg: ModelConfig) -> Iterator[None]:
 
 
 def with_matmul_precision(fn: Callable) -> Callable:
-    """Decorator: runs `fn` inside `matmul_precision(cfg)`, where `cfg` is the argument of `fn` named `cfg`."""
+    """Decorator that runs `fn` inside `matmul_precision(cfg)`, where `cfg` is the argument named `cfg` of `fn`."""
     signature = inspect.signature(fn)
 
     @functools.wraps(fn)
@@ -56,9 +60,9 @@ def with_matmul_precision(fn: Callable) -> Callable:
 
 
 def exact(fn: Callable) -> Callable:
-    """Decorator: computes the matrix products of `fn` in full float32 on every device.
+    """Decorator that computes the matrix products in `fn` in full float32 precision on every device.
 
-    `exact` is for functions whose results are stored as weights, such as a function that merges an adapter.
+    The decorator is for functions whose results are stored as weights, such as a function that merges an adapter.
     """
 
     @functools.wraps(fn)
@@ -70,18 +74,18 @@ def exact(fn: Callable) -> Callable:
 
 
 def splash_keeps_it() -> bool:
-    """Returns True if the current precision is the default, the only one at which splash attention can be used.
+    """Returns True if the current matmul precision is the default precision, which splash attention requires.
 
-    At any other precision, Mosaic cannot compile splash attention for bfloat16 arrays. For float32 arrays, the backward
-    pass of splash attention would ignore the precision.
+    At precisions other than the default, Mosaic cannot compile splash attention for bfloat16 arrays. For float32
+    arrays, the backward pass of splash attention would ignore the precision.
     """
     return default_precision() in (None, "default")
 
 
 class custom_vjp:
-    """Variant of `jax.custom_vjp` that traces the forward and backward functions at the precision of the call.
+    """A variant of `jax.custom_vjp` that traces the forward and backward functions at the matmul precision of the call.
 
-    `jax.custom_vjp` traces the forward and backward functions only when JAX differentiates, which may be after the
+    `jax.custom_vjp` traces the forward and backward functions only when JAX differentiates, which may happen after the
     program has left the context that sets the precision.
     """
 

@@ -1,4 +1,4 @@
-"""Quantises matrices of the parameter tree to int8 (one scale per column) or NF4 (as in QLoRA).
+"""This module quantises matrices of the parameter tree to int8 (one scale per column) or to NF4 (as in QLoRA).
 
     params = quantize(params, "nf4")         quantises the weight matrices of all blocks and of the head
     logits = forward(params, tokens, cfg)    needs no change: `ops.linear` dispatches on the type of a leaf
@@ -7,13 +7,13 @@
     int8    8 + 32 / in      0.007 (in = 1024)
     nf4     4.127            0.073
 
-Every array in a quantised leaf has the same axes as the matrix, [.., in, out]. In an array with one value per
-block of weights, the size of an axis is divided by the block size: [.., in / 64, out] for blocks of 64 rows. Because
-the axes are the same, `nn.scan`, `vmap` and shardings of `in` or `out` work on a quantised leaf as on the unquantised
-matrix.
+Every array in a quantised leaf has the same axes as the unquantised matrix, [.., in, out]. In an array with one value
+per block of weights, the size of an axis is divided by the block size, for example [.., in / 64, out] for blocks of 64
+rows. Because the axes are the same, `nn.scan`, `vmap` and shardings of `in` or `out` work on a quantised leaf as on the
+unquantised matrix.
 
-Quantised weights are frozen: in the product of activations x and a quantised matrix, only x gets a gradient. The
-backward pass dequantises the matrix again, so that the forward pass need not save the matrix's float values.
+Quantised weights are frozen: in the matrix product of activations x and a quantised matrix, only x receives a gradient.
+The backward pass dequantises the matrix again, so that the forward pass does not save the float values of the matrix.
 """
 
 from __future__ import annotations
@@ -37,27 +37,30 @@ from gptjax.ops.precision import custom_vjp
 from gptjax.types import Params
 
 _KERNELS = "blocks/*/kernel | lm_head/kernel"
-# the words that `quantize` accepts as `spec`, each with the pattern of the parameters that it selects
+# WORDS maps each word that `quantize` accepts as `spec` to the pattern of the parameters that the word selects.
 WORDS = {"int8": f"{_KERNELS} | wte/embedding", "nf4": _KERNELS, "none": "*"}
 
-# The NF4 levels of bitsandbytes: quantiles of a normal distribution, scaled to -1..1, one of which is exactly 0
+# LEVELS are the NF4 levels of bitsandbytes, which are quantiles of a normal distribution, scaled to -1..1. The NF4
+# level at index 7 is exactly 0.
 LEVELS = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
-_BLOCK, _GROUP = 64, 256  # number of weights per absmax (largest magnitude of a block), and of absmaxes per scale
+# NF4 has one absmax (largest magnitude) per _BLOCK weights, and one scale per _GROUP absmaxes.
+_BLOCK, _GROUP = 64, 256
 _SMALLEST_BLOCK = 16
 
 
 @struct.dataclass
 class Int8:
-    """A matrix quantised to int8: its weights are values * scale.
+    """Holds a matrix quantised to int8, whose weights are values * scale.
 
-    The scale of a column is the largest magnitude of its weights, divided by 127.
+    The scale of a column is the largest magnitude of the weights in the column, divided by 127.
 
-    values  [.., in, out] int8
-    scale   [.., 1, out] float32; an embedding table [V, D] has one scale per row, [V, 1]
+    Attributes:
+        values: quantised weights, [.., in, out] int8.
+        scale: one scale per column, [.., 1, out] float32; an embedding table [V, D] has one scale per row, [V, 1].
     """
 
     values: jax.Array
@@ -66,25 +69,27 @@ class Int8:
 
 @struct.dataclass
 class NF4:
-    """A matrix quantised to NF4, in blocks of 64 weights of a column.
+    """Holds a matrix quantised to NF4, in which 64 consecutive weights of a column form a block.
 
-    A weight is a level of `LEVELS` times the absmax, the largest magnitude of the weight's block. The absmaxes are also
-    quantised (double quantisation).
+    The absmax of a block is the largest magnitude of the weights in the block. A dequantised weight is a level of
+    `LEVELS` times the absmax of the weight's block. The absmaxes are quantised too (double quantisation).
 
-    codes   [.., in/2, out] uint8      indices into `LEVELS`, two per byte: the low four bits are for the first 32 rows
-                                       of a block, the high four bits for the last 32
-    absmax  [.., in/64, out] int8      absmax * scale + offset is the largest magnitude of the 64 weights of a block
-    scale   [.., in/64, out/256] f32   one scale per group of 256 neighbouring absmaxes
-    offset  [.., 1, 1] f32             mean of all absmaxes of the matrix; [.., 1, out] if matrices were concatenated
-                                       along `out`: for each column, the mean of the matrix that it came from
+    Attributes:
+        codes: indices into `LEVELS`, two per byte, [.., in/2, out] uint8. The low four bits hold the codes of the first
+            32 rows of a block, and the high four bits hold the codes of the last 32 rows.
+        absmax: quantised absmaxes, [.., in/64, out] int8. The largest magnitude of the 64 weights of a block is
+            absmax * scale + offset.
+        scale: one scale per group of 256 neighbouring absmaxes, [.., in/64, out/256] float32.
+        offset: mean of all absmaxes of the matrix, [.., 1, 1] float32. If matrices were concatenated along `out`, the
+            shape is [.., 1, out], with the mean of the original matrix for each column.
 
-    Blocks run along `in` and groups of absmaxes along `out`, so that both axes can be sharded; QLoRA's blocks run along
-    the flattened matrix. If 64 does not divide `in`, the block size is the largest even divisor of `in` below 64. If
-    256 does not divide `out`, the group size is the largest divisor of `out` below 256. The block size and the group
-    size are not stored, but computed from the shapes of the arrays.
+    Blocks of weights run along the axis `in` and groups of absmaxes along the axis `out`, so that both axes can be
+    sharded. In QLoRA, the blocks run along the flattened matrix instead. If 64 does not divide `in`, the block size is
+    the largest even divisor of `in` below 64. If 256 does not divide `out`, the group size is the largest divisor of
+    `out` below 256. The block size and the group size are not stored, but computed from the shapes of the arrays.
 
-    Source: arXiv:2305.14314, but with int8 instead of FP8 for the absmaxes, because int8 is more exact for normally
-    distributed weights.
+    Source: QLoRA, arXiv:2305.14314. In contrast to QLoRA, the absmaxes are quantised to int8 instead of FP8, because
+    int8 is more exact for normally distributed weights.
     """
 
     codes: jax.Array
@@ -95,9 +100,10 @@ class NF4:
 
 @partial(jax.jit, static_argnames="axis")
 def int8(w: jax.Array, axis: int = -2) -> Int8:
-    """Quantises a matrix, or a stack of matrices, to int8.
+    """Quantises a matrix, or stacked matrices, to int8.
 
-    The weights along `axis` share a scale: the axis is -2 for weight matrices [in, out], -1 for embedding tables.
+    All weights along the axis `axis` share one scale. The argument `axis` is -2 for weight matrices [in, out] and -1
+    for embedding tables [V, D].
     """
     w = w.astype(jnp.float32)
     scale = jnp.abs(w).max(axis, keepdims=True) / 127
@@ -107,7 +113,7 @@ def int8(w: jax.Array, axis: int = -2) -> Int8:
 
 @jax.jit
 def nf4(w: jax.Array) -> NF4:
-    """Quantises a weight matrix [.., in, out] to NF4; `in` must have an even divisor from 16 to 64."""
+    """Quantises a weight matrix [.., in, out] to NF4, where `in` must have an even divisor from 16 to 64."""
     *batch, d_in, d_out = w.shape
     block, group = _block(d_in), _divisor(d_out, _GROUP)
     w = w.astype(jnp.float32).reshape(*batch, d_in // block, block, d_out)
@@ -126,7 +132,8 @@ def nf4(w: jax.Array) -> NF4:
 
 
 def _divisor(size: int, most: int, step: int = 1) -> int:
-    """Returns the largest divisor of `size` among `most`, `most - step`, `most - 2 * step`, ..; 0 if there is none."""
+    """Returns the largest divisor of `size` among `most`, `most - step`, `most - 2 * step` and so on, or 0 if no
+    divisor exists."""
     return next((d for d in range(most, 0, -step) if size % d == 0), 0)
 
 
@@ -149,14 +156,15 @@ def _(leaf: NF4) -> jax.Array:
 
 
 def _absmax(leaf: NF4) -> jax.Array:
-    """Dequantises the absmaxes of an NF4 matrix to [.., in/64, out] float32."""
+    """Returns the dequantised absmaxes of an NF4 matrix, [.., in/64, out] float32."""
     absmax, scale = leaf.absmax.reshape(*leaf.scale.shape, -1), leaf.scale[..., None]
     absmax = absmax.astype(jnp.float32) * scale
     return absmax.reshape(leaf.absmax.shape) + leaf.offset
 
 
 def _level(codes: jax.Array, levels: tuple[float, ...] = LEVELS) -> jax.Array:
-    """Computes `LEVELS[codes]` by nested selects, one per bit, which accelerators run much faster than a gather."""
+    """Computes `LEVELS[codes]` by nested selects, one select per bit, which accelerators run much faster than a
+    gather."""
     if len(levels) == 1:
         return jnp.float32(levels[0])
     half = len(levels) // 2
@@ -176,8 +184,8 @@ def _(leaf: NF4, *others: Any) -> Any:
     if any(not isinstance(other, NF4) or other.absmax.shape[-2] != leaf.absmax.shape[-2] for other in others):
         return None
     groups = [x.absmax.shape[-1] // x.scale.shape[-1] for x in leaves]
-    # In the concatenated matrix every group has `group` absmaxes. A larger group is split into groups of this size, and
-    # each of them gets a copy of the larger group's scale.
+    # In the concatenated NF4 matrix, every group has `group` absmaxes. A larger group is split into groups of this
+    # size, and each of the smaller groups gets a copy of the larger group's scale.
     group = math.gcd(*groups)
     return NF4(
         codes=jnp.concatenate([x.codes for x in leaves], -1),
@@ -196,11 +204,12 @@ def _(leaf: Int8) -> Any:
 
 @struct.dataclass
 class NF4Columns:
-    """An `NF4` matrix, stored with contiguous columns, for the product of one row of x and the matrix on a GPU.
+    """Holds an `NF4` matrix with contiguous columns, for the matrix product with a single row of x on a GPU.
 
-    codes   [out, in/64, 32] uint8    two codes per byte: the low four bits are for the first 32 weights of a block, the
-                                      high four bits for the last 32
-    absmax  [out, in/64] float32      largest magnitude of the 64 weights of a block
+    Attributes:
+        codes: indices into `LEVELS`, two per byte, [out, in/64, 32] uint8. The low four bits hold the codes of the
+            first 32 weights of a block, and the high four bits hold the codes of the last 32 weights.
+        absmax: largest magnitude of the 64 weights of a block, [out, in/64] float32.
     """
 
     codes: jax.Array
@@ -217,7 +226,7 @@ def _(leaf: NF4) -> Any:
 
 @dense.register
 def _(leaf: NF4Columns) -> jax.Array:
-    codes = jnp.stack([leaf.codes & 15, leaf.codes >> 4], 2)  # shape [out, in/64, 2, 32]
+    codes = jnp.stack([leaf.codes & 15, leaf.codes >> 4], 2)  # `codes` now has the shape [out, in/64, 2, 32].
     return (_level(codes) * leaf.absmax[..., None, None]).reshape(len(leaf.codes), -1).T
 
 
@@ -227,7 +236,8 @@ def _(leaf: NF4Columns, x: jax.Array, dtype: str = "float32") -> jax.Array:
     if x.size != x.shape[-1]:
         return matmul(dense(leaf).astype(x.dtype), x, dtype)
     low, high = jnp.moveaxis(x.astype(jnp.float32).reshape(leaf.absmax.shape[1], 2, -1), 1, 0)
-    # The codes are decoded by a gather, because XLA would compute the selects of `_level` in a separate GPU kernel.
+    # The codes are decoded by a gather here, because XLA would compute the selects of `_level` in a separate GPU
+    # kernel.
     levels = jnp.array(LEVELS)
     low_levels, high_levels = (levels.at[i].get(mode="promise_in_bounds") for i in (leaf.codes & 15, leaf.codes >> 4))
     y = low_levels * low + high_levels * high
@@ -255,7 +265,7 @@ _GRADIENT_PRODUCT = {matmul: matmul_transposed, matmul_transposed: matmul}
 
 @partial(custom_vjp, nondiff_argnums=(0, 3))
 def _frozen(product, leaf, x, dtype):
-    """Computes `product` (`matmul` or `matmul_transposed`) of x and a quantised matrix, differentiable in x only."""
+    """Returns product(leaf, x), where `product` is `matmul` or `matmul_transposed`, differentiable in x only."""
     # Without the barrier, XLA might dequantise all layers before a decoding loop, and hold the float weights in memory.
     leaf, _ = jax.lax.optimization_barrier((leaf, x))
     if isinstance(leaf, NF4):
@@ -278,9 +288,9 @@ _frozen.defvjp(_forward, _backward)
 
 
 def _integers(product: Callable[..., jax.Array], values: jax.Array, x: jax.Array, dtype: str) -> jax.Array:
-    """Computes the product of x and an int8 matrix.
+    """Computes the matrix product of x and an int8 matrix without applying the quantisation scales.
 
-    The matrix is cast to x's dtype; the cast is exact even for bfloat16.
+    The int8 matrix is cast to the dtype of x. The cast from int8 is exact even for bfloat16.
     """
     values = values.astype(x.dtype)
     if x.size == x.shape[-1] and platform() in ("cpu", "gpu"):
@@ -293,14 +303,14 @@ def _integers(product: Callable[..., jax.Array], values: jax.Array, x: jax.Array
 
 
 def quantize(params: Params, spec: str | tuple[tuple[str, str], ...] = "int8") -> Params:
-    """Quantises matrices of the parameter tree to `Int8` or `NF4` leaves, one matrix at a time.
+    """Returns the parameter tree with matrices quantised to `Int8` or `NF4` leaves, one matrix at a time.
 
     Args:
         spec: "nf4" quantises the weight matrices (the parameters named kernel) of all blocks and of an untied head.
-            "int8" quantises these matrices and the token embedding. To choose the quantisation of each parameter, pass
-            pairs (pattern, "int8" | "nf4" | "none"); see `gptjax.tree` for patterns. A parameter gets the quantisation
-            of the first pair whose pattern matches its path, and is unchanged if no pattern matches. Weight matrices
-            can be int8 or nf4, embeddings only int8, and other parameters cannot be quantised.
+            "int8" quantises the same weight matrices and the token embedding. To choose the quantisation of each
+            parameter, pass pairs (pattern, "int8" | "nf4" | "none"); see `gptjax.tree` for patterns. A parameter gets
+            the quantisation of the first pair whose pattern matches its path, and is unchanged if no pattern matches.
+            Weight matrices can be int8 or nf4, embeddings only int8, and other parameters cannot be quantised.
 
     Raises:
         UserError: a leaf is not a plain array, a pattern matches no parameter, the name of a quantisation is unknown,
@@ -335,7 +345,8 @@ def _quantized(path: str, leaf: jax.Array, kind: str) -> Any:
 
 
 def _misfit(path: str, shape: tuple[int, ...], kind: str) -> str | None:
-    """Returns the reason why a parameter cannot be quantised as `kind`, "int8" or "nf4", or None if it can."""
+    """Returns the reason why a parameter cannot be quantised to `kind` ("int8" or "nf4"), or None if the quantisation
+    is possible."""
     last = path.split("/")[-1]
     if kind != "none" and last not in ("kernel", "embedding"):
         return f"{path} cannot be {kind}, which is for kernels and embeddings: narrow the pattern"
@@ -353,7 +364,7 @@ _dense = jax.jit(dense)
 
 
 def dequantize(params: Params) -> Params:
-    """Converts all quantised leaves back to plain float32 arrays; other leaves are unchanged."""
+    """Returns the parameter tree with all quantised leaves converted back to plain float32 arrays."""
     return jax.tree.map(
         lambda leaf: _dense(leaf) if isinstance(leaf, Int8 | NF4) else leaf,
         params,

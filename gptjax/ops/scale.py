@@ -1,4 +1,4 @@
-"""Multiplication of activations by learned factors."""
+"""This module multiplies activations by learned factors."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import jax.numpy as jnp
 
 @jax.custom_vjp
 def scaled(x: jax.Array, factor: jax.Array) -> jax.Array:
-    """Multiplies x [.., D] by a learned factor, a float32 scalar or vector [D], which is first cast to x's dtype.
+    """Returns x [.., D] times a learned factor, which is a float32 scalar or vector [D] and is first cast to the dtype
+    of x.
 
-    The factor's gradient, a sum over all tokens, is accumulated in float32, because a bfloat16 sum stops growing once
-    it is 256 times as large as its terms.
+    The gradient of the factor is a sum over all tokens. The gradient of the factor is accumulated in float32, because a
+    bfloat16 sum stops growing once the sum is 256 times as large as its terms.
     """
     return x * factor.astype(x.dtype)
 

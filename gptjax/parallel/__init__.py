@@ -1,7 +1,8 @@
-"""Data, tensor and context parallelism and FSDP on a device mesh, with arrays sharded by rules over parameter paths.
+"""This package implements data, tensor and context parallelism and FSDP on a device mesh.
 
-The model, the losses and the training step are the same functions with and without a mesh: without a mesh, functions
-such as `gptjax.ops.device.constrain` do nothing.
+Sharding rules over parameter paths determine how arrays are sharded. The model, the losses and the training step are
+the same functions with and without a mesh, because functions such as `gptjax.ops.device.constrain` return their
+argument unchanged if there is no mesh.
 """
 
 from gptjax.parallel.mesh import make_mesh

@@ -1,7 +1,7 @@
-"""Functions for runs with several processes.
+"""This module contains functions for runs with several processes.
 
-They connect the processes, compare their settings, assign the rows of a batch to the processes, and exit if a process
-is lost.
+The functions of this module connect the processes, compare the settings of the processes, assign the rows of a batch to
+the processes, and exit if a process is lost.
 """
 
 from __future__ import annotations
@@ -28,9 +28,12 @@ from gptjax.errors import UserError
 from gptjax.ops.device import ROWS
 from gptjax.parallel.meeting import meet
 
-RESTART = 75  # exit code (EX_TEMPFAIL) if another process is lost: restart all processes to resume the run
-BAD_INPUT, BUG = 2, 1  # exit codes for invalid input and for a bug, as in `gptjax.__main__`
-PER_PROCESS = ("distributed.", "data.cache_dir")  # settings that may differ between the processes of a run
+# RESTART is the exit code (EX_TEMPFAIL) of a process if another process is lost. To resume the run, restart all
+# processes. BAD_INPUT is the exit code for invalid input, and BUG the exit code for a bug, as in `gptjax.__main__`.
+# Settings that begin with a prefix in PER_PROCESS may differ between the processes of a run.
+RESTART = 75
+BAD_INPUT, BUG = 2, 1
+PER_PROCESS = ("distributed.", "data.cache_dir")
 HOW_TO_START = (
     "  start the same command on every host, with distributed.coordinator=HOST:PORT of the first, "
     "distributed.num_processes=N and distributed.process_id=0 to N-1; on a TPU pod or under Slurm "
@@ -39,13 +42,13 @@ HOW_TO_START = (
 
 
 class Agreed(UserError):
-    """A UserError raised in all processes, so that they exit together."""
+    """A UserError that is raised in all processes of a run, so that all processes exit together."""
 
 
 def start(cfg: DistributedConfig) -> None:
-    """Connects to the other processes of the run.
+    """Connects this process to the other processes of the run.
 
-    Does nothing if `distributed.coordinator` is not set, or if this process is already connected.
+    `start` does nothing if `distributed.coordinator` is not set, or if this process is already connected.
 
     Raises:
         UserError: the processes cannot connect within `timeout_s`.
@@ -70,17 +73,18 @@ def start(cfg: DistributedConfig) -> None:
 
 
 def _end_when_jax_aborts(failed: str) -> None:
-    """Installs a SIGABRT handler that exits with BAD_INPUT if JAX cannot connect the processes, or with RESTART if a
-    connected process is lost.
+    """Installs a SIGABRT handler that ends this process with an exit code and a message when JAX aborts.
 
-    JAX aborts a process that cannot reach the others, or that receives no heartbeats from one of them. The handler's
-    message follows the stack trace that JAX prints. The handler must be a C function, because Python's handlers run in
-    the main thread, for which abort() does not wait. JAX's own callback for lost processes cannot replace the handler,
-    because calling it fails with std::bad_cast (jaxlib 0.10.2).
+    The exit code is BAD_INPUT if JAX cannot connect the processes, and RESTART if a connected process is lost. JAX
+    aborts a process that cannot reach the other processes, or that receives no heartbeats from another process. The
+    SIGABRT handler prints a message after the stack trace that JAX prints. The handler must be a C function, because
+    Python signal handlers run in the main thread, for which abort() does not wait. JAX's callback for lost processes
+    cannot replace the handler, because calling this callback fails with std::bad_cast (jaxlib 0.10.2).
 
-    Once the processes are connected, a SIGABRT in a Python thread means a bug, not a lost process: the handler restores
-    the default action, which ends the process. With jaxlib 0.7 the exit code after the loss of another process is 1
-    instead of RESTART, because jaxlib 0.7 calls _exit(1) instead of abort().
+    Once the processes are connected, a SIGABRT in a Python thread indicates a bug instead of a lost process. After a
+    SIGABRT in a Python thread, the handler restores the default signal action, which ends the process. With jaxlib 0.7,
+    the exit code after the loss of another process is 1 instead of RESTART, because jaxlib 0.7 calls _exit(1) instead
+    of abort().
     """
     global _handler
     if os.name == "nt":
@@ -94,23 +98,25 @@ def _end_when_jax_aborts(failed: str) -> None:
         if not jax.distributed.is_initialized() and threading.get_ident() == main:
             os.write(2, f"{failed}\n".encode())
             os._exit(BAD_INPUT)
-        if isinstance(threading.current_thread(), threading._DummyThread):  # thread not started by Python
+        # The current thread was not started by Python.
+        if isinstance(threading.current_thread(), threading._DummyThread):
             os.write(
                 2, f"another process is gone, or was silent for distributed.heartbeat_s\n{HOW_TO_RESTART}\n".encode()
             )
             os._exit(RESTART)
-        libc.signal(number, None)  # restores the default action, with which abort() ends the process
+        # `libc.signal(number, None)` restores the default signal action, with which abort() ends the process.
+        libc.signal(number, None)
 
     _handler = kind(on_abort)
     libc.signal(signal.SIGABRT, ctypes.cast(_handler, ctypes.c_void_p))
 
 
-_handler: Any = None  # a reference that keeps the callback alive, because C holds only its address
+_handler: Any = None  # `_handler` keeps the C callback alive, because C code holds only the address of the callback.
 HOW_TO_RESTART = f"  exit code {RESTART}: restart all processes; they resume from the last checkpoint"
 
 
 def gather_text(text: str) -> list[str]:
-    """Gathers one string from each process and returns all of them in every process, in the order of process ids."""
+    """Returns, in every process, the list of the strings that all processes passed, in the order of process ids."""
     if jax.process_count() == 1:
         return [text]
     from jax.experimental import multihost_utils
@@ -124,10 +130,11 @@ def gather_text(text: str) -> list[str]:
 
 
 def agree_on(values: Mapping[str, Any], what: str) -> None:
-    """Checks that `values` are the same in all processes; `what` names them in the error message.
+    """Checks that `values` are equal in all processes, where `what` names the values in the error message.
 
     Raises:
-        UserError: some values differ. The error is raised in all processes, with the names and values that differ.
+        UserError: some values differ. All processes raise the error, with the names of the differing values and the
+            values.
     """
     if jax.process_count() == 1:
         return
@@ -145,14 +152,15 @@ def agree_on(values: Mapping[str, Any], what: str) -> None:
 
 
 def agree_on_settings(cfg: Config) -> None:
-    """Raises UserError in all processes if their settings differ."""
+    """Raises a UserError in all processes if the settings of the processes differ."""
     values = {key: value for key, value in config.flat(cfg).items() if not key.startswith(PER_PROCESS)}
     agree_on(values, "the settings")
 
 
 @contextmanager
 def synchronise_errors() -> Iterator[None]:
-    """Context manager: if one process raises a UserError in the block, all processes raise it after the block."""
+    """Context manager that makes all processes raise a UserError after the block if one process raises a UserError in
+    the block."""
     failure: UserError | None = None
     try:
         yield
@@ -169,12 +177,12 @@ def synchronise_errors() -> Iterator[None]:
 
 
 def is_writer() -> bool:
-    """Returns True if this process is process 0, the one that writes logs, metrics and models."""
+    """Returns True if this process is process 0, which is the only process that writes logs, metrics and models."""
     return jax.process_index() == 0
 
 
 def barrier(name: str) -> None:
-    """Waits until all processes reach this call."""
+    """Waits until all processes of the run have called this function."""
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
@@ -182,7 +190,7 @@ def barrier(name: str) -> None:
 
 
 def agree(number: int) -> int:
-    """Returns the maximum of `number` over all processes."""
+    """Returns the maximum of the integer `number` over all processes of the run."""
     if jax.process_count() == 1:
         return number
     from jax.experimental import multihost_utils
@@ -191,9 +199,11 @@ def agree(number: int) -> int:
 
 
 def on_host(tree: Any) -> Any:
-    """Gathers every array on devices of several processes into a numpy array in each process.
+    """Returns the pytree with every array that is spread over several processes gathered into a numpy array in each
+    process.
 
-    Other leaves and random keys are returned unchanged. All processes must call this function.
+    PRNG keys, and leaves that are not spread over several processes, are returned unchanged. All processes must call
+    this function.
     """
     if jax.process_count() == 1:
         return tree
@@ -210,7 +220,7 @@ def on_host(tree: Any) -> Any:
 
 
 def rows_here(mesh: Mesh | None, rows: int) -> slice:
-    """Returns the rows of a batch that this process loads, which are the rows of its local devices."""
+    """Returns the range of batch rows that this process loads, which are the rows of the process's local devices."""
     if mesh is None or jax.process_count() == 1:
         return slice(0, rows)
     batch_axes = tuple(mesh.axis_names.index(axis) for axis in ROWS)
@@ -226,11 +236,13 @@ def rows_here(mesh: Mesh | None, rows: int) -> slice:
 
 @contextmanager
 def peers(say: Callable[[str], None]) -> Iterator[None]:
-    """Context manager: exits with code RESTART if a collective operation fails because another process is lost.
+    """Context manager that ends this process with exit code RESTART if a collective operation fails because another
+    process is lost.
 
-    An `Agreed` error, which all processes raise, is raised again. After any other exception the process exits at once,
-    because a normal exit would wait for the other processes. The exit code is BAD_INPUT for a UserError and BUG for all
-    other exceptions. If the run has a single process, every exception is raised again.
+    An `Agreed` error, which all processes raise, is raised again. After any other exception, the process exits
+    immediately, because a normal exit would wait for the other processes. The exit code is BAD_INPUT for a UserError
+    and BUG for exceptions that do not indicate a lost process. If the run has a single process, every exception is
+    raised again.
     """
     try:
         yield
@@ -259,5 +271,5 @@ def _leave(code: int) -> None:
 
 
 def __getattr__(name: str) -> Any:
-    """Looks up renamed functions by their old names."""
+    """Returns the function of this module that formerly had the given name, with a DeprecationWarning."""
     return moved_name(__name__, name)

@@ -1,10 +1,10 @@
-"""Checks that all processes of a run have started, before they call `jax.distributed.initialize`.
+"""This module checks that all processes of a run have started before the processes call `jax.distributed.initialize`.
 
-The check is needed because `jax.distributed.initialize` aborts a process if another process is missing.
+The module checks the processes, because `jax.distributed.initialize` aborts a process if another process is missing.
 
-Process 0 listens at the coordinator's address, and the other processes connect to it. When all processes are
-connected, the address is freed for JAX. Each process sends one line of JSON (left), and process 0 answers with one line
-of JSON (right):
+Process 0 listens at the address of the coordinator, and the other processes connect to this address. When all processes
+are connected, process 0 frees the address for JAX. Each process sends one line of JSON (left), and process 0 answers
+with one line of JSON (right):
 
     {"process_id": 1, "num_processes": 2}      {"problem": ""}
 """
@@ -20,16 +20,17 @@ from typing import Any
 
 from gptjax.errors import UserError
 
-POLL_S = 0.2  # seconds between two polls of a socket; signals such as Ctrl+C are handled between polls
+# POLL_S is the time in seconds between two polls of a socket. Signals such as Ctrl+C are handled between polls.
+POLL_S = 0.2
 LINE_BYTES = 4096
 
 
 def meet(address: str, num_processes: int, process_id: int, timeout_s: float) -> None:
-    """Waits until all processes of the run are connected.
+    """Waits until all processes of the run are connected to process 0.
 
     Raises:
         UserError: a process does not connect in time, two processes have the same id, or two processes expect
-            different numbers of processes. The error is raised in all processes that are connected.
+            different numbers of processes. All processes that are connected raise the error.
     """
     host, _, port = address.rpartition(":")
     if not port.isdecimal() or not 0 < int(port) < 2**16:
@@ -60,10 +61,11 @@ def _receive(port: int, num_processes: int, deadline: float) -> None:
 
 
 def _admit(line: socket.socket, num_processes: int, connected: dict[int, socket.socket]) -> str:
-    """Reads the message of a process and adds its socket to `connected`; returns an error message, or ""."""
+    """Reads the message of a connecting process, adds the process's socket to `connected`, and returns an error message
+    or ""."""
     message = _read(line)
     peer = message.get("process_id")
-    if type(peer) is not int:  # the sender is not a process of this run
+    if type(peer) is not int:  # The sender of the message is not a process of this run.
         line.close()
         return ""
     problem = ""
@@ -115,7 +117,7 @@ def _line(value: dict[str, Any]) -> bytes:
 
 
 def _read(line: socket.socket, deadline: float = 0.0) -> dict[str, Any]:
-    """Receives one line of JSON; returns {} if no valid JSON object arrives."""
+    """Receives one line of JSON, and returns the JSON object, or {} if no valid JSON object arrives."""
     text = b""
     while not text.endswith(b"\n") and len(text) < LINE_BYTES:
         try:
@@ -136,7 +138,8 @@ def _read(line: socket.socket, deadline: float = 0.0) -> dict[str, Any]:
 
 
 def _answer(lines: Iterable[socket.socket], problem: str) -> None:
-    """Replies to all processes, then waits until they close their connections, so that the port becomes free."""
+    """Sends `problem` to all connected processes, and waits until these processes close the connections, so that the
+    port becomes free."""
     lines = list(lines)
     for line in lines:
         with suppress(OSError):

@@ -1,4 +1,5 @@
-"""The device mesh, with the axes data (data parallel), fsdp, tensor (tensor parallel), context (context parallel)."""
+"""This module creates the device mesh with the axes data (data parallel), fsdp, tensor (tensor parallel) and context
+(context parallel)."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ from gptjax.ops.device import AXES
 
 
 def sizes(cfg: MeshConfig, n_devices: int) -> tuple[int, int, int, int]:
-    """Returns the sizes of the mesh axes data, fsdp, tensor and context; -1 in `cfg` means all remaining devices.
+    """Returns the sizes of the mesh axes data, fsdp, tensor and context, where a -1 in `cfg` means all remaining
+    devices.
 
     Raises:
         UserError: the product of the sizes is not `n_devices`, or more than one size is -1.
@@ -39,14 +41,14 @@ def sizes(cfg: MeshConfig, n_devices: int) -> tuple[int, int, int, int]:
 def make_mesh(
     cfg: MeshConfig, devices: Sequence[jax.Device] | None = None, *, rows: int = 0, even_one: bool = False
 ) -> Mesh | None:
-    """Returns the mesh that `cfg` describes, over `devices` (default: all devices), or None for a single device.
+    """Returns the device mesh that `cfg` describes over `devices` (default: all devices), or None for a single device.
 
     Args:
-        even_one: whether to return a mesh even for a single device. Arrays that are offloaded to host memory need a
-            mesh, because their NamedSharding sets the memory kind.
+        even_one: whether to return a mesh even for a single device. Arrays that are offloaded to host memory require a
+            mesh, because the NamedSharding of an offloaded array sets the memory kind.
         rows: number of rows of a (micro-)batch, which must be divisible by `data` x `fsdp`. On a single host, a `data`
-            or `fsdp` of -1 is reduced until `data` x `fsdp` divides the number of rows; some devices may then stay
-            idle.
+            or `fsdp` of -1 is reduced until `data` x `fsdp` divides the number of rows. After the reduction, some
+            devices may stay idle.
 
     Raises:
         UserError: the sizes in `cfg` are invalid, as in `sizes`, or `data` x `fsdp` does not divide the number of rows.
@@ -76,7 +78,8 @@ def make_mesh(
 
 
 def mesh_of(shape: Sequence[int], devices: Sequence[jax.Device]) -> Mesh:
-    """Builds a mesh of `shape` over devices, including the abstract devices of `jax.experimental.topologies`."""
+    """Returns a mesh of the given shape over devices, which may be abstract devices of
+    `jax.experimental.topologies`."""
     types = (AxisType.Auto,) * len(AXES)
     if devices[0].platform == "tpu" or len({device.process_index for device in devices}) > 1:
         from jax.experimental import mesh_utils

@@ -1,6 +1,7 @@
-"""Functions that compile other functions for a device mesh, and place arrays on the mesh.
+"""This module compiles functions for a device mesh and places arrays on the mesh.
 
-The train state is sharded by `RULES`. A batch is sharded by rows, and under context parallelism also by tokens.
+The train state is sharded by the rules in `RULES`. A batch is sharded by rows, and under context parallelism also by
+tokens.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from gptjax.parallel.rules import batch_shardings, shardings
 
 
 def on_mesh(fn: Callable, mesh: Mesh | None) -> Callable:
-    """Wraps `fn` so that it runs under `jax.set_mesh(mesh)` in any thread; returns `fn` itself if mesh is None."""
+    """Returns a function that runs `fn` under `jax.set_mesh(mesh)` in any thread, or `fn` unchanged if `mesh` is
+    None."""
     if mesh is None:
         return fn
 
@@ -33,7 +35,7 @@ def on_mesh(fn: Callable, mesh: Mesh | None) -> Callable:
 
 
 def abstract_on(fn: Callable, mesh: Mesh | None, *args: Any, offload: bool = False) -> Any:
-    """Returns the shapes, dtypes and shardings of `fn(*args)`: the target that a checkpoint is restored into.
+    """Returns the shapes, dtypes and shardings of `fn(*args)`, for example as the target for restoring a checkpoint.
 
     Args:
         offload: whether to keep the optimizer's moments in host memory (pinned_host).
@@ -51,8 +53,10 @@ def abstract_on(fn: Callable, mesh: Mesh | None, *args: Any, offload: bool = Fal
 
 
 def init_on(fn: Callable, mesh: Mesh | None, *args: Any, donate: tuple[int, ...] = (), offload: bool = False) -> Any:
-    """Computes `fn(*args)`. Every array is created with the sharding that `abstract_on` returns for it, so that no
-    device ever holds a sharded array in full."""
+    """Returns `fn(*args)`, with every array sharded as `abstract_on` describes.
+
+    Each array is created with the final sharding, so that no device ever holds a sharded array in full.
+    """
     out_shardings = None
     if mesh is not None:
         out_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_on(fn, mesh, *args, offload=offload))
@@ -60,13 +64,15 @@ def init_on(fn: Callable, mesh: Mesh | None, *args: Any, donate: tuple[int, ...]
 
 
 def jit_on(fn: Callable, mesh: Mesh | None) -> Callable:
-    """Compiles `fn` for the mesh, with results that are replicated on all devices."""
+    """Returns `fn` compiled for the mesh, with results that are replicated on all devices."""
     return on_mesh(jax.jit(fn, out_shardings=None if mesh is None else NamedSharding(mesh, P())), mesh)
 
 
 def jit_step(step: Callable, mesh: Mesh | None, state: Any) -> Callable:
-    """Compiles `step`, a function (state, batch) that returns (state, metrics). The state is donated and keeps its
-    sharding."""
+    """Returns the compiled training step `step`, a function (state, batch) -> (state, metrics).
+
+    The input state is donated, and the returned state has the sharding of the input state.
+    """
     if mesh is None:
         return jax.jit(step, donate_argnums=0)
     outs = (jax.tree.map(lambda leaf: leaf.sharding, state), NamedSharding(mesh, P()))
@@ -74,9 +80,9 @@ def jit_step(step: Callable, mesh: Mesh | None, state: Any) -> Callable:
 
 
 def place(tree: Any, shardings: Any) -> Any:
-    """Places arrays on devices by `shardings`.
+    """Returns the arrays of `tree` placed on devices with the given shardings.
 
-    Every process passes the complete arrays, but places only the shards of its own devices.
+    Every process passes the complete arrays, but places only the shards of the process's local devices.
     """
 
     def place_leaf(leaf: Any, sharding: NamedSharding) -> jax.Array:
@@ -94,21 +100,21 @@ def place(tree: Any, shardings: Any) -> Any:
 
 
 def place_params(params: Any, mesh: Mesh | None) -> Any:
-    """Places parameters on the mesh, sharded by `RULES`; returns them unchanged if there is no mesh."""
+    """Returns the parameters placed on the mesh and sharded by `RULES`, or unchanged if there is no mesh."""
     return params if mesh is None else place(params, shardings(params, mesh))
 
 
 def place_batch(
     batch: Any, mesh: Mesh | None, *, leading_axes: int | None = None, rows: slice | None = None, of: int = 0
 ) -> Any:
-    """Places a batch on the mesh, sharded by `batch_shardings`.
+    """Returns the batch placed on the mesh with the shardings of `batch_shardings`.
 
-    The leaves of the batch are [.., B, T], or [.., B, K] for K values per row, such as labels.
+    The leaves of the batch have the shape [.., B, T], or [.., B, K] for K values per row, such as labels.
 
     Args:
-        leading_axes: number of axes before the axis of rows. If None, it is the number of axes before the axis B of
-            batch.tokens [.., B, T], or 0 for a batch without tokens.
-        rows: range of the rows of the global batch that this process passes, or None if it passes all rows.
+        leading_axes: number of axes before the axis of rows. If None, the number of axes before the axis B of
+            batch.tokens [.., B, T] is used, or 0 for a batch without tokens.
+        rows: range of the rows of the global batch that this process passes, or None if this process passes all rows.
         of: number of rows of the global batch, needed only if `rows` is given.
     """
     if mesh is None:
@@ -136,12 +142,13 @@ def place_batch(
 
 
 def pmap_step(step: Callable, devices: Sequence[jax.Device] | None = None) -> Callable:
-    """Compiles a data-parallel `step` with the interface of `jax.pmap`: batch leaves have a leading axis of devices.
+    """Returns a compiled data-parallel `step` with the interface of `jax.pmap`, for batches with a leading axis of
+    devices.
 
     The returned function takes the state and a batch. For B rows and n devices, the leaves of the batch have the shape
-    [n, B / n, ..]. The function returns (state, metrics), as `step` does for all B rows on one device. The state is
-    replicated, not stacked. `pmap_step` is for notebooks that were written for `pmap`; `jit_step` with a mesh can do
-    the same and more.
+    [n, B / n, ..]. The returned function returns the (state, metrics) that `step` returns for all B rows on one device.
+    The state is replicated, not stacked over devices as with `jax.pmap`. `pmap_step` is for notebooks that were written
+    for `jax.pmap`; for new code, `jit_step` with a mesh supports every kind of parallelism.
     """
     from gptjax.parallel.mesh import mesh_of
 

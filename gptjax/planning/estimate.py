@@ -1,5 +1,8 @@
-"""A cost model of a training step: estimates of memory and time by formula. `plan.search` ranks its candidates by these
-estimates, so that only the most promising candidates are compiled."""
+"""This module estimates the memory and the time of a training step by formula.
+
+`plan.search` ranks candidate configs by the estimated step time, so that only the most promising candidates are
+compiled.
+"""
 
 from __future__ import annotations
 
@@ -17,34 +20,35 @@ from gptjax.training.memory import Shape, block_elements, chip_bytes, itemsize
 class Candidate(NamedTuple):
     cfg: Config
     shape: Shape
-    memory_bytes: float  # estimated bytes per chip
-    seconds: float  # estimated time per step
+    memory_bytes: float  # `memory_bytes` is the estimated memory per chip in bytes.
+    seconds: float  # `seconds` is the estimated time per step.
 
 
 def candidate(cfg: Config, on: Slice, shape: Shape, n_params: int) -> Candidate:
-    """Returns the candidate with config `cfg` and mesh shape `shape`, including its estimated memory and step time."""
+    """Returns the `Candidate` for the config `cfg` and the mesh shape `shape`, with estimated memory and step time."""
     return Candidate(cfg, shape, chip_bytes(cfg, n_params, width(cfg), shape), seconds(cfg, on, shape, n_params))
 
 
 def seconds(cfg: Config, on: Slice, shape: Shape, n_params: int) -> float:
-    """Returns the estimated time of a step in seconds: the sum of the times of computation, HBM traffic and
-    communication, as if none of them overlapped.
+    """Returns the estimated time of a training step in seconds.
 
-    HBM traffic is estimated from the number of times that arrays are read or written. Each activation of a layer is
-    read or written about 12 times, as counted in compiled programs. In each micro-batch, weights and gradients cause 14
-    bytes of traffic per parameter: 6 for reading the bfloat16 weights three times, and 8 for the float32 gradients. In
-    each step, the optimizer causes 32 bytes of traffic per parameter.
+    The estimated step time is the sum of the times of computation, HBM traffic and communication, without overlap.
 
-    The communication time is estimated from the bytes that are sent on each mesh axis. On the fsdp axis, the bfloat16
-    weights of each micro-batch are all-gathered for the forward pass, the backward pass and rematerialisation, and the
-    float32 gradients are reduce-scattered. On the data axis, the gradients are all-reduced once per micro-batch. On the
-    tensor axis, the hidden state is sent eight times per layer.
+    HBM traffic is estimated from the number of times that the program reads or writes each array. Each activation of a
+    layer is read or written about 12 times, as counted in compiled programs. In each micro-batch, weights and gradients
+    cause 14 bytes of HBM traffic per parameter: 6 bytes for reading the bfloat16 weights three times, and 8 bytes for
+    the float32 gradients. In each step, the optimizer causes 32 bytes of HBM traffic per parameter.
+
+    The communication time is estimated from the bytes that a chip sends along each mesh axis. Along the mesh axis fsdp,
+    each micro-batch all-gathers the bfloat16 weights for the forward pass, the backward pass and rematerialisation, and
+    reduce-scatters the float32 gradients. Along the mesh axis data, the gradients are all-reduced once per micro-batch.
+    Along the mesh axis tensor, the hidden states are sent eight times per layer.
     """
     model, chip = cfg.model, on.chip
     data, fsdp, tensor, _ = shape
     tokens = cfg.train.batch_size * width(cfg) / on.n_chips
-    # attention FLOPs per token: 6 L D T instead of 12 L D T (L layers, D attention channels, T tokens per row), because
-    # the causal mask hides half of the T x T scores
+    # Attention takes 6 L D T FLOPs per token instead of 12 L D T (L layers, D attention channels, T tokens per row),
+    # because the causal mask hides half of the T x T scores.
     attention = 6 * model.n_layer * model.n_head * model.head_dim * width(cfg)
     recompute = {"none": 1.0, "dots": 1.05, "full": 4 / 3, "offload": 4 / 3}[model.remat]
     flops = (6 * n_params + attention) * recompute * tokens
@@ -61,8 +65,11 @@ def seconds(cfg: Config, on: Slice, shape: Shape, n_params: int) -> float:
 
 
 def shapes(cfg: Config, n_chips: int) -> Iterator[Shape]:
-    """Yields all mesh shapes (data, fsdp, tensor, 1) of `n_chips` chips that meet three conditions: `tensor` is at most
-    8, `tensor` divides the number of attention heads, and data x fsdp divides the batch size."""
+    """Yields all usable mesh shapes (data, fsdp, tensor, 1) for `n_chips` chips.
+
+    A mesh shape is usable if `tensor` is at most 8, `tensor` divides the number of attention heads, and data x fsdp
+    divides the batch size.
+    """
     for fsdp in _divisors(n_chips):
         for tensor in (t for t in _divisors(n_chips // fsdp) if t <= 8 and cfg.model.n_head % t == 0):
             data = n_chips // fsdp // tensor
@@ -71,7 +78,7 @@ def shapes(cfg: Config, n_chips: int) -> Iterator[Shape]:
 
 
 def variants(cfg: Config, on: Slice, n_params: int) -> list[Candidate]:
-    """Returns the candidates for all meshes, remat policies and numbers of micro-batches, sorted by estimated step
+    """Returns the candidates for all mesh shapes, remat policies and numbers of micro-batches, sorted by estimated step
     time."""
     candidates = []
     for shape in shapes(cfg, on.n_chips):

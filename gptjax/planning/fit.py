@@ -1,4 +1,4 @@
-"""`train.batch_size=auto`: the largest batch size that is estimated to fit the memory of the local devices."""
+"""This module implements `train.batch_size=auto`, the largest batch size that is estimated to fit in device memory."""
 
 from __future__ import annotations
 
@@ -17,22 +17,23 @@ from gptjax.tasks.pretrain import from_base
 from gptjax.tasks.tuning import longest_row
 from gptjax.training.memory import GIB, MARGIN, SMALLER_REMAT, WORKSPACE_BYTES, Remat, activation_bytes, param_bytes
 
-_MOST_TOKENS = 2**19  # maximum tokens per step: the batch size of GPT-3 125M (arXiv:2005.14165, table 2.1)
-_FEW_ROWS = 8  # rows per device and micro-batch; if fewer rows fit, activations are rematerialised
+# _MOST_TOKENS is the maximum number of tokens per step, which is the batch size of GPT-3 125M (arXiv:2005.14165, table
+# 2.1). If fewer than _FEW_ROWS rows per device and micro-batch fit in memory, activations are rematerialised.
+_MOST_TOKENS = 2**19
+_FEW_ROWS = 8
 
 
 def fitted(cfg: Config) -> Config:
-    """Returns the config with the largest train.batch_size that is estimated to fit the memory of this process's
-    devices.
+    """Returns the config with the largest train.batch_size that is estimated to fit in the memory of the local devices.
 
-    The batch size is train.accumulation x data x fsdp x the number of rows per device and micro-batch. This number is a
-    power of two; it is above 1 only if a step then has at most 524,288 tokens. If memory limits it to fewer than 8
-    rows, model.remat is set to dots, or to full if dots does not save enough memory. GPT-2's vocabulary size is assumed
-    if the vocabulary size of the tokenizer is not known yet.
+    The batch size is train.accumulation x data x fsdp x n, where n is the number of rows per device and micro-batch.
+    The number n is a power of two, and n is larger than 1 only if a step with this batch size has at most 524,288
+    tokens. If memory limits n to fewer than 8 rows, model.remat is set to dots, or to full if dots does not save enough
+    memory. If the vocabulary size of the tokenizer is not known yet, the vocabulary size of GPT-2 is assumed.
 
     Raises:
-        UserError: not even one row fits in memory, or the run has several processes, which must all use the same batch
-            size.
+        UserError: a single row does not fit in memory, or the run has several processes, which must all use the same
+            batch size.
     """
     if cfg.distributed.coordinator is not None:
         raise UserError("train.batch_size=auto: expected a number if several processes share a run")
@@ -47,7 +48,8 @@ def fitted(cfg: Config) -> Config:
         most *= 2
 
     def rows_that_fit(remat: Remat) -> int:
-        """Returns the number of rows per device and micro-batch whose activations fit in the free memory."""
+        """Returns the largest power of two of rows per device and micro-batch whose activations fit in the free
+        memory."""
         rows = most
         while rows and activation_bytes(dataclasses.replace(model, remat=remat), rows, width) > free_bytes:
             rows //= 2
@@ -71,7 +73,7 @@ def fitted(cfg: Config) -> Config:
 
 
 def _shape(cfg: Config) -> tuple[ModelConfig, int]:
-    """Returns the config of the model to train, and the number of tokens per row."""
+    """Returns the config of the model that the run trains, and the number of tokens per row."""
     if cfg.task == "pretrain":
         cfg, _ = from_base(cfg)
         model = cfg.model
@@ -82,8 +84,10 @@ def _shape(cfg: Config) -> tuple[ModelConfig, int]:
 
 
 def device_bytes() -> int:
-    """Returns the memory of one device in bytes. On a CPU, half the memory of the machine or container is divided
-    equally among the devices."""
+    """Returns the memory of one local device in bytes.
+
+    On a CPU, half the memory of the machine or container is divided equally among the devices.
+    """
     device = jax.local_devices()[0]
     if limit := (device.memory_stats() or {}).get("bytes_limit", 0):
         return limit

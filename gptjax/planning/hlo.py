@@ -1,6 +1,6 @@
-"""FLOPs, HBM traffic and collectives of a compiled program, counted from its HLO text.
+"""This module counts the FLOPs, HBM traffic and collectives of a compiled program in the HLO text of the program.
 
-The body of a loop, such as the scan over the layers, is counted once per iteration. XLA's own `cost_analysis` counts
+The body of a loop, such as the scan over the layers, is counted once per iteration. The `cost_analysis` of XLA counts
 the body of a loop only once in total, and therefore reports too few FLOPs and bytes.
 """
 
@@ -24,11 +24,13 @@ _SLICES = ("dynamic-slice", "slice", "gather")
 class Array(NamedTuple):
     dtype: str
     shape: tuple[int, ...]
-    in_hbm: bool  # whether the array is in HBM; if False, it is in the chip's vector or scalar memory
+    # `in_hbm` is True if the array is in HBM, and False if the array is in the vector or scalar memory of the chip.
+    in_hbm: bool
 
     @property
     def size_bytes(self) -> int:
-        digits = re.search(r"\d+", self.dtype)  # bits per element, part of a name such as f32, s8 or f8e4m3fn
+        # The digits in a dtype name such as f32, s8 or f8e4m3fn are the bits per element.
+        digits = re.search(r"\d+", self.dtype)
         return math.prod(self.shape) * _BITS.get(self.dtype, int(digits[0]) if digits else 0) // 8
 
 
@@ -38,31 +40,37 @@ class Instruction:
     results: tuple[Array, ...]
     op: str
     operands: tuple[str, ...]
-    rest: str  # attributes as text; for a constant also its value, for a parameter its index
+    rest: str  # `rest` is the text of the attributes, and the value of a constant or the index of a parameter.
     root: bool
 
     def called(self, attribute: str) -> list[str]:
-        """Returns the names of the computations in the attribute named `attribute`: body, condition, calls, .."""
+        """Returns the names of the computations in the attribute named `attribute`, such as body, condition or
+        calls."""
         match = re.search(attribute + r"=(\{[^}]*\}|%[\w.\-]+)", self.rest)
         return re.findall(r"%([\w.\-]+)", match[1]) if match else []
 
 
-Computation = dict[str, Instruction]  # maps instruction names to instructions
+Computation = dict[str, Instruction]  # A Computation maps instruction names to instructions.
 
 
 class Work(NamedTuple):
-    """The FLOPs, HBM traffic, collectives and kernel calls of one device in one execution of a program."""
+    """Holds the FLOPs, HBM traffic, collectives and kernel calls of one device for one execution of a program."""
 
-    flops: float  # FLOPs of the matrix multiplications, without those inside Pallas kernels
-    hbm_bytes: float  # bytes read from and written to HBM, if each operation reads and writes its arrays once
-    collectives: dict[str, float]  # bytes that the device sends, by kind of collective, such as all-gather
-    largest_gather_bytes: int  # size of the largest array that an all-gather returns
-    kernels: dict[str, float]  # number of calls of each Pallas kernel, by its name
+    flops: float  # `flops` is the FLOPs of all matrix multiplications outside Pallas kernels.
+    # `hbm_bytes` is the bytes read from and written to HBM if each operation reads and writes its arrays once.
+    hbm_bytes: float
+    # `collectives` is the bytes that the device sends, by kind of collective, such as all-gather.
+    collectives: dict[str, float]
+    # `largest_gather_bytes` is the size in bytes of the largest array that an all-gather returns.
+    largest_gather_bytes: int
+    kernels: dict[str, float]  # `kernels` is the number of calls of each Pallas kernel, by kernel name.
 
 
 def work(text: str) -> Work:
-    """Counts the FLOPs, HBM traffic, collectives and kernel calls in `text`, the HLO text of one device's program
-    (`compiled.as_text()`)."""
+    """Returns the FLOPs, HBM traffic, collectives and kernel calls of a compiled program.
+
+    The argument `text` is the HLO text of the program of one device (`compiled.as_text()`).
+    """
     computations = parse(text)
     partitions = re.search(r"num_partitions=(\d+)", text)
     n_devices = int(partitions[1]) if partitions else 1
@@ -93,8 +101,10 @@ def work(text: str) -> Work:
 
 
 def parse(text: str) -> dict[str, Computation]:
-    """Parses HLO text and returns its computations by name. The entry computation is also stored under the name
-    "ENTRY"."""
+    """Returns the computations in an HLO text by name.
+
+    The entry computation is also stored under the name "ENTRY".
+    """
     computations: dict[str, Computation] = {}
     computation: Computation = {}
     for line in text.splitlines():
@@ -108,7 +118,8 @@ def parse(text: str) -> dict[str, Computation]:
 
 
 def _instruction(name: str, body: str, root: bool) -> Instruction:
-    """Parses an instruction from `body`, the text that follows its name: `type op(operands), attributes`."""
+    """Parses an HLO instruction from `body`, the text `type op(operands), attributes` after the name of the
+    instruction."""
     end = _closing(body, 0, " ")
     kind, body = body[:end], body[end + 1 :]
     op, _, _ = body.partition("(")
@@ -124,7 +135,7 @@ def _instruction(name: str, body: str, root: bool) -> Instruction:
 
 
 def _closing(text: str, start: int, mark: str) -> int:
-    """Returns the index of the first `mark` in `text`, from `start` on, that is outside all brackets."""
+    """Returns the index of the first character `mark` in `text`, from `start` on, that is outside all brackets."""
     depth = 0
     for i in range(start, len(text)):
         if depth == 0 and text[i] == mark:
@@ -139,8 +150,10 @@ def _closing(text: str, start: int, mark: str) -> int:
 def executed(
     computations: dict[str, Computation], comp_name: str = "ENTRY", times: float = 1, *, into_fusions: bool = True
 ) -> Iterator[tuple[str, Instruction, float]]:
-    """Yields (computation name, instruction, number of executions) for every instruction that the program executes,
-    starting with the computation `comp_name`. All branches of a conditional count as executed."""
+    """Yields (computation name, instruction, number of executions) for every instruction that the program executes.
+
+    The traversal starts with the computation `comp_name`. All branches of an HLO conditional count as executed.
+    """
     for instruction in computations[comp_name].values():
         yield comp_name, instruction, times
         inner, factor = [], 1
@@ -157,10 +170,10 @@ def executed(
 
 
 def trip_count(loop: Instruction, computations: dict[str, Computation]) -> int:
-    """Returns the number of iterations of a loop.
+    """Returns the number of iterations of a loop in an HLO program.
 
-    The number is read from XLA's annotation known_trip_count. Without the annotation, it is the constant with which the
-    loop's condition compares the counter, because the counter starts at 0.
+    The number of iterations is read from the annotation known_trip_count of XLA. Without this annotation, the number of
+    iterations is the constant with which the loop condition compares the loop counter, because the counter starts at 0.
     """
     if (known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.rest)) is not None:
         return int(known[1])
@@ -169,7 +182,7 @@ def trip_count(loop: Instruction, computations: dict[str, Computation]) -> int:
     return max((int(match[1]) for match in bounds if match), default=1)
 
 
-# ---------------------------------------------------------------- cost of one instruction
+# ---------------------------------------------------------------- instruction costs
 
 
 def _collective(instruction: Instruction, comp_name: str) -> str | None:
@@ -177,16 +190,16 @@ def _collective(instruction: Instruction, comp_name: str) -> str | None:
     if kind not in COLLECTIVES:
         return None
     if kind == "all-reduce" and comp_name.startswith("all-reduce-scatter"):
-        return "reduce-scatter"  # TPU programs write a reduce-scatter as an all-reduce and a slice
+        return "reduce-scatter"  # In TPU programs, a reduce-scatter appears as an all-reduce followed by a slice.
     return kind
 
 
 def _overlapped(instruction: Instruction, comp_name: str) -> tuple[str, str, tuple[Array, ...]] | None:
-    """Returns a key that identifies a collective that overlaps other work, or None for any other collective.
+    """Returns a key that identifies a collective that overlaps with computation, or None for any other collective.
 
     In TPU programs, an asynchronous collective appears several times with the same channel id: in the fusion that
-    starts it, in each fusion that runs while it is in flight, and in the fusion that ends it. All of these have the
-    same key, so that `work` counts the collective once.
+    starts the collective, in each fusion that runs while the collective is in progress, and in the fusion that ends the
+    collective. All appearances of a collective have the same key, so that `work` counts the collective once.
     """
     channel = re.search(r"channel_id=(\d+)", instruction.rest)
     if channel is None or not ("fused_computation" in comp_name or "collective_fusion" in comp_name):
@@ -195,8 +208,11 @@ def _overlapped(instruction: Instruction, comp_name: str) -> tuple[str, str, tup
 
 
 def _sent(instruction: Instruction, kind: str, computation: Computation, n_devices: int) -> tuple[float, int]:
-    """Returns the bytes that one device sends in a collective, assuming ring algorithms, and the size in bytes of the
-    largest result."""
+    """Returns the bytes that one device sends in a collective, and the size in bytes of the collective's largest
+    result.
+
+    The number of sent bytes assumes ring algorithms.
+    """
     n = _group_size(instruction.rest, n_devices)
     operand_bytes = sum(array.size_bytes for name in instruction.operands for array in computation[name].results[:1])
     result_bytes = [array.size_bytes for array in instruction.results]
@@ -210,8 +226,10 @@ def _sent(instruction: Instruction, kind: str, computation: Computation, n_devic
 
 
 def _group_size(rest: str, n_devices: int) -> int:
-    """Returns the number of devices in each group of a collective, from its attribute replica_groups, which HLO writes
-    in three notations."""
+    """Returns the number of devices in each group of a collective.
+
+    The number of devices is read from the attribute replica_groups, which HLO writes in three different notations.
+    """
     if (named := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", rest)) is not None:
         sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
         return math.prod(sizes[name] for name in re.findall(r"'(\w+)'", named[2]))
@@ -233,11 +251,11 @@ def _product_flops(instruction: Instruction, computation: Computation) -> float:
 
 
 def _convolution_flops(rest: str, left: tuple[int, ...], right: tuple[int, ...], out: tuple[int, ...]) -> float:
-    """Returns the FLOPs of a convolution. In TPU programs every matrix multiplication is a convolution.
+    """Returns the FLOPs of a convolution, which is the form of every matrix multiplication in TPU programs.
 
-    Positions of the convolution's window that fall on padding or on the gaps of a dilation are not counted, because
-    they multiply zeros. In a batched matrix multiplication, whose window slides along the batch axis, most positions
-    multiply zeros.
+    Window positions of the convolution that fall on padding or on the gaps of a dilation are not counted, because
+    multiplications at these positions have a factor of zero. In a batched matrix multiplication, whose window slides
+    along the batch axis, most window positions multiply by zero.
     """
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", rest)
     if labels is None:
@@ -263,27 +281,31 @@ def _convolution_flops(rest: str, left: tuple[int, ...], right: tuple[int, ...],
 
 
 def _is_kernel(call: Instruction) -> bool:
-    """Returns True if a custom call is a Pallas kernel.
+    """Returns True if an HLO custom call is a Pallas kernel.
 
-    The compiler uses other custom calls only to allocate memory, so they are not counted.
+    `work` does not count custom calls that are not Pallas kernels, because the compiler uses these custom calls only to
+    allocate memory.
     """
     return '"tpu_custom_call"' in call.rest
 
 
 def _traffic(instruction: Instruction, computation: Computation, computations: dict[str, Computation]) -> float:
-    """Returns the bytes of HBM that an instruction reads and writes. Each operand and each result is counted once; of
-    an operand that is sliced, only the slice is counted."""
+    """Returns the number of bytes that an instruction reads from HBM and writes to HBM.
+
+    Each operand and each result of the instruction is counted once. If an operand is sliced, only the bytes of the
+    slice are counted.
+    """
     op = instruction.op
     if op in _NO_WORK or op.endswith("-done") or (op == "custom-call" and not _is_kernel(instruction)):
         return 0
     if op in _SLICES:
         return 2 * _hbm(instruction.results)
-    if op == "slice-start":  # the results of a slice-start operation are (operand, slice, ..)
+    if op == "slice-start":  # The results of a slice-start operation are (operand, slice, ..).
         result = instruction.results[1]
         return result.size_bytes + _hbm((result,))
     if op == "dynamic-update-slice":
         return 2 * _hbm(computation[instruction.operands[1]].results)
-    if op.endswith("-start"):  # the results of an asynchronous operation are (operand, result, ..)
+    if op.endswith("-start"):  # The results of an asynchronous operation are (operand, result, ..).
         return _hbm(instruction.results[:2])
     read, written = [_hbm(computation[name].results) for name in instruction.operands], _hbm(instruction.results)
     if op == "fusion":
@@ -294,11 +316,10 @@ def _traffic(instruction: Instruction, computation: Computation, computations: d
 
 
 def _read_bytes(inner: Computation, n: int, computations: dict[str, Computation]) -> list[float]:
-    """Returns the number of bytes that a fused computation reads of each of its `n` parameters; infinity for a
-    parameter that is read completely.
+    """Returns the number of bytes that a fused computation reads from each of its `n` parameters.
 
-    Of a parameter that is only sliced, only the bytes of the slices are counted. Of a parameter that is only updated in
-    place, no bytes are counted.
+    The number of bytes is infinity for a parameter that is read completely. For a parameter that is only sliced, only
+    the bytes of the slices are counted. For a parameter that is only updated in place, no bytes are counted.
     """
     users: dict[str, list[Instruction]] = {}
     for instruction in inner.values():

@@ -1,5 +1,8 @@
-"""`plan` compiles a training or decode step for a TPU slice and reports its cost. `search` compares the costs of
-training steps with different meshes, remat policies and numbers of micro-batches."""
+"""This module computes the memory and cost of training and decode steps on a TPU slice.
+
+The function `plan` compiles a training or decode step for a TPU slice and reports the cost of the step. The function
+`search` compares the costs of training steps with different meshes, remat policies and numbers of micro-batches.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +24,15 @@ from gptjax.tasks import trainable
 from gptjax.training.flops import flops_per_token
 from gptjax.training.memory import GIB, chip_bytes
 
-_MARGIN = 0.92  # a candidate is compiled only if its estimated memory is below this fraction of the chip's HBM
+_MARGIN = 0.92  # A candidate is compiled only if the estimated memory is below the fraction _MARGIN of the chip's HBM.
 
 
 @dataclass(frozen=True)
 class Roofline:
-    """Seconds per step that computation, HBM traffic and communication take at the chip's peak rates.
+    """Holds the seconds per step that computation, HBM traffic and communication take at the peak rates of the chip.
 
-    A real step takes longer than `best`. An efficient step takes about as long as `worst`.
+    A real step takes longer than `best`, the lower bound of the step time. The time of an efficient step is about
+    `worst`, the sum of the times of computation, HBM traffic and communication.
     """
 
     compute_s: float
@@ -37,19 +41,23 @@ class Roofline:
 
     @property
     def best(self) -> float:
-        """Lower bound of the step time in seconds, if computation, HBM traffic and communication overlap completely."""
+        """Returns the lower bound of the step time in seconds: computation, HBM traffic and communication overlap
+        completely."""
         return max(self.compute_s, self.hbm_s, self.ici_s)
 
     @property
     def worst(self) -> float:
-        """Step time in seconds if computation, HBM traffic and communication do not overlap: the sum of their times."""
+        """Returns the step time in seconds without overlap: the sum of the times of computation, HBM traffic and
+        communication."""
         return self.compute_s + self.hbm_s + self.ici_s
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Memory and cost of a step on each chip of a slice. If the step does not fit in memory (`fits` is False), FLOPs,
-    traffic and `roofline` are not set."""
+    """Holds the memory and the cost of a step on each chip of a TPU slice.
+
+    If the step does not fit in memory (`fits` is False), the fields for FLOPs, traffic and `roofline` are not set.
+    """
 
     what: str  # "train" or "decode"
     slice: str
@@ -57,20 +65,23 @@ class Plan:
     chips: int
     mesh: dict[str, int]
     remat: str
-    rows: int  # number of rows (token sequences) per step
+    rows: int  # `rows` is the number of rows (token sequences) per step.
     accumulation: int
     tokens: int  # tokens per step
     n_params: int
     fits: bool
-    hbm_bytes: int  # bytes of HBM available per chip
-    needed_bytes: int  # bytes of HBM that the step needs per chip
-    parts: dict[str, int]  # needed_bytes per category: the step's arguments (params, optimizer, ..) and other memory
+    hbm_bytes: int  # `hbm_bytes` is the available HBM per chip in bytes.
+    needed_bytes: int  # `needed_bytes` is the HBM that the step needs per chip in bytes.
+    # `parts` splits needed_bytes into the step's arguments (params, optimizer, ..) and other memory.
+    parts: dict[str, int]
     compile_s: float
-    host_bytes: int = 0  # bytes per chip that optim.offload and model.remat=offload keep in host memory
-    model_flops: float = 0.0  # FLOPs per step, summed over all chips, by formula, without rematerialisation
-    flops: float = 0.0  # FLOPs per step and chip, counted in the compiled program
+    # The settings optim.offload and model.remat=offload keep `host_bytes` bytes per chip in host memory.
+    host_bytes: int = 0
+    model_flops: float = 0.0  # `model_flops` is the FLOPs per step of all chips by formula, without rematerialisation.
+    flops: float = 0.0  # `flops` is the FLOPs per step and chip, counted in the compiled program.
     hbm_traffic_bytes: float = 0.0
-    collectives: dict[str, float] = field(default_factory=dict)  # bytes sent per chip and step, by kind of collective
+    # `collectives` is the bytes sent per chip and step, by kind of collective.
+    collectives: dict[str, float] = field(default_factory=dict)
     largest_gather_bytes: int = 0
     kernels: dict[str, float] = field(default_factory=dict)
     roofline: Roofline | None = None
@@ -81,12 +92,14 @@ class Plan:
         return self.tokens / step_s
 
     def mfu(self, step_s: float) -> float:
-        """Model FLOPs utilisation: model FLOP/s as a fraction of the slice's peak (arXiv:2204.02311)."""
+        """Returns the model FLOPs utilisation: model FLOP/s as a fraction of the peak FLOP/s of the slice
+        (arXiv:2204.02311)."""
         return self.model_flops / step_s / (self.chips * self.peaks["tflops"] * 1e12)
 
     @property
     def step_s(self) -> tuple[float, float]:
-        """The step times in seconds with complete overlap and without overlap: (`Roofline.best`, `Roofline.worst`)."""
+        """Returns the step times (`Roofline.best`, `Roofline.worst`) in seconds, with complete overlap and without
+        overlap."""
         assert self.roofline is not None
         return self.roofline.best, self.roofline.worst
 
@@ -108,21 +121,21 @@ def plan(
     chunk: int | None = None,
     keep_text: Callable[[str], None] | None = None,
 ) -> Plan:
-    """Compiles the training or decode step of `cfg` ahead of time for a TPU slice, and reports its memory, FLOPs,
-    traffic and time.
+    """Compiles a training or decode step ahead of time for a TPU slice, and returns the step's memory, FLOPs, traffic
+    and time.
 
-    The compiler is libtpu, which works on a machine without a TPU.
+    The compiler is libtpu, which also works on a machine without a TPU.
 
     Args:
         on: TPU slice: a name such as v5e-8, or a topology such as v5p:4x4x8.
-        mesh: the device mesh. None: cfg.mesh.
-        decode: whether to plan the decode step instead of the training step. The decode step has sample.batch_size x
+        mesh: device mesh. None: cfg.mesh.
+        decode: whether to compile the decode step instead of the training step. The decode step has sample.batch_size x
             mesh.data x mesh.fsdp rows.
-        chunk: number of tokens per chunk of the pretraining loss, or None to let the loss function choose it.
+        chunk: number of tokens per chunk of the pretraining loss, or None for the default chunk size of the loss.
         keep_text: function that is called with the HLO text of the compiled program.
 
     Raises:
-        UserError: there is no such slice, libtpu is not installed, the mesh does not have one device per chip, or the
+        UserError: no such TPU slice exists, libtpu is not installed, the mesh does not have one device per chip, or the
             rows of a micro-batch are not divisible by mesh.data x mesh.fsdp.
     """
     tpu = slice_of(on)
@@ -148,7 +161,7 @@ def weigh(
     decode: bool = False,
     keep_text: Callable[[str], None] | None = None,
 ) -> Plan:
-    """Returns the plan of a step: the memory and cost that follow from its compiled program `built`."""
+    """Returns the plan of a step, with the memory and cost of the step's compiled program `built`."""
     model, chip = cfg.model, on.chip
     T = program.width(cfg)
     n_params = program.count(cfg)
@@ -186,9 +199,12 @@ def weigh(
 
 
 def _flops_per_token(cfg: Config, T: int, decode: bool) -> float:
-    """Returns the FLOPs per token: 6 per weight in a matrix multiplication (4 if it is frozen) plus 12 L D T for
-    attention (L layers, D attention channels, T tokens per row). Decoding takes a third of these FLOPs, because it has
-    no backward pass."""
+    """Returns the FLOPs per token of a training or decode step.
+
+    Training takes 6 FLOPs per token for each weight in a matrix multiplication (4 if the weight is frozen), plus 12 L D
+    T FLOPs for attention (L layers, D attention channels, T tokens per row). Decoding takes a third of the training
+    FLOPs, because decoding has no backward pass.
+    """
     shapes = abstract_params(cfg.model)
     if decode:
         return flops_per_token(cfg.model, shapes) / 3
@@ -199,19 +215,21 @@ def _flops_per_token(cfg: Config, T: int, decode: bool) -> float:
     return flops_per_token(cfg.model, shapes, width=T, frozen=frozen)
 
 
-# Number of matrix multiplications per tile in each splash attention kernel. The forward kernel (fwd) computes scores
-# and weighted values. Both backward kernels compute the scores and the gradient of the attention weights; then the dq
-# kernel computes the gradient of q, and the dkv kernel the gradients of k and v.
+# _PRODUCTS holds the number of matrix multiplications per tile in each splash-attention kernel. The forward kernel
+# (fwd) computes the scores and the weighted values. Both backward kernels (dq and dkv) compute the scores and the
+# gradient of the attention weights. In addition, the backward kernel dq computes the gradient of q, and the backward
+# kernel dkv computes the gradients of k and v.
 _PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
 
 
 def kernel_flops(
     kernels: dict[str, float], model: ModelConfig, rows: int, T: int, shape: tuple[int, int, int, int]
 ) -> float:
-    """Returns the FLOPs of the splash attention kernels on one chip. A tile of the attention scores that the mask hides
-    only in part is counted in full, because the kernels skip only tiles that the mask hides completely.
+    """Returns the FLOPs of the splash-attention kernels on one chip.
 
-    Under context parallelism, the FLOPs are those of the chip with the last tokens, which attend to the most keys.
+    A partly masked tile of the attention scores is counted in full, because the kernels skip only fully masked tiles.
+
+    Under context parallelism, the result is the FLOPs of the chip with the last tokens, which attend to the most keys.
     """
     block = next((size for size in (512, 256, 128) if T // shape[3] % size == 0), T // shape[3])
     n, window = T // block, model.windows[0]
@@ -228,10 +246,11 @@ def kernel_flops(
 
 
 def advice(cfg: Config, on: Slice, shape: tuple[int, int, int, int], n_params: int, result: Plan) -> tuple[str, ...]:
-    """Returns changes of the config, each of which should by itself make the step fit in memory.
+    """Returns config changes, each of which is estimated to make the step fit in memory without any other change.
 
-    The memory of a changed step is estimated by the formula `chip_bytes`. Each estimate is multiplied by the factor
-    that makes the formula match the memory that the compiler reported for the unchanged step, `result`.
+    The function `chip_bytes` estimates the memory of the step with a changed config. Each memory estimate is multiplied
+    by a correction factor: the memory that the compiler reported for the unchanged step in `result`, divided by the
+    estimate for the unchanged step.
     """
     width = program.width(cfg)
     ratio = result.needed_bytes / chip_bytes(cfg, n_params, width, shape)
@@ -260,7 +279,8 @@ def advice(cfg: Config, on: Slice, shape: tuple[int, int, int, int], n_params: i
         if ratio * chip_bytes(variant, n_params, width, mesh_shape) < result.hbm_bytes
         and (text.split("=")[0] != "model.remat" or variant.model.remat != cfg.model.remat)
     ]
-    # maps each setting to its first change in `useful`, which is the smallest change that makes the step fit
+    # `smallest` maps each setting to the first change of this setting in `useful`, which is the smallest change that
+    # makes the step fit.
     smallest = dict(reversed(useful))
     return tuple(smallest[kind] for kind in dict.fromkeys(kind for kind, _ in useful)) or (
         f"no single change is enough: use a larger slice than {on.name}, or --search for a combination",
@@ -275,16 +295,17 @@ def search(
     seconds: float = 150.0,
     say: Callable[[str], None] = lambda line: None,
 ) -> list[Plan]:
-    """Searches for the mesh, remat policy and number of micro-batches with the fastest step at the same batch size.
+    """Searches for the mesh, remat policy and number of micro-batches with the fastest training step at the batch size
+    of `cfg`.
 
-    The candidates are compiled in the order of their estimated step times, fastest first (`estimate.variants`).
+    The candidates of `estimate.variants` are compiled in the order of estimated step time, fastest first.
 
     Args:
         on: TPU slice: a name such as v5e-8, or a topology such as v5p:4x4x8.
-        best: number of plans to return. The search stops once it has found `best` candidates that fit in memory.
+        best: number of plans to return. The search stops once `best` candidates that fit in memory have been found.
         seconds: time limit of the search. Once a candidate fits in memory, the next candidate is compiled only if the
             time left is at least twice the time of the last compilation.
-        say: function that is called with a line of text about each compiled candidate.
+        say: function that the search calls with a line of text about each compiled candidate.
 
     Returns:
         The plans of the compiled candidates that fit in memory, sorted by `Roofline.worst`, fastest first.
@@ -315,8 +336,8 @@ def search(
         if len(plans) >= best or (plans and time.monotonic() - started + 2 * last > seconds):
             break
         if scale * c.memory_bytes > hbm_bytes:
-            # Skip this candidate: an earlier candidate needed `scale` times its estimated memory, and with the same
-            # correction factor this candidate would not fit in the chip's memory.
+            # The search skips this candidate, because an earlier candidate needed `scale` times the estimated memory,
+            # and with the same correction factor this candidate would not fit in the memory of the chip.
             continue
         built = program.train_program(c.cfg, mesh_of(c.shape, devices))
         result = weigh(c.cfg, tpu, c.shape, built, rows=cfg.train.batch_size)

@@ -1,4 +1,4 @@
-"""Compiles the training step and the decode step ahead of time for a TPU topology, without a TPU."""
+"""This module compiles training and decode steps ahead of time for a TPU topology, without a TPU."""
 
 from __future__ import annotations
 
@@ -29,24 +29,27 @@ from gptjax.training.task import identity
 
 
 class Program(NamedTuple):
-    """A compiled training or decode step. If the step does not fit in memory, `compiled` is None and `needed_bytes` is
-    the memory that the step would need."""
+    """Holds a compiled training or decode step.
 
-    argument_bytes: dict[str, int]  # bytes per chip of each argument: params, optimizer, frozen, batch or cache
-    compiled: jax.stages.Compiled | None  # None if the step does not fit in memory
-    needed_bytes: int  # peak bytes of HBM per chip
-    usable_bytes: int  # bytes of HBM per chip that the compiler can use; 0: unknown
-    seconds: float  # time to trace and compile the step
-    host_bytes: int = 0  # bytes of host memory that the step uses per chip
+    If the step does not fit in memory, `compiled` is None and `needed_bytes` is the memory that the step would need.
+    """
+
+    # `argument_bytes` is the bytes per chip of each argument: params, optimizer, frozen, batch or cache.
+    argument_bytes: dict[str, int]
+    compiled: jax.stages.Compiled | None  # `compiled` is None if the step does not fit in memory.
+    needed_bytes: int  # `needed_bytes` is the peak HBM per chip in bytes.
+    usable_bytes: int  # `usable_bytes` is the HBM per chip in bytes that the compiler can use, or 0 if unknown.
+    seconds: float  # `seconds` is the time to trace and compile the step.
+    host_bytes: int = 0  # `host_bytes` is the host memory in bytes that the step uses per chip.
 
 
 def train_program(cfg: Config, mesh: Mesh, *, chunk: int | None = None) -> Program:
-    """Compiles the training step of `cfg`, which is the step that `gptjax pretrain` or `gptjax finetune` runs.
+    """Compiles the training step that `gptjax pretrain` or `gptjax finetune` runs with the config `cfg`.
 
     Args:
-        cfg: the config, in which cfg.model must be complete; for fine-tuning, cfg.model is the model config of the base
+        cfg: config, in which cfg.model must be complete; for fine-tuning, cfg.model is the model config of the base
             model.
-        chunk: number of tokens per chunk of the pretraining loss, or None to let the loss function choose it.
+        chunk: number of tokens per chunk of the pretraining loss, or None for the default chunk size of the loss.
 
     Raises:
         UserError: the number of rows of a micro-batch is not divisible by mesh.data x mesh.fsdp, or a path pattern in
@@ -86,8 +89,11 @@ def width(cfg: Config) -> int:
 def _state(
     cfg: Config, tx: optax.GradientTransformation
 ) -> tuple[Callable[[jax.Array], TrainState], Callable[[Any, Any], Any]]:
-    """Returns the functions (create, combine). `create(key)` makes the train state, and `combine(trained, frozen)`
-    merges the trained and the frozen parameters into the parameters of the whole model."""
+    """Returns the functions `create` and `combine` of a training task.
+
+    The call `create(key)` returns the initial train state. The call `combine(trained, frozen)` merges the trained and
+    the frozen parameters into the parameters of the whole model.
+    """
     combine = [identity]
 
     def create(key: jax.Array) -> TrainState:
@@ -97,7 +103,7 @@ def _state(
         partitioned = trainable.partition(cfg, *trainable.split_heads(params), cfg.model, key)
         if cfg.task == "distill" and cfg.distill.top_k is None:
             partitioned = distill.with_teacher(partitioned, init_params(key, distill.teacher_config(cfg)))
-        # `combine` can be called after the tracing of `create`, because it captures no tracers.
+        # `combine` captures no tracers, so that `combine` can be called after the tracing of `create`.
         combine[:] = [partitioned.combine]
         return TrainState.create(partitioned.params, tx=tx, key=key, frozen=partitioned.frozen)
 
@@ -105,10 +111,9 @@ def _state(
 
 
 def decode_program(cfg: Config, mesh: Mesh, rows: int) -> Program:
-    """Compiles the decode step, which generates one token for each of `rows` sequences, with a KV cache of the whole
-    context length.
+    """Compiles the decode step, which generates one token for each of `rows` sequences.
 
-    The parameters and the KV cache are in cfg.model.dtype.
+    The KV cache has slots for the whole context length. The parameters and the KV cache have the dtype cfg.model.dtype.
     """
     model, dtype = cfg.model, jnp.dtype(cfg.model.dtype)
     started = time.monotonic()
@@ -134,8 +139,10 @@ def _placed(abstract: Any, shardings: Any) -> Any:
 
 
 def bytes_per_chip(abstract: Any) -> int:
-    """Returns the bytes of HBM that a pytree of sharded abstract arrays takes per chip. Random keys and arrays in host
-    memory are not counted."""
+    """Returns the bytes of HBM per chip that a pytree of sharded abstract arrays takes.
+
+    PRNG keys and arrays in host memory are not counted.
+    """
     leaves = [
         leaf
         for leaf in jax.tree.leaves(abstract)
@@ -158,10 +165,13 @@ def _compiled(lowered: jax.stages.Lowered, argument_bytes: dict[str, int], start
 
 
 def peak_bytes(memory: Any) -> int:
-    """Returns the peak HBM of a compiled program in bytes, including its code. Older versions of jax do not report the
-    peak; with these versions, the result is the sum of all allocations, which is an upper bound.
+    """Returns the peak HBM of a compiled program in bytes, including the code of the program.
 
-    Host memory that is used with optim.offload is subtracted, because the compiler's peak includes it.
+    Older versions of jax do not report the peak memory. With older versions of jax, the result is the sum of all
+    allocations, which is an upper bound.
+
+    The host memory that optim.offload uses is subtracted, because the peak that the compiler reports includes host
+    memory.
     """
     peak = getattr(memory, "peak_memory_in_bytes", 0) and (
         memory.peak_memory_in_bytes - memory.host_argument_size_in_bytes
@@ -174,13 +184,14 @@ def peak_bytes(memory: Any) -> int:
 
 
 def out_of_memory(message: str, lasting_bytes: int = 0) -> tuple[int, int]:
-    """Returns the (needed, usable) bytes that the compiler's out-of-memory message names; (0, 0) for any other message.
+    """Returns the (needed, usable) bytes in an out-of-memory message of the compiler, or (0, 0) for any other message.
 
-    The compiler's out-of-memory message contains either `Used 18.81G of 15.75G hbm` or `the total memory required for
-    HLO temporaries (47.73G) exceeds available HBM (31.25G)`.
+    An out-of-memory message of the compiler contains either `Used 18.81G of 15.75G hbm` or `the total memory required
+    for HLO temporaries (47.73G) exceeds available HBM (31.25G)`.
 
-    The message about HLO temporaries does not count the program's arguments. For this message, the needed bytes are the
-    sum of the memory for temporaries and `lasting_bytes`, the size of the arguments.
+    The compiler's message about HLO temporaries does not count the arguments of the program. For a message about HLO
+    temporaries, the needed bytes are the sum of the memory for temporaries and `lasting_bytes`, the size of the
+    arguments.
     """
     total = re.search(r"Used ([\d.]+[KMGT]) of ([\d.]+[KMGT]) hbm", message)
     temporaries = re.search(r"temporaries \(([\d.]+[KMGT])\) exceeds available HBM \(([\d.]+[KMGT])\)", message)
@@ -193,10 +204,10 @@ def out_of_memory(message: str, lasting_bytes: int = 0) -> tuple[int, int]:
 
 
 def count(cfg: Config) -> int:
-    """Returns the number of parameters of the model."""
+    """Returns the number of parameters of the model in `cfg`."""
     return tree.size(abstract_params(cfg.model))
 
 
 def __getattr__(name: str) -> Any:
-    """Looks up renamed functions by their old names, which are deprecated."""
+    """Returns the function of this module that formerly had the given name, with a DeprecationWarning."""
     return moved_name(__name__, name)

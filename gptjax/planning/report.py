@@ -1,4 +1,4 @@
-"""Reports of plans: tables for the terminal and a roofline plot."""
+"""This module reports plans as tables for the terminal and as a roofline plot."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ SOURCES = "peaks: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}; v4's interconnect:
 
 
 def table(plan: Plan, *, tokens: float | None = None, hours: float | None = None) -> list[str]:
-    """Returns a plan as a text table, in a list of lines.
+    """Returns a plan as a text table, which is a list of lines.
 
     Args:
-        tokens: number of tokens to train on. If given, the table also shows how long that takes.
-        hours: training time in hours. If given, the table also shows how many tokens are processed in that time.
+        tokens: number of training tokens. If `tokens` is given, the table also shows the time for training on this
+            number of tokens.
+        hours: training time in hours. If `hours` is given, the table also shows the number of tokens processed in this
+            time.
     """
     lines = [
         f"{plan.what} step on {plan.slice}: {plan.chips} chips ({plan.topology}), {_mesh(plan) or 'no mesh'}, "
@@ -74,7 +76,7 @@ def _budget(plan: Plan, tokens: float | None, hours: float | None) -> list[str]:
 
 
 def comparison(plans: Sequence[Plan]) -> list[str]:
-    """Returns a table of the plans that `search` found: a header, and one line per plan."""
+    """Returns a text table of the plans that `plan.search` returned, with a header and one line per plan."""
     lines = [f"{'mesh':<28}{'remat':<7}{'micro':>6}{'GiB per chip':>14}{'ms per step':>18}{'tokens/s':>24}{'MFU':>16}"]
     for plan in plans:
         mesh = _mesh(plan) or "no mesh"
@@ -96,8 +98,10 @@ def _gib(size_bytes: float) -> str:
 
 
 def draw(plans: Sequence[Plan], path: str | Path) -> None:
-    """Draws roofline plots, one for HBM and one for the interconnect, and writes them to the image file `path`. Each
-    plot shows attainable FLOP/s against arithmetic intensity, with a point per plan."""
+    """Draws two roofline plots, for HBM and for the interconnect, and writes both plots to the image file `path`.
+
+    Each plot shows attainable FLOP/s against arithmetic intensity, with one point per plan.
+    """
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,5 @@
-"""TPU slices by name, and abstract devices, for which programs can be compiled without a TPU."""
+"""This module lists TPU slices by name, and creates abstract devices for which programs can be compiled without a
+TPU."""
 
 from __future__ import annotations
 
@@ -13,16 +14,17 @@ from gptjax.training.chips import CHIPS, Chip
 if TYPE_CHECKING:
     import jax
 
-# Environment variables with TPU metadata. If they are not set, libtpu queries the network for the metadata until it
-# times out.
+# ENVIRONMENT holds environment variables with TPU metadata. Without the variables in ENVIRONMENT, libtpu queries the
+# network for the TPU metadata until the query times out.
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-8",
     "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0", "TPU_STDERR_LOG_LEVEL": "3",
     "TPU_MIN_LOG_LEVEL": "3", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }  # fmt: skip
 
-# The topology of a slice for each number of chips. The number in the name of a slice is the number of chips for v5e and
-# v6e. For v4 and v5p it is the number of TensorCores, of which a chip has two: a v5p-128 has 64 chips. Source:
+# _FLAT and _CUBES map the number of chips of a slice to the topology of the slice. For v5e and v6e, the number in the
+# name of a slice is the number of chips. For v4 and v5p, the number in the name of a slice is the number of
+# TensorCores. Because a v4 or v5p chip has two TensorCores, a v5p-128 has 64 chips. Source of the topologies:
 # cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}.
 _FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
 _CUBES = {
@@ -37,16 +39,16 @@ SLICES: dict[str, str] = {
 
 class Slice(NamedTuple):
     name: str
-    topology: str  # topology in libtpu's notation, such as v5e:2x4
+    topology: str  # `topology` is the topology in the notation of libtpu, such as v5e:2x4.
     chip: Chip
     n_chips: int
 
 
 def slice_of(name: str) -> Slice:
-    """Returns the slice for a name in `SLICES`, such as v5e-8, or for a topology, such as v5p:4x4x8.
+    """Returns the TPU slice for a name in `SLICES`, such as v5e-8, or for a topology, such as v5p:4x4x8.
 
     Raises:
-        UserError: there is no slice of this name or topology.
+        UserError: no TPU slice has this name or topology.
     """
     wanted = name.lower().replace("litepod", "e").replace("trillium", "v6e")
     topology = SLICES.get(wanted, wanted)
@@ -67,7 +69,7 @@ def slice_of(name: str) -> Slice:
 
 
 def devices_of(on: Slice) -> Sequence[jax.Device]:
-    """Returns abstract devices, one per device of the slice, for which programs can be compiled without a TPU.
+    """Returns one abstract device per device of the TPU slice, for which programs can be compiled without a TPU.
 
     Raises:
         UserError: the TPU compiler is not installed or does not support the slice.
