@@ -1,9 +1,11 @@
 """Functions that encode prompts, decode generated tokens, and stop generation at stop strings.
 
-prompts = [prompt_ids(tokenizer, "Once upon a time")]
-until = stop_strings(tokenizer.decode, ["\\n\\n"])
-completions = complete(params, prompts, cfg, until=until, ..)
-texts = [cut(tokenizer.decode(c.tokens), ["\\n\\n"]) for c in completions]
+This example ends each completion at the first empty line:
+
+    prompts = [prompt_ids(tokenizer, "Once upon a time")]
+    until = stop_strings(tokenizer.decode, ["\\n\\n"])
+    completions = complete(params, prompts, cfg, until=until, ..)
+    texts = [cut(tokenizer.decode(c.tokens), ["\\n\\n"]) for c in completions]
 """
 
 from __future__ import annotations
