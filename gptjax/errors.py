@@ -1,4 +1,4 @@
-"""The error for invalid user input, and helpers to write its messages."""
+"""Defines the error for invalid user input, and functions that write its error messages."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-MAX_SHOWN = 20  # maximum number of problems that `refuse` lists
-MAX_LINE = 300  # maximum number of characters per problem, because names from files may be long
+MAX_SHOWN = 20 # Maximum number of problems that `refuse` lists. MAX_LINE = 300 # maximum number of characters per
+problem, because names from files may be long
 
 
 class UserError(ValueError):

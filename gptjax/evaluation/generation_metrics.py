@@ -159,7 +159,7 @@ def _mean_and_interval(name: str, wins: Sequence[float]) -> dict[str, Any]:
 def token_f1(answer: str, expected: str) -> float:
     """Returns the F1 score of the bag of words of the answer against the bag of words of the expected answer.
 
-    Case and punctuation are ignored.
+    Case and punctuation are ignored in both answers.
     """
     actual, wanted = (
         Counter(text.casefold().translate(str.maketrans("", "", string.punctuation)).split())
@@ -173,7 +173,7 @@ def token_f1(answer: str, expected: str) -> float:
 def win_rate(rows: Sequence[Row], others: Sequence[Row]) -> dict[str, Any]:
     """Compares the model of `rows` with the model of `others` on the questions that both models have answered.
 
-    On each question, the model under which the expected answer is more likely wins; a tie counts as half a win.
+    On each question, the model that gives the expected answer the higher probability wins; a tie counts as half a win.
 
     Returns:
         A dict with the number of questions n, the proportion win_rate of questions that the model of `rows` wins, and

@@ -15,9 +15,9 @@ from urllib.parse import urlsplit
 
 from gptjax.errors import UserError
 
-TIMEOUT_S = 60.0  # timeout in seconds of a request to the server
+TIMEOUT_S = 60.0  # timeout in seconds of an HTTP request to the judge's server
 LOG_EVERY_S = 10.0
-PAUSE_S = 1.0  # pause in seconds before a failed request is sent again
+PAUSE_S = 1.0  # pause in seconds before a failed HTTP request is sent again
 TRIES = 3
 MAX_REPLY_BYTES = 1 << 22
 

@@ -32,7 +32,8 @@ def losses(
     width = min(WIDTH, cfg.context_length)
     begin = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
     ids = [np.array([*begin, *tokenizer.encode(text)][: width + 1], np.int32) for text in texts]
-    scorable = [i for i, row in enumerate(ids) if len(row) > 1]  # texts with at least one token to predict
+    # indices of the texts with at least one token to predict
+    scorable = [i for i, row in enumerate(ids) if len(row) > 1]
     out = np.full(len(texts), np.nan, np.float32)
     if not scorable:
         return out

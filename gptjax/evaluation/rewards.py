@@ -61,7 +61,7 @@ MAX_EXPRESSION = 200  # Maximum number of characters of an arithmetic expression
 MAX_BITS = 10_000  # Maximum size in bits of a value in an arithmetic expression.
 
 
-# --- the built-in functions
+# --- the built-in reward functions
 
 
 def exact(prompt: str, answer: str, example: Example) -> float:

@@ -626,9 +626,9 @@ def _scale_groups(b: np.ndarray, out: np.ndarray) -> None:
 
     A block has 8 groups of 32 values. The scale and the minimum of each group have 6 bits, packed in 12 bytes:
 
-    byte  0..3   low 6 bits: scales 0..3; top 2 bits: the upper 2 bits of scales 4..7
-          4..7   low 6 bits: minima 0..3; top 2 bits: the upper 2 bits of minima 4..7
-          8..11  low 4 bits: the lower 4 bits of scales 4..7; top 4 bits: the lower 4 bits of minima 4..7
+        byte  0..3   low 6 bits: scales 0..3; top 2 bits: the upper 2 bits of scales 4..7
+              4..7   low 6 bits: minima 0..3; top 2 bits: the upper 2 bits of minima 4..7
+              8..11  low 4 bits: the lower 4 bits of scales 4..7; top 4 bits: the lower 4 bits of minima 4..7
     """
     scales, minima, rest = b["scales"][:, :4], b["scales"][:, 4:8], b["scales"][:, 8:]
     scales = np.concatenate([scales & 63, (scales >> 6 << 4) | (rest & 15)], axis=1)

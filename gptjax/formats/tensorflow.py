@@ -57,7 +57,7 @@ class Entry:
     shard: Path
     offset: int
     size_bytes: int
-    checksum: int  # masked CRC-32C (see `masked`) of the tensor's bytes
+    checksum: int  # masked CRC-32C of the tensor's bytes, as computed by `masked`
 
 
 @dataclass(frozen=True)

@@ -193,7 +193,7 @@ def stream(
 
 def programs() -> int:
     """Returns the number of XLA programs that have been compiled for decoding in this process."""
-    return _start._cache_size() + _decode_loop._cache_size()  # type: ignore[attr-defined]  # every jitted function has it
+    return _start._cache_size() + _decode_loop._cache_size()  # type: ignore[attr-defined]
 
 
 def bucket(size: int) -> int:
@@ -322,7 +322,7 @@ class _Run:
         )  # fmt: skip
 
     def end_rows(self, until: Until) -> None:
-        """Ends each row at the first new token for which `until` returns True."""
+        """Truncates each row after the first new token for which `until` returns True, and marks the row as done."""
         tokens, before, done = jax.device_get((self.state.tokens, self.state.end, self.state.done))
         end, done, ended = before.copy(), done.copy(), np.zeros(len(done), bool)
         for row in np.flatnonzero(~self.done):

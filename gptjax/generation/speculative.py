@@ -59,12 +59,12 @@ def speculate(
     prompt lookup, which finds an earlier occurrence of the row's last tokens and proposes the tokens that followed it
     (see `prompt_lookup`).
 
-    A proposal x is accepted with probability min(1, p(x) / q(x)), where p is the target model's distribution and q that
-    of the draft model. At the first rejection, a token is drawn from the normalised distribution max(p - q, 0); if no
-    proposal is rejected, a token is drawn from p. Every token therefore has the same distribution as in `generate`, at
-    any temperature, and `greedy` gives the same tokens. In each round, the accepted proposals and one more token are
-    appended to each row.
-    Sources: arXiv:2211.17192, algorithm 1. Prompt lookup follows transformers and vLLM.
+    A proposed token x is accepted with probability min(1, p(x) / q(x)), where p is the distribution of the target model
+    and q is the distribution of the draft model. At the first rejection, a token is drawn from the normalised
+    distribution max(p - q, 0); if no proposal is rejected, a token is drawn from p. Every token therefore has the same
+    distribution as in `generate`, at any temperature, and `greedy` gives the same tokens. In each round, the accepted
+    proposals and one more token are appended to each row. Sources: arXiv:2211.17192, algorithm 1. Prompt lookup follows
+    transformers and vLLM.
 
     Args:
         ahead: number of tokens proposed per round.
