@@ -58,8 +58,8 @@ def _set_up_process() -> None:
         # unblocked here.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, HEARD)
     for stream in (sys.stdout, sys.stderr):  # characters that the terminal cannot encode are printed as ?
-        with suppress(AttributeError):
-            stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # not every TextIO has it
+        with suppress(AttributeError):  # raised if sys.stdout was replaced with an object without `reconfigure`
+            stream.reconfigure(errors="replace")  # type: ignore[union-attr]
 
 
 def _leave(code: int) -> None:

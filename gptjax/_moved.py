@@ -163,8 +163,9 @@ class _Finder:
     module is loaded twice."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        # `_Finder` is also the loader, because it has the methods `create_module` and `exec_module`.
         is_old = name.startswith("gptjax.") and new_path(name)
-        return ModuleSpec(name, self) if is_old else None  # type: ignore[arg-type]  # a loader by its methods
+        return ModuleSpec(name, self) if is_old else None  # type: ignore[arg-type]
 
     def create_module(self, spec: ModuleSpec) -> None:
         """Returns None, so that the import system creates an empty module and passes this module to `exec_module`."""

@@ -173,7 +173,7 @@ def _devices(versions: dict[str, str]) -> list[str]:
                 print(f"bfloat16           {line}")
         if backend == "tpu" or capability:
             print(f"attention          {attention_line(backend)}")
-        setting = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]  # made at run time
+        setting = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
         print(f"precision          {precision_line(backend, capability, setting)}")
     problems += backend_problem(backend, tpu_here(), _version("libtpu"), wanted_libtpu(), holders())
     return problems or cuda.backend_problem(backend, bool(cards) or cuda.gpu_here(), versions, cards)
