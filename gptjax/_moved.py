@@ -1,9 +1,9 @@
 """Keeps deprecated import paths working for one more release, with a DeprecationWarning that names the new path.
 
-To move a module, `git mv` it, change the imports in this repository, and add an entry to MOVED. An entry for a package
-in MOVED also applies to all modules of the package that have no separate entry. To rename a function or constant, or to
-move it to another module, add an entry to NAMES; if the old module of the function or constant still exists, the
-function `__getattr__` of the old module must call `moved_name`.
+To move a module, call `git mv`, change the imports in this repository, and add an entry to MOVED. An entry for a
+package in MOVED also applies to all modules of the package that have no separate entry. To rename a function or
+constant, or to move it to another module, add an entry to NAMES; if the old module of the function or constant still
+exists, the function `__getattr__` of the old module must call `moved_name`.
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ class _Finder:
         warnings.warn(f"{old} is now {new}; the old path will be removed in 0.3.0", DeprecationWarning, stacklevel=2)
         found = importlib.import_module(new)
         if not hasattr(found, "__path__") and not any(row.startswith(f"{old}.") for row in (*MOVED, *NAMES)):
-            sys.modules[old] = found  # after `exec_module`, the import system returns sys.modules[old]
+            sys.modules[old] = found  # the import system returns sys.modules[old] after `exec_module`
             return
         # `module` is not replaced with `found`, because the contents of the old module may have moved to different
         # modules. The attribute `__path__` makes `module` a package, so that its submodules can be imported from their

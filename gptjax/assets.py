@@ -297,7 +297,7 @@ def _write_folder(path: Path, files: Files, expected: str) -> None:
                 return
             with contextlib.suppress(OSError):
                 if actual == _sha256_of(path):
-                    return  # another process has written the same content
+                    return  # another process has already written the same files
                 os.rename(path, Path(scratch) / f"old{attempt}")
         raise UserError(f"cannot write {path}: another process recreates it each time it is moved away")
 

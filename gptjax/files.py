@@ -186,7 +186,7 @@ def new_file(path: str | os.PathLike[str], setting: str = "out") -> Path:
 
 
 def refuse_existing(path: Path, setting: str = "out") -> None:
-    """Raise UserError if the path exists already."""
+    """Raise UserError if a file or folder exists already at `path`."""
     if path.exists() or path.is_symlink():
         raise UserError(f"{setting}={path} exists already: name a new file")
 

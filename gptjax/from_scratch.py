@@ -28,7 +28,7 @@ def simple_attention(x: jax.Array) -> jax.Array:
 def causal_mask(n_query: int, n_key: int, offset: int | jax.Array = 0) -> jax.Array:
     """Returns the mask of causal attention, [T, S] bool; the element [t, s] is True if query t may attend to key s.
 
-    Query t is at position t + offset, so it may attend to the keys s <= t + offset.
+    Query t is at position t + offset, so query t may attend to the keys s <= t + offset.
 
         causal_mask(3, 3)   1 0 0
                             1 1 0

@@ -93,7 +93,7 @@ def make_optimizer(cfg: OptimConfig, max_steps: int) -> optax.GradientTransforma
     and `decayed_weights`.
 
     AdamW always updates the matrices of an adapter, with the learning rate cfg.lr and the weight decay of matrices
-    (arXiv:2106.09685), as in peft. DoRA's magnitude vector m is in the group `vector`.
+    (arXiv:2106.09685), as in peft. DoRA's magnitude vector m is in the parameter group `vector`.
     """
     schedule = make_schedule(cfg, max_steps)
 
@@ -340,7 +340,8 @@ def average_of(params: Any, opt_state: Any) -> Any:
     if not isinstance(opt_state, AveragedState):
         return params
 
-    def on_device(mean: jax.Array, p: jax.Array) -> jax.Array:  # with optim.offload, the average is in host memory
+    # with optim.offload, the average of the params is in host memory
+    def on_device(mean: jax.Array, p: jax.Array) -> jax.Array:
         return mean if mean.sharding.memory_kind == p.sharding.memory_kind else jax.device_put(mean, p.sharding)
 
     return jax.tree.map(on_device, opt_state.mean, params)
