@@ -2,7 +2,7 @@
 layers, such as a preset and the command line, and are then validated together. No module of this package imports jax.
 
 schema: defines the settings as fields of dataclasses, each with a help text and a valid range
-leaves: reads YAML, arguments such as `a.b=c`, and dicts into leaves (key, value, and where the value was set)
+leaves: reads YAML, arguments such as `a.b=c`, and dicts into leaves (key, value, and the place where the value was set)
 load: finds presets, builds a `Config` from leaves, and converts a `Config` to YAML
 check: checks the ranges of settings, and the rules about combinations of settings
 aliases: writes error texts for unknown keys, which suggest the corresponding key of gptjax or the key with the nearest

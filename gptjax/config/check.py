@@ -82,8 +82,8 @@ def _ranges(values: dict[str, object]) -> Iterator[Complaint]:
 
 
 def validate_types(model: ModelConfig) -> None:
-    """Checks the types of the values in a model config that is constructed in Python. Raises UserError if a type is
-    wrong. Tracers are not checked, because tracers have no concrete value."""
+    """Checks the types of the values in a model config that is constructed in Python. Raises UserError if a value has
+    the wrong type. Tracers are not checked, because tracers have no concrete value."""
     problems = Problems()
     for key, hint in schema().items():
         if not key.startswith("model."):

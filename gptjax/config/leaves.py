@@ -36,7 +36,7 @@ Provenance = dict[str, str]
 
 
 def read_text(path: Path, what: str = "file") -> str:
-    """Reads a text file. Raises UserError if the file is missing, a folder, unreadable or not UTF-8."""
+    """Reads a text file. Raises UserError if the file does not exist, is a folder, cannot be read or is not UTF-8."""
     try:
         data = path.read_bytes()
         if other := other_encoding(data):

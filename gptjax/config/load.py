@@ -240,8 +240,8 @@ def _drop_overruled(leaves: list[Leaf], values: dict[str, Any], set_at: Provenan
     """Drops overruled settings from `values` and `set_at`, and yields an error text for each pair of settings that
     exclude each other.
 
-    A setting is dropped if a setting in a later layer overrules it; `RULED` and `_drop_base_settings` define which
-    settings overrule which.
+    A setting is dropped if another setting in a later layer overrules this setting; `RULED` and `_drop_base_settings`
+    define which settings overrule which.
     """
     layers = list(dict.fromkeys(layer(leaf.where) for leaf in leaves))
     yield from _drop_base_settings(layers, values, set_at)

@@ -123,7 +123,7 @@ class Architecture:
     d_ff: Filled[int] = setting(None, "Hidden width of the feed-forward layer. null: 4 * d_model.", COUNT)
     # switches
     position: Filled[Literal["learned", "sinusoidal", "rope", "alibi"]] = setting(
-        None, "Positional encoding. null: set by arch."
+        None, "Positional encoding. null: determined by model.arch."
     )
     rope_base: float = setting(10_000.0, "RoPE base frequency (theta).", POSITIVE)
     rope_scaling: Literal["none", "linear", "llama3"] = setting(
@@ -163,68 +163,82 @@ class Architecture:
         "Attention type of each layer, one letter per layer; the string is repeated until it covers all layers."
         " Letter S: attend to sliding_window tokens; letter L: attend to the full context.",
     )
-    norm: Filled[Literal["layernorm", "rmsnorm"]] = setting(None, "Normalisation layer. null: set by arch.")
-    norm_scale: Filled[bool] = setting(None, "Learn a scale in normalisation layers. null: set by arch.")
-    norm_bias: Filled[bool] = setting(None, "Learn a bias in LayerNorm. null: set by arch.")
-    norm_eps: Filled[float] = setting(None, "Epsilon of normalisation layers. null: set by arch.", POSITIVE)
+    norm: Filled[Literal["layernorm", "rmsnorm"]] = setting(
+        None, "Normalisation layer. null: determined by model.arch."
+    )
+    norm_scale: Filled[bool] = setting(None, "Learn a scale in normalisation layers. null: determined by model.arch.")
+    norm_bias: Filled[bool] = setting(None, "Learn a bias in LayerNorm. null: determined by model.arch.")
+    norm_eps: Filled[float] = setting(
+        None, "Epsilon of normalisation layers. null: determined by model.arch.", POSITIVE
+    )
     norm_position: Literal["pre", "post", "both"] = setting(
         "pre",
         "Normalise the input of attention and feed-forward layers (pre), the output of these layers (post), or both.",
     )
     activation: Filled[Literal["gelu", "swiglu", "geglu", "relu2"]] = setting(
-        None, "Activation function of the feed-forward layer. null: set by arch."
+        None, "Activation function of the feed-forward layer. null: determined by model.arch."
     )
-    qkv_bias: Filled[bool] = setting(None, "Learn a bias in the query, key and value projections. null: set by arch.")
+    qkv_bias: Filled[bool] = setting(
+        None, "Learn a bias in the query, key and value projections. null: determined by model.arch."
+    )
     bias: Filled[bool] = setting(
         None,
         "Learn a bias in all linear layers except the query, key and value projections and the output heads. null:"
-        " set by arch.",
+        " the default of arch.",
     )
     n_classes: int = setting(0, "Number of classes of an additional classification head. 0: no classification head.")
     cls_bias: bool = setting(True, "Learn a bias in the classification head.")
     tie_embeddings: Filled[bool] = setting(
-        None, "Share weights between the token embedding and the output head (weight tying). null: set by arch."
+        None,
+        "Share weights between the token embedding and the output head (weight tying). null: determined by model.arch.",
     )
-    qk_norm: Filled[bool] = setting(None, "Normalise queries and keys (QK-norm). null: set by arch.")
+    qk_norm: Filled[bool] = setting(None, "Normalise queries and keys (QK-norm). null: determined by model.arch.")
     qk_norm_over: Literal["head", "all"] = setting(
         "head",
         "Axes over which QK-norm normalises queries and keys. head: each head separately; all: all heads jointly.",
     )
-    qk_gain: Filled[float] = setting(None, "Multiplier of queries and keys after QK-norm. null: set by arch.", POSITIVE)
+    qk_gain: Filled[float] = setting(
+        None, "Multiplier of queries and keys after QK-norm. null: determined by model.arch.", POSITIVE
+    )
     attention_scale: Optional[float] = setting(
         None, "Multiplier of the attention logits q k^T. null: head_dim ** -0.5.", POSITIVE
     )
     embed_gain: float = setting(1.0, "Multiplier of the token embedding.", POSITIVE)
-    embed_norm: Filled[bool] = setting(None, "Normalise the token embedding. null: set by arch.")
+    embed_norm: Filled[bool] = setting(None, "Normalise the token embedding. null: determined by model.arch.")
     logit_softcap: Filled[float] = setting(
-        None, "Soft cap of the output logits, which become cap * tanh(logits / cap). 0: off; null: set by arch."
+        None,
+        "Soft cap of the output logits, which become cap * tanh(logits / cap). 0: off; null: determined by model.arch.",
     )
     value_residual: Filled[bool] = setting(
         None,
         "Value residual: mix the attention values of each layer with the attention values of the first layer, with a"
-        " learned weight. null: set by arch.",
+        " learned weight. null: determined by model.arch.",
     )
     residual_lambdas: Filled[bool] = setting(
-        None, "Multiply the residual stream by a learned factor before each block. null: set by arch."
+        None, "Multiply the residual stream by a learned factor before each block. null: determined by model.arch."
     )
     x0_lambdas: Filled[bool] = setting(
         None,
         "Before each block, add the token embedding, multiplied by a learned factor, to the residual stream. null:"
-        " set by arch.",
+        " the default of arch.",
     )
     smear: Filled[bool] = setting(
         None,
         "Add the embedding of the previous token, multiplied by a learned factor per channel, to each token's"
-        " embedding. null: set by arch.",
+        " embedding. null: determined by model.arch.",
     )
     # initialisation
     embed_std: float = setting(
         0.02, "Standard deviation of the token embedding at initialisation; used only with init=gpt2.", POSITIVE
     )
     zero_init_proj: Filled[bool] = setting(
-        None, "Initialise the output projections of attention and feed-forward layers to zero. null: set by arch."
+        None,
+        "Initialise the output projections of attention and feed-forward layers to zero."
+        " null: determined by model.arch.",
     )
-    zero_init_head: Filled[bool] = setting(None, "Initialise an untied output head to zero. null: set by arch.")
+    zero_init_head: Filled[bool] = setting(
+        None, "Initialise an untied output head to zero. null: determined by model.arch."
+    )
 
     @property
     def head_dim(self) -> int:
@@ -388,7 +402,9 @@ class DataConfig:
         None, "Maximum number of documents to read per source. null: all documents.", COUNT
     )
     streaming: bool = setting(
-        False, "Read hf: sources row by row, up to max_documents rows, instead of downloading whole data sets."
+        False,
+        "Stream datasets of the Hugging Face Hub (hf: sources) row by row, up to max_documents rows, instead of"
+        " downloading whole datasets.",
     )
     cache_dir: Optional[str] = setting(
         None, "Folder in which the tokenised data is cached. null: the user's cache folder."
@@ -487,7 +503,8 @@ class TrainConfig:
     max_steps: int = setting(1000, "Number of optimizer steps.", COUNT)
     epochs: Optional[float] = setting(
         None,
-        "Number of passes over the training data, from which the number of steps is computed. null: use max_steps.",
+        "Number of passes over the training data (epochs), from which the number of steps is computed. null: use"
+        " max_steps.",
         POSITIVE,
     )
     batch_size: int = setting(
@@ -675,8 +692,8 @@ class LoraConfig:
     dora: bool = setting(False, "DoRA: also learn a magnitude per output column (arXiv:2402.09353).")
     miss: bool = setting(
         False,
-        "MiSS (arXiv:2409.15371): instead of a and b, train one matrix of `rank` rows, which multiplies the sum of the"
-        " input's blocks of `rank` channels. It has no scale.",
+        "MiSS (arXiv:2409.15371): instead of LoRA's matrices a and b, train one matrix of `rank` rows, which"
+        " multiplies the sum of the input's blocks of `rank` channels. It has no scale.",
     )
     dropout: float = setting(0.0, "Dropout rate on the adapter's input; not applied to adapters of embeddings.", RATE)
     lr_ratio: float = setting(
@@ -711,7 +728,7 @@ class PretrainConfig:
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """Fine-tuning: the base model, and which of its parameters are trained."""
+    """Fine-tuning: the base model, and the parameters that are trained."""
 
     base: str = setting(
         "smollm2-135m-instruct", "Base model: a run, model folder, .gguf file, smollm2-135m-instruct or hf:org/name."
@@ -744,9 +761,11 @@ class FinetuneConfig:
 
 @dataclass(frozen=True)
 class ClassifyConfig:
-    """Text classification: the labelled texts, and how hidden states are pooled."""
+    """Text classification: the labelled texts, and the pooling of hidden states."""
 
-    source: Optional[str] = setting(None, "Labelled texts: .csv, .tsv, .jsonl, .json, .parquet or hf:org/name.")
+    source: Optional[str] = setting(
+        None, "Source of the labelled texts: a .csv, .tsv, .jsonl, .json or .parquet file, or hf:org/name."
+    )
     text_field: Optional[str] = setting(
         None, "Column of the texts. null: detect the column by its name, such as text; exactly one column must match."
     )
@@ -795,8 +814,8 @@ class InstructConfig:
 
     source: Optional[str] = setting(
         None,
-        "Conversations: .json, .jsonl, .csv, .parquet or hf:org/name. null: generated questions of small synthetic"
-        " tasks.",
+        "Source of the conversations: a .json, .jsonl, .csv or .parquet file, or hf:org/name. null: generated"
+        " questions of small synthetic tasks.",
     )
     style: Optional[ChatStyle] = setting(None, STYLE)
     loss_on: Literal["response", "all"] = setting(
@@ -820,7 +839,7 @@ class InstructConfig:
     )
     val_fraction: float = setting(0.05, VAL_FRACTION.format("example"), FRACTION)
     test_fraction: float = setting(0.1, TEST_FRACTION.format("example"), FRACTION)
-    examples: int = setting(2000, "Number of synthetic questions, if source is null.", COUNT)
+    examples: int = setting(2000, "Number of generated questions, if source is null.", COUNT)
     compare: bool = setting(True, "Also evaluate the base model on the test questions.")
 
 
@@ -830,8 +849,8 @@ class PreferConfig:
 
     source: Optional[str] = setting(
         None,
-        "Preference pairs, or scored answers such as rollouts.jsonl of a reward run: .json, .jsonl, .csv, .parquet or"
-        " hf:org/name. null: generated pairs of small synthetic tasks.",
+        "Source of preference pairs, or of scored answers such as rollouts.jsonl of a reward run: a .json, .jsonl,"
+        " .csv or .parquet file, or hf:org/name. null: generated pairs of small synthetic tasks.",
     )
     loss: Literal["dpo", "ipo", "orpo", "kto", "simpo"] = setting(
         "dpo", "Preference loss: DPO, IPO, ORPO, KTO or SimPO."
@@ -850,7 +869,7 @@ class PreferConfig:
     )
     val_fraction: float = setting(0.05, VAL_FRACTION.format("pair"), FRACTION)
     test_fraction: float = setting(0.1, TEST_FRACTION.format("pair"), FRACTION)
-    examples: int = setting(1000, "Number of synthetic pairs, if source is null.", COUNT)
+    examples: int = setting(1000, "Number of generated pairs, if source is null.", COUNT)
 
 
 @dataclass(frozen=True)
@@ -859,8 +878,8 @@ class RewardConfig:
 
     source: Optional[str] = setting(
         None,
-        "Questions with expected answers: .json, .jsonl, .csv, .parquet or hf:org/name. null: generated questions of"
-        " small synthetic tasks.",
+        "Source of questions with expected answers: a .json, .jsonl, .csv or .parquet file, or hf:org/name. null:"
+        " generated questions of small synthetic tasks.",
     )
     functions: tuple[str, ...] = setting(
         ("exact",),
@@ -904,8 +923,10 @@ class RewardConfig:
     kl: float = setting(
         0.0, "Coefficient of the KL divergence from the base model (beta in GRPO). 0: off, which saves a forward pass."
     )
-    temperature: float = setting(1.0, "Sampling temperature of the answers that are trained on.", POSITIVE)
-    max_new_tokens: int = setting(64, "Maximum number of tokens per answer.", COUNT)
+    temperature: float = setting(
+        1.0, "Sampling temperature at which the model generates answers for training.", POSITIVE
+    )
+    max_new_tokens: int = setting(64, "Maximum number of tokens that the model generates per answer.", COUNT)
     branches: Optional[Literal["tree", "rows"]] = setting(
         None,
         "Layout of the answers to a question. tree: one row per question, a token tree that contains the prompt once;"
@@ -926,7 +947,7 @@ class RewardConfig:
     )
     val_fraction: float = setting(0.05, VAL_FRACTION.format("question"), FRACTION)
     test_fraction: float = setting(0.1, TEST_FRACTION.format("question"), FRACTION)
-    examples: int = setting(2000, "Number of synthetic questions, if source is null.", COUNT)
+    examples: int = setting(2000, "Number of generated questions, if source is null.", COUNT)
     compare: bool = setting(True, "Also evaluate the base model on the test questions.")
 
 
@@ -936,8 +957,8 @@ class RewardModelConfig:
 
     source: Optional[str] = setting(
         None,
-        "Preference pairs, or scored answers such as rollouts.jsonl of a reward run: .json, .jsonl, .csv, .parquet or"
-        " hf:org/name. null: generated pairs of small synthetic tasks.",
+        "Source of preference pairs, or of scored answers such as rollouts.jsonl of a reward run: a .json, .jsonl,"
+        " .csv or .parquet file, or hf:org/name. null: generated pairs of small synthetic tasks.",
     )
     center: float = setting(
         0.0,
@@ -954,7 +975,7 @@ class RewardModelConfig:
     )
     val_fraction: float = setting(0.05, VAL_FRACTION.format("pair"), FRACTION)
     test_fraction: float = setting(0.1, TEST_FRACTION.format("pair"), FRACTION)
-    examples: int = setting(1000, "Number of synthetic pairs, if source is null.", COUNT)
+    examples: int = setting(1000, "Number of generated pairs, if source is null.", COUNT)
 
 
 @dataclass(frozen=True)
@@ -1002,8 +1023,8 @@ class DistillConfig:
     max_new_tokens: int = setting(128, "With on_policy, the maximum number of tokens per answer of the student.", COUNT)
     source: Optional[str] = setting(
         None,
-        "Conversations: .json, .jsonl, .csv, .parquet or hf:org/name; or plain text: .txt, .md or a folder. null:"
-        " generated questions of small synthetic tasks.",
+        "Source of the conversations: a .json, .jsonl, .csv or .parquet file, or hf:org/name; or of plain text: a"
+        " .txt or .md file, or a folder. null: generated questions of small synthetic tasks.",
     )
     style: Optional[ChatStyle] = setting(
         None,
@@ -1028,7 +1049,7 @@ class DistillConfig:
     )
     val_fraction: float = setting(0.05, VAL_FRACTION.format("example"), FRACTION)
     test_fraction: float = setting(0.1, TEST_FRACTION.format("example"), FRACTION)
-    examples: int = setting(2000, "Number of synthetic questions, if source is null.", COUNT)
+    examples: int = setting(2000, "Number of generated questions, if source is null.", COUNT)
 
 
 RUN_FOLDER = "runs/default"
@@ -1037,7 +1058,7 @@ TUNINGS = ("classify", "instruct", "prefer", "reward", "reward_model", "distill"
 
 @dataclass(frozen=True)
 class Config:
-    """All settings of one run."""
+    """The settings of a run, in groups such as data, model and optim."""
 
     run_dir: Optional[str] = setting(None, "Folder to which the run is written. null: runs/NAME-OF-THE-PRESET.")
     task: Literal["pretrain", "classify", "instruct", "prefer", "reward", "reward_model", "distill"] = setting(
