@@ -57,8 +57,9 @@ def _set_up_process() -> None:
         # `ask_for_huge_pages` blocks SIGINT (Ctrl-C) and SIGTERM while the program restarts; these signals are
         # unblocked here.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, HEARD)
-    for stream in (sys.stdout, sys.stderr):  # characters that the terminal cannot encode are printed as ?
-        with suppress(AttributeError):  # raised if sys.stdout was replaced with an object without `reconfigure`
+    for stream in (sys.stdout, sys.stderr):  # Characters that the terminal cannot encode are printed as "?".
+        # AttributeError is raised if sys.stdout was replaced with an object without `reconfigure`.
+        with suppress(AttributeError):
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]
 
 

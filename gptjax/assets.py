@@ -106,8 +106,8 @@ def path_of(name: str) -> Path:
 
 
 def fetch(name: str) -> Path:
-    """Verifies the hash of an asset in the cache, and returns the asset's path. If the asset is missing or damaged, it
-    is fetched from the first source that can provide it.
+    """Verifies the hash of an asset in the cache, and returns the asset's path. If the asset is missing or damaged, the
+    asset is fetched from the first source that can provide a valid copy.
 
     Raises:
         UserError: no asset has this name, or every source failed. The error message says why each source failed, and
@@ -196,7 +196,7 @@ def _from_cache(asset: Asset, path: Path) -> None:
 
 
 def _from_url(asset: Asset, path: Path) -> None:
-    import urllib.request  # imported only here, because importing http and ssl is slow
+    import urllib.request  # urllib.request is imported only here, because importing http and ssl is slow
 
     deadline = time.monotonic() + 60
     with urllib.request.urlopen(asset.url, timeout=CONNECT_TIMEOUT_S) as stream:
@@ -308,7 +308,7 @@ def _stamp(path: Path) -> Path:
 
 def _write_stamp(asset: Asset, path: Path) -> None:
     if asset.size_bytes > SMALL_BYTES:
-        with contextlib.suppress(OSError):  # fails if the cache is read-only: the file is then hashed on each use
+        with contextlib.suppress(OSError):  # a read-only cache raises OSError; the file is then hashed on each use
             _stamp(path).write_text(_stamp_text(asset, path))
 
 
@@ -347,7 +347,7 @@ def _failure(name: str, asset: Asset, path: Path, tried: list[str]) -> str:
     return "\n".join(lines)
 
 
-# --- the asset shakespeare: converts plays from Markdown to plain text
+# --- the asset shakespeare: plays, which are converted from Markdown to plain text
 
 
 def flatten_play(markdown: str) -> str:
@@ -358,7 +358,7 @@ def flatten_play(markdown: str) -> str:
         A little more than kin,
         and less than kind.            (one empty line between speeches)
 
-    The function removes headings, stage directions (in `_`, `*` or `[]`), backslash escapes (`\--`) and empty lines
+    `flatten_play` removes headings, stage directions (in `_`, `*` or `[]`), backslash escapes (`\--`) and empty lines
     inside a speech, and corrects one typo of the source ("sha$l").
     """
     text = re.sub(r"_+(?:[^_\n]|\n(?!\n))+_+|(?<!\*)\*(?!\*)[^*]+\*(?!\*)", "", markdown)

@@ -99,7 +99,7 @@ class Checkpoints:
             leaves, impls = _plain(state)
             if writes:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                for pattern in (".partial-*", ".trash-*"):  # incomplete folders of killed processes
+                for pattern in (".partial-*", ".trash-*"):  # incomplete checkpoint folders of killed processes
                     for path in self.folder.glob(pattern):
                         shutil.rmtree(path, ignore_errors=True)
                 partial.mkdir()
@@ -181,7 +181,7 @@ class Checkpoints:
 
     def newest(self) -> tuple[int, dict[str, Any]] | None:
         """Returns the step and the metadata of the newest checkpoint whose files match the checkpoint's manifest, or
-        None if there is no such checkpoint. This method loads no arrays."""
+        None if there is no such checkpoint. `newest` loads no arrays."""
         for step in reversed(self.steps()):
             with contextlib.suppress(Damaged):
                 return step, self._check(step)["meta"]
@@ -332,7 +332,8 @@ def _fingerprint(leaf: jax.Array) -> jax.Array:
     return jnp.sum(bits * (2 * index + 1), dtype=jnp.uint32)
 
 
-# ---------------------------------------------------------------- conversion of states and metadata to the stored form
+# ---------------------------------------------------------------- conversion of states to flat dicts, and validation of
+# metadata
 
 
 def _plain(state: Any) -> tuple[dict[str, Any], dict[str, str]]:
@@ -460,14 +461,14 @@ def _quiet() -> Iterator[None]:
         yield
     except Exception as error:
         failure: BaseException | None = error
-        # suppresses the warning that Python issues when it frees a coroutine of Orbax that was never awaited
+        # Python would otherwise issue a warning when it frees a coroutine of Orbax that was never awaited.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             while failure:
                 traceback.clear_frames(failure.__traceback__)
                 failure = failure.__cause__ or failure.__context__
             gc.collect()
-        time.sleep(0.2)  # gives callbacks in Orbax's background threads time to finish
+        time.sleep(0.2)  # callbacks in Orbax's background threads need time to finish
         raise
     finally:
         sys.unraisablehook = hook

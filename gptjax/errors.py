@@ -16,7 +16,7 @@ class UserError(ValueError):
     code 2.
 
     The error message should say what was expected, what was given, where the invalid value was set, and how to fix the
-    problem. Code that checks user input should collect all problems before it raises an error: `UserError.all(["...",
+    problem. Code that checks user input should collect all problems before raising an error: `UserError.all(["...",
     "..."])` joins several messages, one per line.
     """
 
@@ -58,7 +58,7 @@ def complaints(check: Callable[..., Any], *args: Any) -> list[str]:
 
 def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
     """Returns the known word with the most similar spelling, or None if no word is similar."""
-    import difflib  # imported only here, because difflib is needed only for error messages
+    import difflib  # difflib is imported only here, because only error messages need difflib
 
     return next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)), None)
 

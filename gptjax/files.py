@@ -76,7 +76,7 @@ def sha256(path: Path) -> str:
 def json_sha256(value: Any) -> str:
     """Returns the sha256 of a JSON value; the hash does not depend on the order of keys.
 
-    These hashes are stored on disk, so the way in which `json_sha256` serialises a value must not change.
+    Hashes of `json_sha256` are stored on disk, so the way in which `json_sha256` serialises a value must not change.
     """
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 

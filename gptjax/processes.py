@@ -104,8 +104,9 @@ class Child:
     def kill(self) -> None:
         """Kill the child process and all other processes in its process group."""
         self._killed = True
-        if self._process.returncode is None:  # the id of an ended process may be reused
-            with suppress(OSError, AttributeError):  # Windows has no process groups to kill
+        # The process group must not be killed after the child process has ended, because its id may be reused.
+        if self._process.returncode is None:
+            with suppress(OSError, AttributeError):  # Windows has no os.killpg, which raises AttributeError.
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.kill()
 

@@ -48,8 +48,8 @@ def build(folder: str | Path) -> Path:
 def _open(name: str) -> None:
     """Imports a package and its submodules, and changes them so that pdoc documents all public names.
 
-    The function imports the public names that a package imports lazily, and adds submodules to `__all__`. The
-    constructor of a NamedTuple has a `__module__` that does not exist; the function replaces it with the module of the
+    `_open` imports the public names that a package imports lazily, and adds submodules to `__all__`. The constructor of
+    a NamedTuple has a `__module__` that does not exist; `_open` replaces this `__module__` with the module of the
     class, so that pdoc finds the signature.
     """
     module: Any = importlib.import_module(name)

@@ -3,9 +3,9 @@
 During the training loop, which polls `Signals.code` after every call of the training step, a signal only sets
 `Signals.code`. Outside the training loop, a signal raises KeyboardInterrupt or Terminated. Raising an exception can
 fail in two ways: Python ignores exceptions that are raised in a destructor or in a callback of the garbage collector
-(JAX has such a callback), and Python calls no signal handler while C code is running. For this reason, `raise_if_any`
-is called between the stages of a run. In addition, `catch_signals(program=True)` starts a thread that ends the process
-if a signal has no effect within `GRACE_S` seconds.
+(JAX has such a callback), and Python calls no signal handler while C code is running. Because of these two cases,
+`raise_if_any` is called between the stages of a run. In addition, `catch_signals(program=True)` starts a thread that
+ends the process if a signal has no effect within `GRACE_S` seconds.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ class Signals:
         callbacks = {getattr(callback, "__code__", None) for callback in gc.callbacks}
         while frame is not None:
             if frame.f_code in callbacks or frame.f_code.co_name == "__del__":
-                # no exception is raised, because Python ignores exceptions in destructors and in callbacks of the
-                # garbage collector
+                # No exception is raised here, because Python ignores exceptions in destructors and in callbacks of the
+                # garbage collector.
                 return
             frame = frame.f_back
         self.raise_if_any()

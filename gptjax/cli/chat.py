@@ -89,7 +89,7 @@ class Chat:
         settings = self.settings
         max_prompt = self.cfg.context_length - min(settings.max_new_tokens, self.cfg.context_length // 2)
         self.turns.append({"role": "user", "content": text})
-        try:  # drops the oldest turns until the prompt leaves room for an answer in the context
+        try:  # The oldest turns are dropped until the prompt leaves room for an answer in the context.
             while len(ids := encode_chat(self.tokenizer, self.messages())) > max_prompt and len(self.turns) > 1:
                 del self.turns[:2]
                 options.note("(the context is full: the oldest turn is forgotten)")
@@ -122,7 +122,7 @@ def talk(chat: Chat, terminal: bool, read: Callable[[str], str] = input) -> None
     ends."""
     if terminal:
         with suppress(ImportError):
-            importlib.import_module("readline")  # importing readline adds line editing and a history to `input`
+            importlib.import_module("readline")  # the import adds line editing and a history to `input`
         options.note(HELP)
     while True:
         try:

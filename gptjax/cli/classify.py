@@ -28,7 +28,7 @@ MAX_PROBLEMS = 20
 class Row(NamedTuple):
     location: str
     text: str
-    columns: dict[str, Any]  # maps the name of each column in the file to the row's value in this column
+    columns: dict[str, Any]  # dict that maps the name of each column in the file to the row's value in this column
 
 
 class Request(NamedTuple):
@@ -50,7 +50,7 @@ def run(args: list[str]) -> int:
     refuse_reward_model(read_labels(folder), folder)  # `read_labels` raises UserError if the model is not a classifier
     files = [file for file in (folder / "config.yaml", folder.parent / "config.yaml") if file.is_file()][:1]
     leaves = [leaf for file in files for leaf in leaves_of(read_text(file, "config"), str(file))]
-    trained = {leaf.key: leaf.value for leaf in leaves}  # settings in the config.yaml of the training run
+    trained = {leaf.key: leaf.value for leaf in leaves}  # the settings in the config.yaml of the training run
     fields = (request.text_field, trained.get("classify.text_field"))
     if request.out:
         refuse_existing(request.out)
@@ -108,7 +108,7 @@ def _kind(arg: str) -> str:
         raise UserError(f"{arg!r}: the text is empty")
     try:
         is_file = path.is_file()
-    except OSError:  # raised if the text is too long for a file name
+    except OSError:  # `is_file` raises OSError if the text is too long for a file name
         return "text"
     if is_file and suffix not in known:
         raise UserError(f"{arg}: expected a {', '.join(known)} file; to classify this as a text, use text={arg}")

@@ -77,13 +77,13 @@ def tpu_here() -> bool:
 
 
 def holders(proc: Path = Path("/proc"), own_pid: int | None = None) -> list[str]:
-    """Returns the other processes that have a TPU's device file open, as texts such as "python (pid 123)". These
-    processes are reported because only one process at a time can use a TPU."""
+    """Returns the other processes that have a TPU's device file open, as texts such as "python (pid 123)". `gptjax
+    doctor` reports these processes, because only one process at a time can use a TPU."""
     processes = []
     for folder in proc.glob("[0-9]*"):
         if int(folder.name) == (os.getpid() if own_pid is None else own_pid):
             continue
-        with suppress(OSError):  # raised if the process has ended, or belongs to another user
+        with suppress(OSError):  # OSError is raised if the process has ended, or belongs to another user
             if any(os.readlink(file).startswith(("/dev/accel", "/dev/vfio/")) for file in (folder / "fd").iterdir()):
                 processes.append(f"{(folder / 'comm').read_text().strip()} (pid {folder.name})")
     return processes

@@ -61,8 +61,8 @@ def topic(name: str) -> str:
 
 
 def verb_help(name: str, args: Sequence[str] = ()) -> str:
-    """Returns the text of `gptjax NAME ARGS --help`. The text shows each setting of the command with the value that
-    results from the preset and the settings in ARGS."""
+    """Returns the text of `gptjax NAME ARGS --help`. The help text shows each setting of the command with the value
+    that results from the preset and the settings in ARGS."""
     from gptjax.cli.manual import PAGES
 
     args = list(args)
@@ -114,6 +114,7 @@ def _wrapped(text: str, width: int, indent: str = "") -> list[str]:
 
 def columns() -> int:
     """Returns the number of columns of the help text: the width of the terminal, but at least 60 and at most 120."""
-    import shutil  # imported only here, because the import takes 10 ms, and `gptjax --help` does not need this module
+    # shutil is imported only here, because the import takes 10 ms, and `gptjax --help` does not need shutil
+    import shutil
 
     return min(max(shutil.get_terminal_size((100, 0)).columns, 60), 120)

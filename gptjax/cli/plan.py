@@ -41,7 +41,7 @@ def run(args: list[str]) -> int:
             new_file(path, name)
     from gptjax.planning import slices
 
-    # The environment variables in `slices.ENVIRONMENT` must be set before jax is imported. These environment variables
+    # The environment variables in `slices.ENVIRONMENT` must be set before jax is imported. The environment variables
     # make jax use the CPU, and prevent libtpu from querying the network for TPU metadata.
     os.environ.update(slices.ENVIRONMENT)
     from gptjax.planning import report
@@ -58,8 +58,8 @@ def run(args: list[str]) -> int:
     if len(plans) > 1:
         print("\n".join([*report.comparison(plans), ""]))
     best = plans[0]
-    # If train.epochs is set, the number of steps is unknown, because it depends on the size of the data, which `plan`
-    # does not read.
+    # If train.epochs is set, the number of steps is unknown, because the number of steps depends on the size of the
+    # data, which `plan` does not read.
     unknown = opts.decode or cfg.train.epochs is not None
     tokens = opts.tokens or (None if unknown else float(cfg.train.max_steps) * best.tokens)
     print("\n".join(report.table(best, tokens=tokens, hours=opts.hours)))

@@ -44,8 +44,8 @@ def run(args: list[str]) -> int:
     if parsed.dry_run:
         print("\n".join(report(configs, axes, folder)))
         return 0
-    # `_sweep` prints a command that repeats the best run of the sweep. This command includes the settings below, but
-    # not run_dir, so that the repeated run gets a new run directory.
+    # `_sweep` prints a command that repeats the best run of the sweep. `settings` are the settings in this command,
+    # without run_dir, so that the repeated run gets a new run directory.
     settings = [f"{leaf.key}={leaf.value}" for leaf in fixed if leaf.key != "run_dir"]
     return _sweep(configs, axes, folder, at_once, [source, *settings])
 

@@ -5,8 +5,7 @@ schema: defines the settings as fields of dataclasses, each with a help text and
 leaves: reads YAML, arguments such as `a.b=c`, and dicts into leaves (key, value, and the place where the value was set)
 load: finds presets, builds a `Config` from leaves, and converts a `Config` to YAML
 check: checks the ranges of settings, and the rules about combinations of settings
-aliases: writes error texts for unknown keys, which suggest the corresponding key of gptjax or the key with the nearest
-    spelling
+aliases: writes error texts for unknown keys, which suggest the key of the corresponding setting of gptjax
 uses: lists the settings that each command and task reads
 
 The attribute `gptjax.config.schema` is the function `schema`, not the module of the same name. To import from the

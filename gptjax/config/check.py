@@ -1,7 +1,7 @@
 """Validates a config: checks the range of each setting, combinations of settings, and settings without effect.
 
-A complaint is a pair (keys of the invalid settings, error text). The function `complaints` looks up where the settings
-with these keys were set, such as in a line of a file, and adds these places to the error text.
+A complaint is a pair (keys of the invalid settings, error text). The function `complaints` looks up where the invalid
+settings were set, such as in a line of a file, and adds these places to the error text.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def shown(value: object) -> str:
     except (
         ValueError,
         RecursionError,
-    ):  # raised for a very long integer or a recursive list
+    ):  # raised by `repr` for a very long integer or a recursive list
         return "something very large"
     return text if len(text) <= 200 else f"{text[:40]}.. ({len(text):,} characters)"
 
@@ -353,9 +353,8 @@ RULES: tuple[Rule, ...] = (
 )  # fmt: skip
 
 # `WITHOUT_EFFECT` is a tuple of (keys or prefixes of keys, key of another setting, function). The function takes the
-# value of the other setting, and returns True if the settings with these keys have no effect because of this value. In
-# this case, the config is refused if one of the settings without effect was set on the command line or in the overrides
-# of `load_config`.
+# value of the other setting, and returns True if the settings with these keys have no effect because of this value. A
+# config is refused if a setting without effect was set on the command line or in the overrides of `load_config`.
 WITHOUT_EFFECT: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] = (
     (
         ("optim.momentum", "optim.nesterov", "optim.preconditioning", "optim.muon_scale", "optim.normuon"),

@@ -1,4 +1,4 @@
-"""Loads a `Config` from presets, YAML files and command lines, and writes it as YAML.
+"""Loads a `Config` from presets, YAML files and command lines, and converts a `Config` to YAML.
 
 Settings are read from several layers, and later layers override earlier layers. The layers have this order: the
 defaults, the defaults of model.arch, the file that the key `base:` of a preset or YAML file names, this preset or YAML
@@ -87,8 +87,8 @@ def from_dict(values: dict[str, Any]) -> Config:
 
 
 def to_yaml(cfg: Config, provenance: Optional[Provenance] = None, keys: Optional[Iterable[str]] = None) -> str:
-    """Returns the config as YAML text. By default the text contains all settings, including settings with their default
-    values, so that a later change of the defaults does not change a stored config.
+    """Returns the config as YAML text. By default the YAML text contains all settings, including settings with their
+    default values, so that a later change of the defaults does not change a stored config.
 
     Args:
         provenance: the place where each setting was set, to be written as a comment after the value of the setting;

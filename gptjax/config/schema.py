@@ -77,8 +77,8 @@ RATE = Range(0, 1, high_open=True)  # [0, 1)
 SHARE = Range(0, 1, low_open=True)  # (0, 1]
 FRACTION = Range(0, 1, low_open=True, high_open=True)  # (0, 1)
 
-# These are the help texts of settings that several fine-tuning tasks have; {} stands for an item of the task's data,
-# such as "example".
+# STYLE, PACKING, VAL_FRACTION and TEST_FRACTION are the help texts of settings that several fine-tuning tasks have; {}
+# stands for an item of the task's data, such as "example".
 STYLE = (
     "Prompt style. chat: the model's own chat template; chatml, alpaca and phi3: a fixed template instead of it."
     " null: chat if the model has a template, else alpaca."

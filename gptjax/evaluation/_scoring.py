@@ -1,5 +1,5 @@
 """A child process that runs reward functions. `workers.Scorer` starts this program to score answers, and
-`rewards.parse` starts it to check the Python files of users.
+`rewards.parse` starts this program to check the Python files of users.
 
 The program reads requests from its stdin, one JSON object per line, and writes one line of JSON to its stdout for each
 request:
@@ -10,7 +10,7 @@ request:
 
 Reward functions read an empty stdin, and text that they print is discarded. The parent process kills this process if a
 call exceeds the time limit. If the parent process itself has been killed, this process exits when it reaches the end of
-its stdin. If a reward function then does not return, a watchdog ends this process 5 s after the time limit.
+stdin. If a reward function then does not return, a watchdog ends this process 5 s after the time limit.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ import numpy as np
 from gptjax.errors import UserError
 from gptjax.evaluation.rewards import RewardFunction, describe, load
 
-# The watchdog ends this process GRACE_S seconds after the time limit, if the parent process has not killed it by then.
+# The watchdog ends this process GRACE_S seconds after the time limit, if the parent process has not killed this process
+# by then.
 GRACE_S = 5.0
 
 
@@ -47,15 +48,15 @@ def call(name: str, function: RewardFunction, prompt: str, answer: str, example:
             return float(value)
         got = f"{value!r:.60}" if value is None or isinstance(value, Real | str) else f"a {type(value).__name__}"
         return f"{name} returned {got}, expected a finite number"
-    except UserError as error:  # raised by a built-in reward function
+    except UserError as error:  # the error was raised by a built-in reward function
         return f"{name}: {error}"
     except BaseException as error:  # also SystemExit
         return f"{name} raised {describe(error, getattr(function, '__module__', ''))}"
 
 
 def main() -> None:
-    # Programs that a reward function starts do not inherit the file descriptors `requests` and `replies`, so they
-    # cannot keep the parent process waiting for a reply.
+    # Programs that a reward function starts do not inherit the file descriptors `requests` and `replies`, so that such
+    # programs cannot keep the parent process waiting for a reply.
     requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     null = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):
@@ -83,8 +84,8 @@ def main() -> None:
         faulthandler.cancel_dump_traceback_later()
     if hasattr(os, "killpg") and os.getpgrp() == os.getpid():
         with suppress(OSError):
-            os.killpg(0, signal.SIGKILL)  # also ends child processes that reward functions have started
-    os._exit(0)  # does not wait for threads that reward functions have started
+            os.killpg(0, signal.SIGKILL)  # The signal also ends child processes that reward functions have started.
+    os._exit(0)  # The process exits without waiting for threads that reward functions have started.
 
 
 if __name__ == "__main__":

@@ -89,9 +89,9 @@ def number(prompt: str, answer: str, example: Example) -> float:
     r"""Returns 1 if the number in the answer equals the expected number, else 0.
 
     If the answer contains \boxed{..}, the content of the last \boxed{..} must be a single number, which a unit may
-    follow and "x =" may precede. Without \boxed, the last number of the answer counts. The expected number is read in
-    the same way, but may also be given as an arithmetic expression such as 12 + 7. Arithmetic expressions in the answer
-    are not evaluated, because the model would otherwise learn to repeat the question.
+    follow and "x =" may precede. Without \boxed, the last number of the answer counts. The expected number is read from
+    the expected answer by the same rules, but may also be given as an arithmetic expression such as 12 + 7. Arithmetic
+    expressions in the answer are not evaluated, because the model would otherwise learn to repeat the question.
 
     Numbers are compared exactly, as fractions: 0.5, .50, 1/2, \frac{1}{2} and 2/4 are equal, and 0.33 is not 1/3.
         1,234.5  -3  $5  1/2  1 1/2  \frac{1}{2}  6e3  50%  1{,}234     digits of ASCII only
@@ -174,12 +174,13 @@ def judged(address: str) -> RewardFunction:
         UserError: there is no model or URL, or the URL or the API key is invalid. The function raises it if the server
             cannot be reached or gives no score.
     """
-    from gptjax.evaluation.judge import judge  # imported only here, because this module imports network libraries
+    # The module `judge` is imported only here, because it imports network libraries.
+    from gptjax.evaluation.judge import judge
 
     model, at, url = address.rpartition("@")
     if not (model and at and url):
         raise UserError("expected judge:MODEL@URL, as in judge:qwen2.5:7b@http://localhost:11434/v1")
-    judge([], url, model, log=print)  # checks the URL and the API key
+    judge([], url, model, log=print)  # the call checks the URL and the API key
 
     def score(prompt: str, answer: str, example: Example) -> float:
         row = {**example, "prompt": prompt, "expected": expected(example), "answer": final(answer)}
@@ -233,7 +234,7 @@ def in_box(text: str) -> str | None:
     r"""Returns the content of the last complete \boxed{..} in a text, or None if there is none. If a \boxed{..}
     contains another \boxed{..}, the content of the inner one is returned."""
     found, last = None, -1
-    begins: list[int] = []  # for each open brace: the position after \boxed{, or -1 for another brace
+    begins: list[int] = []  # for each open brace, the position after \boxed{, or -1 if the brace does not follow \boxed
     for match in re.finditer(r"\\boxed\s*+\{|\\[\\{}]|[{}]", text):
         if match[0].startswith("\\boxed"):
             begins.append(match.end())

@@ -33,9 +33,9 @@ MAX_PROCESSES = 4
 
 
 class Failure(NamedTuple):
-    name: str  # name of the reward function
-    answer: int  # index of the answer
-    # such an error message as "mine.py:score raised ValueError: no number (line 7), for answer 'The result is'"
+    name: str  # Name of the reward function.
+    answer: int  # Index of the answer.
+    # Error message, such as "mine.py:score raised ValueError: no number (line 7), for answer 'The result is'".
     text: str
 
 
@@ -141,8 +141,8 @@ class Scorer:
         """Calls every reward function for each of the n answers, and returns the scores.
 
         Each reward function is first called for FIRST_CALLS answers, which are spread evenly over all answers. If all
-        of these calls fail, and the reward function has never returned a value before, it is not called for the
-        remaining answers: otherwise, a function that always exceeds the time limit would take hours.
+        of these calls fail, and the reward function has never returned a value before, the reward function is not
+        called for the remaining answers, because a function that always exceeds the time limit would take hours.
 
         Raises:
             UserError: a process could not be started again.
@@ -183,7 +183,8 @@ class Scorer:
         the call failed."""
         name, child = self.names[request["k"]], self._idle.get()
         try:
-            if child is not None and not child.alive:  # ended by a thread that an earlier reward function started
+            # A thread of an earlier reward function may have ended the child process.
+            if child is not None and not child.alive:
                 self._discard(child)
                 child = None
             child = child or self._start()

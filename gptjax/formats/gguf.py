@@ -506,7 +506,7 @@ def _decode(read: Callable[[int, int], Any], kind: _Type, shape: tuple[int, ...]
         if len(data) != n * n_bytes:
             raise UserError("the file has become shorter")
         values = chunk if out.dtype == np.float32 else scratch[: len(chunk)]
-        with np.errstate(invalid="ignore"):  # suppresses numpy's warnings about infinite or NaN scales
+        with np.errstate(invalid="ignore"):  # numpy would otherwise warn about infinite or NaN scales
             kind.decode(np.frombuffer(data, kind.layout), values.reshape(n, kind.block))
             if values is not chunk:
                 chunk[:] = values
@@ -648,7 +648,7 @@ def _encode_f16(x: np.ndarray) -> np.ndarray:
 
 def _encode_bf16(x: np.ndarray) -> np.ndarray:
     words = x.view(np.uint32)
-    nearest = words + (0x7FFF + ((words >> 16) & 1))  # rounds to the nearest bfloat16, with ties to even
+    nearest = words + (0x7FFF + ((words >> 16) & 1))  # `nearest` is rounded to the nearest bfloat16, with ties to even.
     # The highest mantissa bit of a NaN is set, because dropping the lower 16 bits could otherwise turn the NaN into an
     # infinity.
     return (np.where(np.isnan(x), words | 0x400000, nearest) >> 16).astype("<u2")
@@ -661,7 +661,7 @@ def _encode_q8_0(x: np.ndarray) -> np.ndarray:
     inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale >= np.finfo(np.float32).tiny)
     x = x * inverse
     whole = np.trunc(x)
-    # rounds to the nearest integer, with ties away from zero, as in ggml
+    # Values are rounded to the nearest integer, with ties away from zero, as in ggml.
     blocks["q"] = whole + np.trunc(2 * (x - whole))
     return blocks
 
@@ -701,7 +701,7 @@ TYPES: dict[str, _Type] = {
     )
 }
 _BY_ID = {kind.id: kind for kind in TYPES.values()}
-_OTHER = {  # maps the ids of unsupported ggml types to their names, for error messages
+_OTHER = {  # dict that maps the ids of unsupported ggml types to their names, for error messages
     9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S",
     20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64",
     29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4",

@@ -86,7 +86,7 @@ class File(Stored):
 class Folder:
     """A checkpoint whose tensors are divided among several safetensors files, the shards."""
 
-    files: Mapping[str, File]  # maps the name of each tensor to the shard that contains this tensor
+    files: Mapping[str, File]  # dict that maps the name of each tensor to the shard that contains this tensor
 
     def shapes(self) -> dict[str, Shape]:
         return {name: file.entries[name].shape for name, file in self.files.items()}
@@ -117,8 +117,8 @@ def open_file(path: str | os.PathLike[str]) -> File:
             length = int.from_bytes(head[:8], "little")
             if len(head) < 8 or length > min(size - 8, MAX_HEADER):
                 # The first 8 bytes of a safetensors file are the length of its header; by chance these 8 bytes may
-                # begin with the magic bytes of another format. A file with the "{" of the JSON header at byte 8 is
-                # therefore reported as a damaged safetensors file.
+                # begin with the magic bytes of another format. If byte 8 is "{", with which the JSON header begins, the
+                # file is therefore reported as a damaged safetensors file.
                 kinds = [kind for magic, kind in _MAGIC.items() if head.startswith(magic) and head[8:9] != b"{"]
                 what = f"a safetensors file but {kinds[0]}" if kinds else "a whole safetensors file"
                 raise UserError(

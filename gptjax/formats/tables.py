@@ -160,7 +160,7 @@ def _hub_records(source: str) -> Records:
 def lines(path: Path) -> Iterator[str]:
     """Yields the lines of a text file; each line includes its line end.
 
-    The text is split at line feeds only, because str.splitlines would also split at characters such as U+2028. A file
+    The file is split at line feeds only, because str.splitlines would also split at characters such as U+2028. A file
     without line feeds is split at carriage returns, the line ends of classic Mac OS.
     """
     offset = 0

@@ -17,7 +17,7 @@ class Stored(ABC):
     Subclasses set the attribute `entries` and define the method `_read`.
     """
 
-    # maps the name of each tensor to an object with the attributes shape, offset and size_bytes
+    # `entries` maps the name of each tensor to an object with the attributes shape, offset and size_bytes.
     entries: Mapping[str, Any]
 
     @abstractmethod

@@ -256,7 +256,8 @@ class _State(NamedTuple):
     i: jax.Array  # Number of completed decoding steps, int32.
     done: jax.Array  # True for each row that has ended, for example at a stop token, [B] bool.
     cache: Cache
-    # True for each token id that the row contains, [B, drawable] bool; None if the sampler does not use it.
+    # True for each token id that the row contains, [B, drawable] bool; None if the sampler does not depend on earlier
+    # tokens.
     seen: jax.Array | None
     stopped: jax.Array  # Id of the stop token that ended the row, [B] int32; -1 if there is none.
     logprobs: jax.Array | None  # Log-probabilities of the new tokens, [B, N] float32.
@@ -476,7 +477,8 @@ def _next_logits(
 
         return select(logits, step_logits), jax.tree.map(select, fresh, step_cache)
 
-    if settings.slots < cfg.context_length:  # the KV cache has room for all tokens of the call, so it is never full
+    # the KV cache is never full, because it has room for all tokens of the call
+    if settings.slots < cfg.context_length:
         return decode_step()
     return jax.lax.cond(full.any(), refill, decode_step)
 

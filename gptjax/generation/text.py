@@ -1,6 +1,6 @@
 """Functions that encode prompts, decode generated tokens, and stop generation at stop strings.
 
-This example ends each completion at the first empty line:
+For example, this code ends each completion at the first empty line:
 
     prompts = [prompt_ids(tokenizer, "Once upon a time")]
     until = stop_strings(tokenizer.decode, ["\\n\\n"])
@@ -81,7 +81,7 @@ def text_chunks(
             getattr(tokens, "close", lambda: None)()
             break
         partial = (n for string in strings for n in range(1, len(string)) if text.endswith(string[:n]))
-        ready = text[: len(text) - max(partial, default=0)]  # without a possible beginning of a stop string
+        ready = text[: len(text) - max(partial, default=0)]  # the text without a possible beginning of a stop string
         if len(ready) > len(shown):
             yield ready[len(shown) :]
             shown = ready
