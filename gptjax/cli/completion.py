@@ -5,9 +5,12 @@ word that the user is typing, and the command prints the possible completions of
 passes the names of settings and presets to the command in an environment variable, because importing the modules that
 define these names would take most of the time of each completion.
 
-For example, the command prints these completions for the words after `--words`: --words pre pretrain, presets --words
-    pretrain opt optim. --words pretrain optim.w optim.warmup_steps=, optim.weight_decay=, optim.weight_decay_schedule=
-    --words pretrain optim.name= optim.name=adamw, optim.name=muon
+For example, the command prints these completions for the words after `--words`:
+
+    --words pre                             pretrain, presets
+    --words pretrain opt                    optim.
+    --words pretrain optim.w                optim.warmup_steps=, optim.weight_decay=, optim.weight_decay_schedule=
+    --words pretrain optim.name=            optim.name=adamw, optim.name=muon
 """
 
 from __future__ import annotations

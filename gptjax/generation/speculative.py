@@ -55,9 +55,9 @@ def speculate(
     """Samples tokens from the model (params, cfg) like `generate`, but needs fewer forward passes if proposed tokens
     are accepted.
 
-    A draft model (draft, draft_cfg) proposes tokens with the same sampler. With draft=None, tokens are proposed by
-    prompt lookup, which finds an earlier occurrence of the row's last tokens and proposes the tokens that followed it
-    (see `prompt_lookup`).
+    A draft model (draft, draft_cfg) proposes tokens with the sampler of the target model. With draft=None, tokens are
+    proposed by prompt lookup, which finds an earlier occurrence of the row's last tokens and proposes the tokens that
+    followed it (see `prompt_lookup`).
 
     A proposed token x is accepted with probability min(1, p(x) / q(x)), where p is the distribution of the target model
     and q is the distribution of the draft model. At the first rejection, a token is drawn from the normalised
@@ -247,7 +247,7 @@ def prompt_lookup(tokens: jax.Array, end: jax.Array, ahead: int, ngram: int) -> 
     `ahead` times.
     """
     W = tokens.shape[1]
-    starts = jnp.arange(W)  # candidate positions of the first token after a match: all positions
+    starts = jnp.arange(W)  # all positions are candidates for the first token after a match
     match = jnp.ones(tokens.shape, bool)
     match_length = jnp.zeros(tokens.shape, jnp.int32)
     for offset in range(1, ngram + 1):
