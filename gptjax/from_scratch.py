@@ -30,9 +30,9 @@ def causal_mask(n_query: int, n_key: int, offset: int | jax.Array = 0) -> jax.Ar
 
     Query t is at position t + offset, so query t may attend to the keys s <= t + offset.
 
-        causal_mask(3, 3)   1 0 0
-                            1 1 0
-                            1 1 1
+    causal_mask(3, 3)   1 0 0
+                        1 1 0
+                        1 1 1
     """
     return jnp.arange(n_key)[None, :] <= jnp.arange(n_query)[:, None] + offset
 
