@@ -1,6 +1,6 @@
 """gptjax: trains, fine-tunes, evaluates and runs language models, with pure functions in JAX.
 
-Every public name is imported on first use, so `import gptjax` is cheap.
+Public names are imported on first use, so that `import gptjax` is fast.
 
     cfg = gptjax.load_config("shakespeare-char", "optim.lr=3e-4")
     result = gptjax.train(cfg)
@@ -15,7 +15,7 @@ from typing import Any
 
 from gptjax import _moved
 
-# maps each public name to the module that defines it, or to "" if the name is a submodule of gptjax
+# Maps each public name to the module that defines this name, or to "" if the name is a submodule of gptjax.
 _HOMES: dict[str, str] = {
     "load": "gptjax.weights",
     "save": "gptjax.weights",

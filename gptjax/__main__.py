@@ -1,4 +1,4 @@
-"""The command line: `gptjax COMMAND ...` or `python -m gptjax COMMAND ...`."""
+"""The entry point of the command line: `gptjax COMMAND ...` or `python -m gptjax COMMAND ...`."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return code
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt) or (signals.code and not signals.polled):
-                # an import that a signal interrupts may raise ImportError instead of KeyboardInterrupt
+                # If a signal interrupts an import, the import may raise ImportError instead of KeyboardInterrupt.
                 code = signals.code or INTERRUPTED
                 print(f"ended by {signal_name(code)}", file=sys.stderr)
                 if argv is None:
@@ -54,15 +54,17 @@ def _set_up_process() -> None:
 
         ask_for_huge_pages()
     if hasattr(signal, "pthread_sigmask"):
-        # `ask_for_huge_pages` blocks Ctrl-C and SIGTERM while it restarts the program; here they are unblocked again
+        # `ask_for_huge_pages` blocks SIGINT (Ctrl-C) and SIGTERM while the program restarts; these signals are
+        # unblocked here.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, HEARD)
-    for stream in (sys.stdout, sys.stderr):  # print ? in place of characters that the terminal cannot encode
+    for stream in (sys.stdout, sys.stderr):  # Characters that the terminal cannot encode are printed as "?".
+        # AttributeError is raised if sys.stdout was replaced with an object without `reconfigure`.
         with suppress(AttributeError):
-            stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # not every TextIO has it
+            stream.reconfigure(errors="replace")  # type: ignore[union-attr]
 
 
 def _leave(code: int) -> None:
-    """End the process at once with this exit code, without the interpreter's normal exit.
+    """End the process immediately with the given exit code, without the normal exit of the Python interpreter.
 
     The interpreter's normal exit can block, because it may wait for other processes. The normal exit can also replace
     the exit code: if a KeyboardInterrupt was raised in code that `exec` or `eval` ran from a string, `python -m gptjax`
@@ -75,15 +77,15 @@ def _leave(code: int) -> None:
 
 
 def _explain(error: BaseException) -> int | None:
-    """Print the message of an expected error and return the exit code. Returns None for any other error, because it is
-    a bug."""
+    """Print the message of an expected error, such as a UserError, and return the exit code. For any other error, which
+    is a bug, return None."""
     if isinstance(error, UserError):
         return _complain(str(error))
-    if isinstance(error, SystemExit):  # such as `Stopped`, raised if training ends before its last step
+    if isinstance(error, SystemExit):  # for example `Stopped`, which is raised if training ends before its last step
         return error.code if isinstance(error.code, int) else USER_ERROR
     if isinstance(error, BrokenPipeError):
-        # A closed pipe, as after `gptjax presets ls | head -1`, is not an error. Replacing stdout keeps Python from
-        # flushing into the closed pipe at exit.
+        # A closed pipe, as in `gptjax presets ls | head -1`, is not an error. stdout is replaced so that Python does
+        # not flush into the closed pipe at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     if isinstance(error, OSError) and error.errno is not None:
@@ -112,7 +114,8 @@ def _dispatch(argv: list[str]) -> int:
 
         hint = did_you_mean(PEERS.get(name.removeprefix("--"), name), ALL_VERBS)
         raise UserError(f"no command {name!r}{hint}\n  commands: {', '.join(ALL_VERBS)}; `gptjax --help` explains each")
-    completes = name == "completion" and args[:1] == ["--words"]  # then --help is a word to complete
+    # with `completion --words`, --help is a word to be completed
+    completes = name == "completion" and args[:1] == ["--words"]
     if _asks_for_help(args) and not completes:
         from gptjax.cli.help import verb_help
 
@@ -126,7 +129,7 @@ def _asks_for_help(args: Sequence[str]) -> bool:
     return any(arg in HELP for arg in args)
 
 
-# Maps a command of another tool to the corresponding command of gptjax, for the hint "did you mean".
+# Maps command names of other tools to the corresponding commands of gptjax, for the hint "did you mean".
 PEERS = {
     "train": "pretrain", "generate": "sample", "tokenize": "tokenizer", "prepare": "data", "preprocess": "data",
     "ls": "presets", "cp": "presets", "validate": "pretrain", "check": "doctor", "version": "doctor",
@@ -134,7 +137,7 @@ PEERS = {
 
 
 def _complain(message: str) -> int:
-    # Each line is an error, except indented lines: they continue the error above them.
+    # Each line of the message is an error, except for indented lines, which continue the error in the line above.
     many = sum(not line.startswith(" ") for line in message.splitlines()) > 1
     print(f"errors:\n{message}" if many else f"error: {message}", file=sys.stderr)
     return USER_ERROR

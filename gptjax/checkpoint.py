@@ -1,4 +1,5 @@
-"""Checkpoints with integrity checks: Orbax stores the arrays, and checksums verify that they are intact.
+"""Saves and restores checkpoints with integrity checks: Orbax stores the arrays, and checksums verify that the arrays
+are intact.
 
     checkpoints/
       250/  state/         the arrays, written by Orbax
@@ -9,10 +10,10 @@
 
 Orbax does not detect flipped bits in array data, treats every folder whose name is a number as a checkpoint, never
 falls back to an older step, and leaves an incomplete checkpoint if the process is killed while Orbax deletes a
-checkpoint. Therefore a checkpoint is written to a temporary folder, which is then renamed atomically. On restore, three
-things are checked: every file must match the manifest, the folder's name must be the step in meta.json, and every leaf
-must match its fingerprint. Before a checkpoint is deleted, its folder is renamed, so that the folder no longer counts
-as a checkpoint.
+checkpoint. For these reasons, `Checkpoints.save` writes a checkpoint to a temporary folder, and then renames the folder
+atomically. `Checkpoints.restore` checks that every file matches the manifest, that the name of the folder is the step
+in meta.json, and that every leaf matches its fingerprint. Before a checkpoint is deleted, its folder is renamed, so
+that a partially deleted folder does not count as a checkpoint.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ from gptjax.files import sha256, sync
 
 VERSION = 1
 STATE, META, MANIFEST = "state", "meta.json", "manifest.json"
-MIN_KEEP = 2  # minimum number of checkpoints to keep, so that there is another if the newest is damaged
+# Minimum number of checkpoints to keep, so that an older checkpoint can be restored if the newest one is damaged.
+MIN_KEEP = 2
 
 
 class Restored(NamedTuple):
@@ -54,11 +56,12 @@ class Restored(NamedTuple):
 
 
 class Damaged(Exception):
-    """Raised if the files of a checkpoint differ from what was written."""
+    """The error that is raised if the files of a checkpoint were changed after the checkpoint was written."""
 
 
 class Checkpoints:
-    """The checkpoints of one run. Saving is synchronous: `save` returns when the checkpoint is on disk.
+    """The checkpoints in the folder of one run. Saving is synchronous: the method `save` returns when the checkpoint is
+    on disk.
 
     Args:
         keep: number of newest checkpoints to keep, at least 2.
@@ -76,7 +79,7 @@ class Checkpoints:
         return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isascii() and path.name.isdigit())
 
     def save(self, step: int, state: Any, meta: dict[str, Any]) -> Path:
-        """Write a checkpoint, then delete the checkpoints that are older than the `keep` newest intact ones.
+        """Write a checkpoint, then delete all checkpoints that are older than the `keep` newest intact checkpoints.
 
         Args:
             state: the training state, any pytree of arrays; it may contain random keys.
@@ -90,12 +93,13 @@ class Checkpoints:
                 unchanged.
         """
         target, partial = self.folder / str(step), self.folder / f".partial-{step}"
-        writes = jax.process_index() == 0  # Orbax saves the shards of every process; process 0 writes the other files
+        # Orbax saves the shards of every process; only process 0 writes the other files
+        writes = jax.process_index() == 0
         try:
             leaves, impls = _plain(state)
             if writes:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                for pattern in (".partial-*", ".trash-*"):  # folders that a killed process has left behind
+                for pattern in (".partial-*", ".trash-*"):  # incomplete checkpoint folders of killed processes
                     for path in self.folder.glob(pattern):
                         shutil.rmtree(path, ignore_errors=True)
                 partial.mkdir()
@@ -133,7 +137,8 @@ class Checkpoints:
     def restore(
         self, abstract_state: Any, accept: Callable[[dict[str, Any]], None] = lambda meta: None
     ) -> Restored | None:
-        """Restore the newest intact checkpoint, with the shardings of `abstract_state`; return None if there is none.
+        """Restore the newest intact checkpoint, with the shardings of `abstract_state`; return None if there are no
+        checkpoints.
 
         Damaged checkpoints that are newer than the restored one are renamed to corrupt-STEP, with a warning.
 
@@ -175,8 +180,8 @@ class Checkpoints:
         return None
 
     def newest(self) -> tuple[int, dict[str, Any]] | None:
-        """Returns the step and the metadata of the newest checkpoint whose files match its manifest, or None if there
-        is no such checkpoint. Loads no arrays."""
+        """Returns the step and the metadata of the newest checkpoint whose files match the checkpoint's manifest, or
+        None if there is no such checkpoint. `newest` loads no arrays."""
         for step in reversed(self.steps()):
             with contextlib.suppress(Damaged):
                 return step, self._check(step)["meta"]
@@ -185,7 +190,8 @@ class Checkpoints:
     def read(self, step: int) -> dict[str, Any]:
         """Returns the state of one checkpoint for inspection, as nested dicts of arrays on one device.
 
-        The shapes and dtypes of the arrays are taken from meta.json. Random keys are returned as their key data.
+        The shapes and dtypes of the arrays are taken from meta.json. For each random key, the array of
+        `jax.random.key_data` is returned.
 
         Raises:
             UserError: the checkpoint is damaged.
@@ -201,7 +207,8 @@ class Checkpoints:
             raise UserError(f"checkpoint {self.folder / str(step)} is damaged: {error}") from error
 
     def _check(self, step: int) -> dict[str, Any]:
-        """Compare every file with the manifest, raise Damaged if one differs, and return the contents of meta.json."""
+        """Compare every file of a checkpoint with the manifest, raise Damaged if a file differs, and return the
+        contents of meta.json."""
         folder = self.folder / str(step)
         if folder.is_symlink() or not folder.is_dir():
             raise Damaged("not a folder")
@@ -228,11 +235,11 @@ class Checkpoints:
     def _read(
         self, step: int, stored: dict[str, Any], wanted: dict[str, Any], impls: dict[str, str], abstract_state: Any
     ) -> Any:
-        """Restore the arrays of a step's checkpoint into the structure of `abstract_state`, and check their
-        fingerprints.
+        """Restore the arrays of the checkpoint of a step, check the fingerprints of the arrays, and return a pytree
+        with the structure of `abstract_state`.
 
-        A meta.json of an older release does not have the step; in this case, the array "step" of the restored state, if
-        there is one, must equal the folder's name.
+        A meta.json that an older release wrote does not contain the step; in this case, the array "step" of the
+        restored state, if there is such an array, must equal the name of the folder.
 
         Raises:
             Damaged: Orbax fails, a fingerprint differs from the one in meta.json, or the step differs from the folder's
@@ -253,7 +260,7 @@ class Checkpoints:
         return jax.tree.unflatten(jax.tree.structure(abstract_state), list(leaves.values()))
 
     def _collect(self) -> None:
-        """Delete the checkpoints that are older than the `keep` newest intact ones."""
+        """Delete all checkpoints that are older than the `keep` newest intact checkpoints."""
         kept = 0
         for step in reversed(self.steps()):
             if kept >= self.keep:
@@ -277,7 +284,7 @@ class Checkpoints:
 
 
 def _wait(name: str) -> None:
-    """Wait until all processes have called `_wait` with this name; with one process, do nothing."""
+    """Wait until all processes have called `_wait` with the same name; if there is only one process, do nothing."""
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
@@ -288,12 +295,13 @@ def _wait(name: str) -> None:
 
 
 def fingerprints(leaves: dict[str, jax.Array]) -> dict[str, int]:
-    """Returns a uint32 hash per leaf: the sum of bits * (2 i + 1) mod 2**32 over the leaf's elements, where i is the
-    flat index of an element, and bits is the element's bit pattern as an unsigned integer. For a 64-bit dtype, only the
-    lower 32 bits of the pattern are used.
+    """Returns a uint32 hash of each leaf: the sum of bits * (2 i + 1) mod 2**32 over the elements of the leaf, where i
+    is the flat index of an element, and bits is the bit pattern of the element as an unsigned integer. For a 64-bit
+    dtype, only the lower 32 bits of each bit pattern are used.
 
-    A flipped bit b < 32 always changes the hash, because it changes the sum by an odd number times 2**b, which is not 0
-    mod 2**32. An integer sum does not depend on the order of its terms, so the hash does not depend on the sharding.
+    Flipping the bit b < 32 of an element always changes the hash, because the sum changes by an odd number times 2**b,
+    which is not 0 mod 2**32. An integer sum does not depend on the order of its terms, so the hash does not depend on
+    the sharding.
     """
     on_host = tuple(
         getattr(leaf, "sharding", None) and leaf.sharding.memory_kind == "pinned_host" for leaf in leaves.values()
@@ -304,8 +312,8 @@ def fingerprints(leaves: dict[str, jax.Array]) -> dict[str, int]:
 
 @partial(jax.jit, static_argnums=1)
 def _fingerprints(leaves: list[jax.Array], on_host: tuple[bool, ...]) -> list[jax.Array]:
-    """Compute the fingerprint of each leaf on the device. `on_host` says for each leaf whether it is in pinned host
-    memory (offloaded)."""
+    """Compute the fingerprint of each leaf on the device. `on_host` has a bool per leaf, which is True if the leaf is
+    in pinned host memory (offloaded)."""
     device = jax.memory.Space.Device
     return [
         _fingerprint(jax.device_put(leaf, device) if offloaded else leaf)
@@ -324,7 +332,8 @@ def _fingerprint(leaf: jax.Array) -> jax.Array:
     return jnp.sum(bits * (2 * index + 1), dtype=jnp.uint32)
 
 
-# ---------------------------------------------------------------- flattened states and metadata
+# ---------------------------------------------------------------- conversion of states to flat dicts, and validation of
+# metadata
 
 
 def _plain(state: Any) -> tuple[dict[str, Any], dict[str, str]]:
@@ -351,9 +360,9 @@ def _plain(state: Any) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def _stored(body: Any, step: int) -> dict[str, Any]:
-    """Returns the contents of meta.json; raises Damaged if they are invalid.
+    """Checks the contents of meta.json, and returns them; raises Damaged if the contents are invalid.
 
-    The step may be missing in meta.json, because older releases did not write it.
+    The step may be missing in meta.json, because older releases did not store the step.
     """
 
     def require(valid: bool, problem: str) -> None:
@@ -425,7 +434,7 @@ def _orbax_restore(path: Path, wanted: dict[str, Any]) -> dict[str, jax.Array]:
     }
     with _quiet(), ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
         restored = tree.flatten(reader.restore(path, args=ocp.args.StandardRestore(tree.unflatten(abstract))))
-    return {  # Orbax restores into device memory, even if the sharding has the memory kind pinned_host
+    return {  # Orbax restores arrays into device memory, even if their sharding has the memory kind pinned_host
         name: leaf
         if leaf.sharding.memory_kind == abstract[name].sharding.memory_kind
         else jax.device_put(leaf, abstract[name].sharding)
@@ -435,9 +444,11 @@ def _orbax_restore(path: Path, wanted: dict[str, Any]) -> dict[str, jax.Array]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Returns a context manager that suppresses Orbax's log messages and, after a failure, errors in its other threads.
+    """Context manager that suppresses Orbax's log messages and, after a failure, the error messages of Orbax's
+    background threads.
 
-    Orbax logs several lines per checkpoint; after a failure, its other threads would print further errors.
+    Without this context manager, Orbax logs several lines per checkpoint, and after a failure Orbax's background
+    threads print further errors.
     """
     loggers, hook = [logging.getLogger(name) for name in ("absl", "asyncio")], sys.unraisablehook
     before = [logger.level for logger in loggers]
@@ -450,14 +461,14 @@ def _quiet() -> Iterator[None]:
         yield
     except Exception as error:
         failure: BaseException | None = error
-        # suppresses the warning that Python issues when it frees a coroutine of Orbax that was never awaited
+        # Python would otherwise issue a warning when it frees a coroutine of Orbax that was never awaited.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             while failure:
                 traceback.clear_frames(failure.__traceback__)
                 failure = failure.__cause__ or failure.__context__
             gc.collect()
-        time.sleep(0.2)  # gives callbacks in Orbax's other threads the time to finish
+        time.sleep(0.2)  # callbacks in Orbax's background threads need time to finish
         raise
     finally:
         sys.unraisablehook = hook
@@ -465,7 +476,8 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-# Orbax's errors for a full or read-only disk have no common type, but each message contains one of these words
+# Orbax's errors for a full or read-only disk have no common type, but each error message contains one of the words in
+# DISK_WORDS.
 DISK_WORDS = (
     "RESOURCE_EXHAUSTED", "OUT_OF_RANGE", "os_error_code", "No space left", "File too large", "PERMISSION_DENIED",
     "Read-only file system", "Disk quota",
@@ -492,7 +504,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    """Returns the paths of all files in a checkpoint except its manifest, as a sorted dict whose keys are the paths
+    """Returns the paths of all files in a checkpoint except the manifest, as a sorted dict whose keys are the paths
     relative to `folder`."""
     paths = (path for path in sorted(folder.rglob("*")) if path.is_symlink() or not path.is_dir())
     return {path.relative_to(folder).as_posix(): path for path in paths if path != folder / MANIFEST}

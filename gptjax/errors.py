@@ -1,4 +1,4 @@
-"""The error for invalid user input, and helpers to write its messages."""
+"""Defines the error for invalid user input, and functions that write its error messages."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-MAX_SHOWN = 20  # maximum number of problems that `refuse` lists
-MAX_LINE = 300  # maximum number of characters per problem, because names from files may be long
+MAX_SHOWN = 20  # Maximum number of problems that `refuse` lists.
+MAX_LINE = 300  # Maximum number of characters per problem, because names that are read from files may be long.
 
 
 class UserError(ValueError):
-    """Invalid user input. The command line prints the message without a traceback and exits with code 2.
+    """The error for invalid user input. The command line prints the error message without a traceback, and exits with
+    code 2.
 
-    A message says what was expected, what was given, where, and how to fix it. Collect all problems before raising:
-    `UserError.all(["...", "..."])` joins them, one per line.
+    The error message should say what was expected, what was given, where the invalid value was set, and how to fix the
+    problem. Code that checks user input should collect all problems before raising an error: `UserError.all(["...",
+    "..."])` joins several messages, one per line.
     """
 
     @classmethod
@@ -32,7 +34,8 @@ class Problems(list[str]):
 
 
 def refuse(location: str, problems: list[str]) -> None:
-    """If there are problems, raise one UserError that lists up to MAX_SHOWN of the problems, sorted."""
+    """If `problems` is not empty, raise a UserError that lists the problems in sorted order, up to MAX_SHOWN of
+    them."""
     if problems:
         shown = [line if len(line) <= MAX_LINE else f"{line[:MAX_LINE]}..." for line in sorted(problems)[:MAX_SHOWN]]
         if len(problems) > MAX_SHOWN:
@@ -41,9 +44,10 @@ def refuse(location: str, problems: list[str]) -> None:
 
 
 def complaints(check: Callable[..., Any], *args: Any) -> list[str]:
-    """Returns a list with the message of the UserError that `check(*args)` raises; the list is empty if it raises none.
+    """Returns a list with the message of the UserError that `check(*args)` raises; the list is empty if `check` raises
+    no UserError.
 
-    The lists of several checks can be added, to report all problems at once.
+    The lists that `complaints` returns for several checks can be concatenated, in order to report all problems at once.
     """
     try:
         check(*args)
@@ -54,7 +58,7 @@ def complaints(check: Callable[..., Any], *args: Any) -> list[str]:
 
 def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
     """Returns the known word with the most similar spelling, or None if no word is similar."""
-    import difflib  # imported here, because only error messages need it
+    import difflib  # difflib is imported only here, because only error messages need difflib
 
     return next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)), None)
 
@@ -66,10 +70,11 @@ def did_you_mean(word: str, known: Iterable[str], form: str = "; did you mean {}
 
 
 def did_you_mean_path(path: str | os.PathLike[str]) -> str:
-    """Returns a hint that names the file or folder beside a missing path with the most similar name, or ""."""
+    """Returns a hint that names the existing file or folder whose name is most similar to that of the missing path, or
+    "" if no name is similar."""
     path = Path(path)
     try:
         near = nearest(path.name, [item.name for item in path.parent.iterdir()])
-    except OSError:  # the parent folder is missing, too
+    except OSError:  # the parent folder of the path is also missing
         return ""
     return f"; did you mean {path.with_name(near)}?" if near else ""

@@ -1,4 +1,5 @@
-"""Reading and writing files: atomic writes, clear errors, no overwriting of existing files."""
+"""Functions that read and write files. Files are written atomically, and existing files are not overwritten by
+accident."""
 
 from __future__ import annotations
 
@@ -18,9 +19,11 @@ T = TypeVar("T")
 
 @contextmanager
 def replacing(path: Path, shared: bool = False) -> Iterator[BinaryIO]:
-    """Context manager for an atomic write: yields a temporary file that replaces `path` at the end of the block.
+    """Context manager for an atomic write: yields a temporary file that replaces the file `path` at the end of the
+    `with` block.
 
-    The temporary file is synced to disk and then renamed. If the block raises, `path` is unchanged.
+    The temporary file is synced to disk, and is then renamed to `path`. If the `with` block raises an error, the file
+    `path` is not changed.
 
     Args:
         shared: whether several processes may write the file at the same time, as in a cache. True: the temporary
@@ -41,7 +44,7 @@ def replacing(path: Path, shared: bool = False) -> Iterator[BinaryIO]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically, as UTF-8."""
+    """Write a text to a file atomically, in UTF-8."""
     data = text.encode()
     with replacing(path) as file:
         file.write(data)
@@ -54,7 +57,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def sync(path: Path) -> None:
-    """Force a file, or the entries of a folder, to disk (fsync)."""
+    """Flush a file, or the list of entries of a folder, to disk with fsync."""
     if os.name == "nt" and path.is_dir():
         return
     handle = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
@@ -65,21 +68,21 @@ def sync(path: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    """Returns the sha256 of a file's content, as hexadecimal digits."""
+    """Returns the sha256 of the content of a file, as a string of hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def json_sha256(value: Any) -> str:
-    """Returns the sha256 of a JSON value, independent of the order of keys.
+    """Returns the sha256 of a JSON value; the hash does not depend on the order of keys.
 
-    The hashes are stored on disk, so the serialisation must not change.
+    Hashes of `json_sha256` are stored on disk, so the way in which `json_sha256` serialises a value must not change.
     """
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object that gptjax wrote.
+    """Read a JSON object from a file that gptjax wrote.
 
     Raises:
         UserError: the file cannot be read, or is not UTF-8, not JSON, nested too deeply, or not a JSON object.
@@ -93,8 +96,8 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-# Maps a byte order mark to its encoding. UTF-32 comes first, because the mark of little-endian UTF-32 starts with the
-# mark of little-endian UTF-16.
+# Maps the byte order mark of each encoding to the name of the encoding. UTF-32 comes first, because the byte order mark
+# of little-endian UTF-32 starts with that of little-endian UTF-16.
 MARKS = {
     codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32", codecs.BOM_UTF16_LE: "UTF-16",
     codecs.BOM_UTF16_BE: "UTF-16",
@@ -102,7 +105,7 @@ MARKS = {
 
 
 def other_encoding(start: bytes) -> str | None:
-    """Returns an error message if a file starts with a byte order mark of an encoding other than UTF-8; else None."""
+    """Returns an error message if a file starts with the byte order mark of an encoding other than UTF-8, else None."""
     for mark, name in MARKS.items():
         if start.startswith(mark):
             return (
@@ -113,7 +116,7 @@ def other_encoding(start: bytes) -> str | None:
 
 
 def one_line_end(text: str) -> str:
-    """Convert the line ends of Windows, \\r\\n, and of classic Mac OS, \\r, to \\n.
+    """Convert the line ends of Windows (\\r\\n) and of classic Mac OS (\\r) to \\n.
 
     A \\r without a following \\n is converted only if the text contains no \\n at all.
     """
@@ -121,7 +124,7 @@ def one_line_end(text: str) -> str:
 
 
 def use_json(path: Path, make: Callable[[dict[str, Any]], T]) -> T:
-    """Read a JSON object that gptjax wrote, and return `make(object)`.
+    """Read a JSON object from a file that gptjax wrote, and return `make(object)`.
 
     Raises:
         UserError: `read_json` refuses the file, or `make` raises an error because a value is missing or invalid.
@@ -138,14 +141,15 @@ def use_json(path: Path, make: Callable[[dict[str, Any]], T]) -> T:
 
 
 def number(value: Any) -> int | float:
-    """Returns the value unchanged if it is an int or a float; raises TypeError otherwise, also for a bool."""
+    """Returns the value unchanged if the value is an int or a float; raises TypeError for any other value, including a
+    bool."""
     if type(value) not in (int, float):
         raise TypeError(f"expected a number, got {str(value)[:80]!r}")
     return value
 
 
 def user_path(name: str | os.PathLike[str], setting: str = "") -> Path:
-    """Returns a path given by the user, with ~ expanded.
+    """Converts a path that the user gave to a `Path`, and expands ~ to the home folder.
 
     Raises:
         UserError: the path is invalid, for example because it is too long or contains a NUL, or cannot be accessed.
@@ -162,7 +166,7 @@ def user_path(name: str | os.PathLike[str], setting: str = "") -> Path:
 
 
 def new_file(path: str | os.PathLike[str], setting: str = "out") -> Path:
-    """Returns the path of a file to create, after checking that it does not exist and creating its parent folder.
+    """Checks that a new file does not exist yet, creates its parent folder, and returns the path of the file.
 
     Call this function before the computation whose result is written to the file, so that an invalid path is reported
     early.
@@ -182,13 +186,14 @@ def new_file(path: str | os.PathLike[str], setting: str = "out") -> Path:
 
 
 def refuse_existing(path: Path, setting: str = "out") -> None:
-    """Raise UserError if the path exists already."""
+    """Raise UserError if a file or folder exists already at `path`."""
     if path.exists() or path.is_symlink():
         raise UserError(f"{setting}={path} exists already: name a new file")
 
 
 def umask() -> int:
-    """Returns the umask of the process, to apply it to folders created by `tempfile`, which ignores it."""
+    """Returns the umask of the process, which callers apply to folders that `tempfile` created, because `tempfile`
+    ignores the umask."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

@@ -1,7 +1,7 @@
-"""The building blocks of a transformer as plain functions of arrays, used by the notebooks.
+"""The building blocks of a transformer as plain functions of arrays, which the notebooks use.
 
-The model itself (`gptjax.model`) adds biases, query and key norms, RoPE and the KV cache. The tests compare the model
-with these functions.
+The model in `gptjax.model` also has biases, query and key norms, RoPE and the KV cache. The tests compare the results
+of the model with the results of these functions.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from gptjax.ops.linear import linear
 
 
 def simple_attention(x: jax.Array) -> jax.Array:
-    """Self-attention without trainable weights, x [T, D] -> [T, D]: softmax(x x^T) x.
+    """Computes self-attention without trainable weights, x [T, D] -> [T, D]: softmax(x x^T) x.
 
     Every output row is a weighted mean of all rows of x.
     """
@@ -26,9 +26,9 @@ def simple_attention(x: jax.Array) -> jax.Array:
 
 
 def causal_mask(n_query: int, n_key: int, offset: int | jax.Array = 0) -> jax.Array:
-    """Returns the mask of causal attention, [T, S] bool, which is True where query t may attend to key s.
+    """Returns the mask of causal attention, [T, S] bool; the element [t, s] is True if query t may attend to key s.
 
-    Query t is at position t + offset, so it may attend to the keys s <= t + offset.
+    Query t is at position t + offset, so query t may attend to the keys s <= t + offset.
 
     causal_mask(3, 3)   1 0 0
                         1 1 0
@@ -40,7 +40,7 @@ def causal_mask(n_query: int, n_key: int, offset: int | jax.Array = 0) -> jax.Ar
 def multi_head_attention(
     x: jax.Array, w_q: Any, w_k: Any, w_v: Any, w_o: Any, n_head: int, **options: Any
 ) -> jax.Array:
-    """Causal multi-head self-attention, x [B, T, D] -> [B, T, D].
+    """Computes causal multi-head self-attention, x [B, T, D] -> [B, T, D].
 
     The weights are w_q [D, N*H]; w_k, w_v [D, K*H]; w_o [N*H, D], with N = n_head query heads and K key and value
     heads, all of dimension H. `options` are keyword arguments of `gptjax.ops.attention.heads_attention`, such as
@@ -55,9 +55,10 @@ def multi_head_attention(
 def feed_forward(
     x: jax.Array, w_up: Any, w_down: Any, w_gate: Any = None, *, activation: Callable[[jax.Array], jax.Array] = gelu
 ) -> jax.Array:
-    """Feed-forward layer (MLP): activation(x w_up) w_down, x [.., D] -> [.., D]; w_up, w_gate [D, F], w_down [F, D].
+    """Computes a feed-forward layer (MLP): activation(x w_up) w_down, x [.., D] -> [.., D], with w_up, w_gate [D, F]
+    and w_down [F, D].
 
-    With w_gate, the layer is SwiGLU: (silu(x w_gate) * x w_up) w_down (arXiv:2002.05202, eq. 6).
+    If w_gate is given, the feed-forward layer is SwiGLU: (silu(x w_gate) * x w_up) w_down (arXiv:2002.05202, eq. 6).
     """
     up = linear(x, w_up)
     hidden = activation(up) if w_gate is None else jax.nn.silu(linear(x, w_gate)) * up

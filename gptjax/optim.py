@@ -1,6 +1,7 @@
 """Builds the optimizer that an OptimConfig describes, as an optax gradient transformation.
 
-Every parameter belongs to a group, which decides its update rule (AdamW or Muon), learning rate and weight decay.
+Every parameter belongs to a parameter group, which determines the update rule (AdamW or Muon), the learning rate and
+the weight decay.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from gptjax.types import Params
 if TYPE_CHECKING:
     from jax.memory import Space
 
-# Pairs (path pattern, parameter group). A leaf's shape does not determine its group, because the biases and scales of
-# stacked layers are matrices.
+# `GROUPS` is a tuple of pairs (path pattern, parameter group). The group of a leaf cannot be determined from its shape,
+# because the biases and scales of stacked layers are matrices.
 GROUPS = (
     ("*/kernel/a | */kernel/b | */kernel/d | */embedding/a | */embedding/b", "adapter"),
     ("wte/* | wpe/*", "embed"),
@@ -33,23 +34,23 @@ GROUPS = (
 
 
 def groups(params: Params) -> Params:
-    """Returns the parameter group of every leaf: adapter, embed, head, matrix or vector."""
+    """Returns a pytree with the name of the parameter group of every leaf: adapter, embed, head, matrix or vector."""
     return tree.label(params, GROUPS)
 
 
 def make_schedule(cfg: OptimConfig, max_steps: int) -> optax.Schedule:
-    """Returns the learning rate schedule, a function of the step.
+    """Returns the learning-rate schedule, which is a function of the step.
 
-    Its result is the factor by which the peak learning rate is multiplied. The factor warms up linearly from
-    initial_lr_ratio to 1 over warmup_steps. Then, with the schedule
+    The schedule returns the factor by which the peak learning rate is multiplied. The factor increases linearly from
+    initial_lr_ratio to 1 over warmup_steps. After the warmup, the factor depends on cfg.schedule:
 
-    cosine    decays to min_lr_ratio over all remaining steps (arXiv:1608.03983)
-    linear    decays to min_lr_ratio over all remaining steps
-    wsd       stays 1, then decays linearly to min_lr_ratio over the last decay_fraction of max_steps
-              (arXiv:2404.06395)
-    constant  stays 1
+    cosine: The factor decays to min_lr_ratio along a cosine over all remaining steps (arXiv:1608.03983).
+    linear: The factor decays linearly to min_lr_ratio over all remaining steps.
+    wsd: The factor stays 1, and then decays linearly to min_lr_ratio over the last decay_fraction of max_steps
+      (arXiv:2404.06395).
+    constant: The factor stays 1.
 
-    In this function and in `make_optimizer`, learning rates and warmup_steps of the config may be tracers.
+    The learning rates and warmup_steps in the config may be tracers, both in this function and in `make_optimizer`.
     """
     decay_steps = max(1, round(cfg.decay_fraction * max_steps))  # wsd
 
@@ -67,11 +68,11 @@ def make_schedule(cfg: OptimConfig, max_steps: int) -> optax.Schedule:
 
 
 def decay_schedule(cfg: OptimConfig, max_steps: int) -> optax.Schedule:
-    """Returns the schedule of the weight decay coefficient, a function of the step; see
-    `OptimConfig.weight_decay_schedule`.
+    """Returns the schedule of the weight decay coefficient, which is a function of the step, as
+    cfg.weight_decay_schedule selects it.
 
-    An update subtracts learning rate * coefficient * parameter. With "lr", weight decay is thus proportional to the
-    square of the learning rate's factor (AdamC, arXiv:2506.02285).
+    Each update subtracts learning rate * coefficient * parameter from the parameter. If weight_decay_schedule is "lr",
+    the weight decay is therefore proportional to the square of the learning rate's factor (AdamC, arXiv:2506.02285).
     """
     factors = {
         "constant": lambda step: 1.0, "lr": make_schedule(cfg, max_steps),
@@ -84,14 +85,15 @@ def make_optimizer(cfg: OptimConfig, max_steps: int) -> optax.GradientTransforma
     """Returns an optimizer that clips gradients by global norm, then applies the update rule of each parameter group
     (`GROUPS`).
 
-    cfg.name="adamw": AdamW (arXiv:1711.05101) for all parameters, with a learning rate per group.
-    cfg.name="muon": Muon (Jordan 2024; arXiv:2502.16982) for the matrices of the blocks, AdamW for all other
-    parameters. Each [in, out] slice of stacked layers is orthogonalised separately. By default, Muon's updates are
-    scaled to a root mean square of 0.2, that of AdamW's updates, so that AdamW's learning rates can be used.
-    cfg.normuon, cfg.cautious, cfg.cautious_decay: see `per_neuron`, `cautious` and `decayed_weights`.
+    If cfg.name is "adamw", AdamW (arXiv:1711.05101) updates all parameters, with a learning rate per parameter group.
+    If cfg.name is "muon", Muon (Jordan 2024; arXiv:2502.16982) updates the matrices of the blocks, and AdamW updates
+    all other parameters. Muon orthogonalises each [in, out] matrix of stacked layers separately. By default, Muon's
+    updates are scaled to a root mean square of 0.2, which is typical of AdamW's updates, so that AdamW's learning rates
+    can be used. The settings cfg.normuon, cfg.cautious and cfg.cautious_decay are explained at `per_neuron`, `cautious`
+    and `decayed_weights`.
 
-    The matrices of an adapter are always updated by AdamW, with learning rate lr and the weight decay of
-    matrices (arXiv:2106.09685), as in peft. DoRA's magnitude vector m is in the group `vector`.
+    AdamW always updates the matrices of an adapter, with the learning rate cfg.lr and the weight decay of matrices
+    (arXiv:2106.09685), as in peft. DoRA's magnitude vector m is in the parameter group `vector`.
     """
     schedule = make_schedule(cfg, max_steps)
 
@@ -131,7 +133,8 @@ def make_optimizer(cfg: OptimConfig, max_steps: int) -> optax.GradientTransforma
 
 
 def offloaded(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """Returns `tx` with its state kept in host memory; each update copies the state to the device and back."""
+    """Wraps the optimizer `tx` so that its state is kept in host memory; each update copies the state to the device and
+    back."""
     inner = optax.with_extra_args_support(tx)
 
     def update(updates, state, params=None, **extra):
@@ -146,14 +149,16 @@ def _put(state: optax.OptState, memory: Space) -> optax.OptState:
 
 
 def clip_by_norm(limit: float | jax.Array) -> optax.GradientTransformationExtraArgs:
-    """Returns a transformation that scales gradients by min(1, limit / norm), where `norm` is their global norm.
+    """Returns a gradient transformation that multiplies all gradients by min(1, limit / norm), where `norm` is the
+    global norm of the gradients.
 
-    Unlike `optax.clip_by_global_norm`, it can use a global norm that is already known: `update(..., grad_norm=norm)`
-    saves a pass over all gradients.
+    If the global norm is already known, `update(..., grad_norm=norm)` saves a pass over all gradients, which
+    `optax.clip_by_global_norm` does not support.
 
-    It is also faster, because XLA fuses the multiplication by min(1, limit / norm) with the operations after it, but
-    does not fuse the division and the select in `optax.clip_by_global_norm`. On a CPU, clipping and AdamW together take
-    a third of the time that they take with `optax.clip_by_global_norm`.
+    `clip_by_norm` is also faster than `optax.clip_by_global_norm`, because XLA fuses the multiplication by min(1, limit
+    / norm) with the following operations, but does not fuse the division and the select in `optax.clip_by_global_norm`.
+    On a CPU, `clip_by_norm` followed by AdamW takes a third of the time of `optax.clip_by_global_norm` followed by
+    AdamW.
     """
 
     def update(updates, state, params=None, *, grad_norm=None, **_):
@@ -165,20 +170,21 @@ def clip_by_norm(limit: float | jax.Array) -> optax.GradientTransformationExtraA
 
 
 class PerNeuronState(NamedTuple):
-    """The second moment of each output neuron, with leaves [.., 1, out]."""
+    """The state of `per_neuron`: the second moment `nu` of each output neuron, a pytree of leaves [.., 1, out]."""
 
     nu: Params
 
 
 def per_neuron(beta: float, eps: float = 1e-10) -> optax.GradientTransformation:
-    """Returns a transformation that normalises orthogonalised updates [.., in, out] per output neuron (NorMuon).
+    """Returns a gradient transformation that normalises orthogonalised updates [.., in, out] per output neuron
+    (NorMuon).
 
-    The second moment nu of each neuron is an exponential moving average, with decay rate `beta`, of the mean square of
-    its updates. Updates are divided by sqrt(nu) + eps, and each matrix is then scaled to the Frobenius norm of an
-    orthogonal matrix, sqrt(min(in, out)).
+    The second moment nu of each neuron is an exponential moving average of the mean square of the neuron's updates,
+    with decay rate `beta`. Updates are divided by sqrt(nu) + eps, and each matrix is then scaled to the Frobenius norm
+    of an orthogonal matrix, sqrt(min(in, out)).
 
-    Source: arXiv:2510.05491, algorithm 1; with optim.muon_scale=rms, the root mean square of each update is 0.2, as
-    there.
+    Source: arXiv:2510.05491, algorithm 1. With optim.muon_scale=rms, each update has a root mean square of 0.2, as in
+    this source.
     """
 
     def init(params):
@@ -200,12 +206,13 @@ def per_neuron(beta: float, eps: float = 1e-10) -> optax.GradientTransformation:
 
 
 def cautious(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Returns `tx` with the elements of its updates set to 0 whose sign differs from that of the gradient.
+    """Wraps the optimizer `tx`: sets elements of an update to 0 if their sign differs from the sign of the gradient.
 
-    `tx` returns updates that are still to be multiplied by the negative learning rate. The other elements are divided
-    by their fraction of the elements, but at least by 1e-3; for stacked layers, by the fraction in each layer.
+    `tx` must return updates that have not been multiplied by the negative learning rate yet. The remaining elements are
+    divided by max(f, 1e-3), where f is the fraction of elements that are not set to 0, computed per layer for stacked
+    layers.
 
-    Source: arXiv:2411.16085, algorithm 1, with the normalisation of its authors' code.
+    Source: arXiv:2411.16085, algorithm 1, with the normalisation in the code of the paper's authors.
     """
 
     def update(grads, state, params=None):
@@ -222,11 +229,11 @@ def cautious(tx: optax.GradientTransformation) -> optax.GradientTransformation:
 
 
 def decayed_weights(cfg: OptimConfig, max_steps: int) -> optax.GradientTransformation:
-    """Returns a transformation that adds coefficient * parameter to the updates; the coefficient follows
-    cfg.weight_decay_schedule.
+    """Returns a gradient transformation that adds coefficient * parameter to the updates (weight decay); the
+    coefficient follows cfg.weight_decay_schedule.
 
-    With cfg.cautious_decay, only where update * parameter >= 0, that is, where the update moves the parameter towards 0
-    (arXiv:2510.12402, algorithm 1).
+    With cfg.cautious_decay, weight decay is applied only to elements with update * parameter >= 0, which the update
+    moves towards 0 (arXiv:2510.12402, algorithm 1).
     """
     scheduled = cfg.weight_decay_schedule != "constant"
     decay = optax.add_decayed_weights(decay_schedule(cfg, max_steps) if scheduled else cfg.weight_decay)
@@ -241,22 +248,23 @@ def decayed_weights(cfg: OptimConfig, max_steps: int) -> optax.GradientTransform
 
 
 def _by_width() -> optax.GradientTransformation:
-    """Returns a transformation that scales updates by sqrt(max(1, out / in)). Source: Jordan 2024."""
+    """Returns a gradient transformation that multiplies updates of matrices [in, out] by sqrt(max(1, out / in)).
+    Source: Jordan 2024."""
     return optax.stateless(
         lambda updates, _: jax.tree.map(lambda u: u * max(1.0, u.shape[-1] / u.shape[-2]) ** 0.5, updates)
     )
 
 
 def _consistent_rms(rms: float = 0.2) -> optax.GradientTransformation:
-    """Returns a transformation that scales updates by rms * sqrt(max(in, out)), which gives an orthogonal [in, out]
-    matrix the root mean square `rms`.
+    """Returns a gradient transformation that multiplies updates by rms * sqrt(max(in, out)), so that an orthogonal
+    matrix [in, out] gets the root mean square `rms`.
 
     Source: arXiv:2502.16982.
     """
     return optax.stateless(lambda updates, _: jax.tree.map(lambda u: u * (rms * max(u.shape[-2:]) ** 0.5), updates))
 
 
-# ---------------------------------------------------------------- averages of the weights
+# ---------------------------------------------------------------- averages of the parameters
 
 
 class AveragedState(NamedTuple):
@@ -268,17 +276,18 @@ class AveragedState(NamedTuple):
 
 
 def averaged(tx: optax.GradientTransformation, weight: optax.Schedule) -> optax.GradientTransformationExtraArgs:
-    """Returns `tx` with an average of the params in its state. The updates are those of `tx`.
+    """Wraps the optimizer `tx` so that its state also holds an average of the params. The updates of `tx` are not
+    changed.
 
-    After update number n = 1, 2, .., the average is mean = (1 - w) * mean + w * params with w = weight(n).
+    After update n = 1, 2, .., the average becomes mean = (1 - w) * mean + w * params, where w = weight(n).
 
-    ema_weight(0.999)   exponential moving average
-    last_weight(900)    the params until update 900, then the uniform average of the params after updates 901, 902, ..
+    With `ema_weight(0.999)`, the result is an exponential moving average. With `last_weight(900)`, the average equals
+    the params until update 900, and then the uniform average of the params after the updates 901, 902, ..
     """
     inner = optax.with_extra_args_support(tx)
 
     def init(params):
-        # a copy, because a compiled step that donates its state cannot donate a buffer twice
+        # The params are copied, because a compiled step that donates its state cannot donate the same buffer twice.
         return AveragedState(inner.init(params), jnp.int32(0), jax.tree.map(jnp.copy, params))
 
     def update(updates, state, params=None, **extra):
@@ -296,9 +305,9 @@ def averaged(tx: optax.GradientTransformation, weight: optax.Schedule) -> optax.
 
 def ema_weight(decay: float) -> optax.Schedule:
     """Returns the weight of the newest params in an exponential moving average with bias correction, as in `optax.ema`:
-    (1 - decay) / (1 - decay**n) after n updates, which is 1 for the first.
+    (1 - decay) / (1 - decay**n) after n updates, which is 1 after the first update.
 
-    Source: arXiv:2411.18704; bias correction: arXiv:1412.6980, section 3.
+    Sources: weight averaging is from arXiv:2411.18704, and bias correction is from arXiv:1412.6980, section 3.
     """
     return lambda n: (1 - decay) / -jnp.expm1(math.log(decay) * n)
 
@@ -312,7 +321,8 @@ def last_weight(begin: int) -> optax.Schedule:
 
 
 def with_average(tx: optax.GradientTransformation, cfg: Config) -> optax.GradientTransformation:
-    """Returns `tx` with the average of the params that train.ema or train.average_last describes, or `tx` itself."""
+    """Wraps the optimizer `tx` so that its state holds the average of the params that train.ema or train.average_last
+    selects; returns `tx` itself if both settings are 0."""
     train = cfg.train
     if train.ema:
         tx = averaged(tx, ema_weight(train.ema))
@@ -325,11 +335,13 @@ def with_average(tx: optax.GradientTransformation, cfg: Config) -> optax.Gradien
 
 
 def average_of(params: Any, opt_state: Any) -> Any:
-    """Returns the average of the params in the state of an optimizer, or `params` if the state has no average."""
+    """Returns the average of the params that the optimizer state `opt_state` holds, or `params` if the state holds no
+    average."""
     if not isinstance(opt_state, AveragedState):
         return params
 
-    def on_device(mean: jax.Array, p: jax.Array) -> jax.Array:  # with optim.offload, the average is in host memory
+    # with optim.offload, the average of the params is in host memory
+    def on_device(mean: jax.Array, p: jax.Array) -> jax.Array:
         return mean if mean.sharding.memory_kind == p.sharding.memory_kind else jax.device_put(mean, p.sharding)
 
     return jax.tree.map(on_device, opt_state.mean, params)

@@ -1,7 +1,7 @@
-"""A child process that answers requests over pipes, within limits on time.
+"""Runs child processes that answer requests over pipes, with a time limit per request.
 
-It is used for what must not run in the calling process: chat templates of strangers (`tokenizers/_render.py`) and
-reward functions of users (`evaluation/_scoring.py`). A request and a reply are each one line of JSON.
+Child processes run code that must not run in the calling process: untrusted chat templates (`tokenizers/_render.py`)
+and reward functions of users (`evaluation/_scoring.py`). Each request and each reply is one line of JSON.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ MAX_REPLY_BYTES = 1 << 20
 
 
 class Child:
-    """A child process that reads a line of JSON from its stdin and writes a line of JSON to its stdout.
+    """A child process that reads requests from its stdin and writes replies to its stdout, one line of JSON each.
 
-    The process is started without fork in Python, so it is safe to start one beside JAX's threads, from any thread, on
-    Linux and macOS. It inherits no file descriptors, and it has a session of its own: a Ctrl-C in the terminal reaches
-    only the parent process. When the parent process ends for any reason, the child process reads the end of its stdin,
-    and must end, too.
+    The child process is not started with os.fork, so it can safely be started while JAX's threads are running, from any
+    thread, on Linux and macOS. The child process inherits no file descriptors, and runs in a separate session, so that
+    a Ctrl-C in the terminal interrupts only the parent process. When the parent process ends for any reason, the child
+    process reaches the end of its stdin, and must then exit.
     """
 
     def __init__(self, command: Sequence[str], env: Mapping[str, str] | None = None):
@@ -38,10 +38,12 @@ class Child:
 
     @classmethod
     def module(cls, name: str) -> Child:
-        """Start Python with this process's import path and environment, and call `main()` of the module `name`.
+        """Start a Python process with the import path and environment of this process, which calls `main()` of the
+        module `name`.
 
-        Unlike multiprocessing's spawn, this does not import the program's main module again. JAX, if the child process
-        uses it, runs on the CPU: it must not take the memory of the parent's accelerator.
+        Unlike the start method spawn of multiprocessing, this method does not import the program's main module again.
+        In the child process, JAX uses only the CPU, because the child process must not allocate memory on the parent's
+        accelerator.
         """
         program = f"import sys; sys.path[:] = sys.argv[1:]; import {name} as program; program.main()"
         command = [sys.executable, "-c", program, *(path or os.getcwd() for path in sys.path)]
@@ -57,11 +59,12 @@ class Child:
 
     @property
     def alive(self) -> bool:
-        """Whether the process still runs."""
+        """True if the child process is still running."""
         return self._process.poll() is None
 
     def ask(self, request: Any, timeout_s: float, max_bytes: int = MAX_REPLY_BYTES) -> Any:
-        """Send a request, a JSON value, and return the reply. Without a request (None), return the next reply.
+        """Send a request, which is a JSON value, to the child process, and return the reply. If the request is None, no
+        request is sent, and the next reply is returned.
 
         Raises:
             TimeoutError: there was no reply within `timeout_s` seconds. The process has been killed.
@@ -87,7 +90,8 @@ class Child:
 
     @contextmanager
     def _deadline(self, seconds: float) -> Iterator[None]:
-        """Kill the process if the `with` block takes longer than `seconds`. Afterwards `_killed` is decided."""
+        """Kill the child process if the `with` block takes longer than `seconds`. After the `with` block, `_killed`
+        says whether the process was killed."""
         timer = threading.Timer(seconds, self.kill)
         timer.daemon = True
         timer.start()
@@ -98,15 +102,16 @@ class Child:
             timer.join()
 
     def kill(self) -> None:
-        """Kill the process, with all processes that it has started and that are in its process group."""
+        """Kill the child process and all other processes in its process group."""
         self._killed = True
-        if self._process.returncode is None:  # else its process group may be another's by now
-            with suppress(OSError, AttributeError):  # Windows has no process groups
+        # The process group must not be killed after the child process has ended, because its id may be reused.
+        if self._process.returncode is None:
+            with suppress(OSError, AttributeError):  # Windows has no os.killpg, which raises AttributeError.
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.kill()
 
     def close(self) -> None:
-        """Kill the process, if it still runs, and wait for its end."""
+        """Kill the child process if it is still running, and wait until it has ended."""
         assert self._process.stdin and self._process.stdout
         self.kill()
         with suppress(BrokenPipeError):
@@ -116,7 +121,7 @@ class Child:
 
 
 def _plain(value: Any) -> Any:
-    """Returns a JSON value in place of one that JSON does not have, such as a date or an array of a Parquet file."""
+    """Converts a value that JSON cannot represent, such as a date or an array from a Parquet file, to a JSON value."""
     return value.tolist() if hasattr(value, "tolist") else str(value)
 
 

@@ -1,8 +1,8 @@
-"""Builds the API reference as a static site with pdoc (extra `[docs]`). Docstrings are shown verbatim.
+"""Builds the API reference as a static web site with pdoc (in the extra `[docs]`). Docstrings are shown verbatim.
 
-python -m gptjax.reference [FOLDER]        writes the site to FOLDER (default: site/, which is in .gitignore)
+    python -m gptjax.reference [FOLDER]    writes the site to FOLDER (default: site/, which is in .gitignore)
 
-The start page is FOLDER/index.html.
+The start page of the API reference is FOLDER/index.html.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from gptjax.errors import UserError
 
 _STYLE = "font-size: 75%; white-space: pre-wrap; overflow-wrap: anywhere; background: none; border: 0; padding: 0"
 _EXTENSION = '<span class="o">.</span><span class="n">jaxlib</span><span class="o">.</span><span class="n">_jax</span>'
-# HTML of ".jaxlib._jax". It is removed from the pages, so that they show jax.Array instead of jax.jaxlib._jax.Array.
+# `_EXTENSION` is the HTML of the text ".jaxlib._jax", which is removed from all pages, so that the pages show jax.Array
+# instead of jax.jaxlib._jax.Array.
 
 
 def build(folder: str | Path) -> Path:
-    """Writes the site into `folder` and returns the path of its index page.
+    """Writes the API reference into `folder`, and returns the path of its index page.
 
     Call this function in a separate process, because `_open` changes the modules of gptjax.
 
@@ -47,9 +48,9 @@ def build(folder: str | Path) -> Path:
 def _open(name: str) -> None:
     """Imports a package and its submodules, and changes them so that pdoc documents all public names.
 
-    Public names that a package imports lazily are imported now. Submodules are added to `__all__`. The `__module__` of
-    a NamedTuple's constructor names a module that does not exist; it is replaced by the module of the class, so that
-    pdoc finds the signature.
+    `_open` imports the public names that a package imports lazily, and adds submodules to `__all__`. The constructor of
+    a NamedTuple has a `__module__` that does not exist; `_open` replaces this `__module__` with the module of the
+    class, so that pdoc finds the signature.
     """
     module: Any = importlib.import_module(name)
     for public in getattr(module, "__all__", ()):
@@ -67,13 +68,14 @@ def _open(name: str) -> None:
 def _page(docstring: str) -> Any:
     """Converts a docstring to preformatted HTML, in which known names in backticks are links.
 
-    No other Markdown is interpreted, because columns and indentation are significant in these docstrings, and an
-    asterisk means multiplication.
+    All other Markdown in a docstring is left as plain text, because columns and indentation are significant in these
+    docstrings, and an asterisk means multiplication.
     """
     from markupsafe import Markup
 
     text = re.sub("`([^`\n]+)`", r"<code>\1</code>", html.escape(docstring))
-    # Enclose the dot of a file suffix such as .gguf, so that pdoc does not take it for the name of a module.
+    # The dot of a file suffix such as .gguf is put into a <span>, so that pdoc does not interpret the suffix as a
+    # module name.
     text = re.sub(r"(?<=\s)\.(?=\w)", "<span>.</span>", text)
     return Markup(f'<pre style="{_STYLE}">{text}</pre>')
 

@@ -1,11 +1,12 @@
-"""Plots for notebooks: coloured tokens, heatmaps, line plots.
+"""Draws plots in notebooks: coloured tokens, heatmaps and line plots.
 
-`tokens`, `maps` and `curves` return an object that a notebook displays if it is the result of a cell's last line:
+The functions `tokens`, `maps` and `curves` return an object that a notebook displays if the last line of a cell is a
+call of the function:
 
-show.tokens(tokenizer, ids)                                  tokens in different colours, with their ids as tooltips
-show.tokens(tokenizer, ids, values=losses)                   tokens coloured by a value per token
-show.maps({"head 0": w[0], "head 1": w[1]}, rows=words, columns=words)      heatmaps
-show.curves({"train": (steps, losses)}, x="step", y="loss")                 line plot
+    show.tokens(tokenizer, ids)                                  tokens in different colours, with their ids as tooltips
+    show.tokens(tokenizer, ids, values=losses)                   tokens coloured by a value per token
+    show.maps({"head 0": w[0], "head 1": w[1]}, rows=words, columns=words)      heatmaps
+    show.curves({"train": (steps, losses)}, x="step", y="loss")                 line plot
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from gptjax.errors import UserError
 from gptjax.tokenizers import Tokenizer
 
 _PASTELS = ("#c6dbef", "#fdd0a2", "#c7e9c0", "#dadaeb", "#fcbba1", "#e7e1a0")
-_MOST_ANNOTATED = 144  # heatmaps with more cells than this do not show the values
-_MOST_TICKS = 12  # maximum number of given tick positions that are labelled on a logarithmic axis
-_LEAST_GAP = 0.07  # minimum distance between two labelled ticks, as a fraction of the axis length
+_MOST_ANNOTATED = 144  # Maximum number of cells of heatmaps that show the value of each cell.
+_MOST_TICKS = 12  # Maximum number of given tick positions that are labelled on a logarithmic axis.
+_LEAST_GAP = 0.07  # Minimum distance between two labelled ticks, as a fraction of the axis length.
 
 
 class Html:
@@ -39,7 +40,8 @@ class Html:
 
 
 class Picture:
-    """A matplotlib figure that a notebook displays, with any matplotlib backend; `save` writes it to a file."""
+    """A matplotlib figure that a notebook displays, with any matplotlib backend; the method `save` writes the figure to
+    a file."""
 
     def __init__(self, figure: Any) -> None:
         self.figure = figure
@@ -50,12 +52,12 @@ class Picture:
         return buffer.getvalue()
 
     def save(self, path: str | Path) -> None:
-        """Write the figure to a file; the suffix of `path` decides the format."""
+        """Write the figure to a file; the suffix of `path` determines the file format."""
         self.figure.savefig(path)
 
 
 def tokens(tokenizer: Tokenizer, ids: Iterable[int], values: Iterable[float] | None = None) -> Html:
-    """Show a text split into tokens, with a background colour per token and its id as a tooltip.
+    """Show the tokens of a text, each with a background colour and with its id as a tooltip.
 
     Args:
         tokenizer: any object with a method `decode(ids)` that returns a string.
@@ -74,7 +76,7 @@ def tokens(tokenizer: Tokenizer, ids: Iterable[int], values: Iterable[float] | N
     for n, i in enumerate(ids):
         colour, note = _PASTELS[n % len(_PASTELS)], str(i)
         if scores is not None:
-            # The lowest value is shown in white, the highest in red.
+            # The token with the lowest value is shown in white, and the token with the highest value in red.
             level = round(255 - 155 * (scores[n] - low) / (high - low)) if high > low else 255
             colour, note = f"#ff{level:02x}{level:02x}", f"{i}: {scores[n]:.4g}"
         text = html.escape(tokenizer.decode([i])).replace(" ", "&nbsp;").replace("\n", "&crarr;<br>")
@@ -95,7 +97,8 @@ def maps(
     per_row: int = 4,
     size: float = 3.2,
 ) -> Picture:
-    """Draw heatmaps of matrices side by side, with a common colour scale. Small heatmaps also show the values.
+    """Draw heatmaps of matrices side by side, with a common colour scale. Small heatmaps also show the value of each
+    cell.
 
     Args:
         images: dict from the title of each heatmap to its array [rows, columns]. Cells that are NaN stay white.
@@ -171,7 +174,7 @@ def curves(
 
 
 def log_ticks(axis: Any, places: ArrayLike = ()) -> None:
-    """Label a logarithmic matplotlib axis with plain decimals such as 0.003.
+    """Label the ticks of a logarithmic matplotlib axis with plain decimal numbers such as 0.003.
 
     Args:
         places: tick positions. If 1 to 12 positions are given, ticks are placed at them, except at positions too close
@@ -197,8 +200,8 @@ def log_ticks(axis: Any, places: ArrayLike = ()) -> None:
 
 
 def _write_numbers(axis: Any, image: Any, a: np.ndarray) -> None:
-    """Write each value into its cell, in black on light cells and in white on dark cells; integers are written without
-    decimals."""
+    """Write the value of each cell of a heatmap into the cell, in black on light cells and in white on dark cells;
+    integers are written without decimals."""
     form = ".0f" if (np.nan_to_num(a) == np.round(np.nan_to_num(a))).all() else ".2f"
     for (row, column), value in np.ndenumerate(a):
         if np.isfinite(value):
@@ -208,7 +211,8 @@ def _write_numbers(axis: Any, image: Any, a: np.ndarray) -> None:
 
 
 def _figure(width: float, height: float, tall: int, wide: int) -> tuple[Any, list[Any]]:
-    """Returns a figure and the list of its axes, row by row. No window opens, because pyplot is not used."""
+    """Creates a matplotlib figure, and returns the figure and the list of its axes, row by row. No window opens,
+    because the figure is created without pyplot."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,11 +1,11 @@
-"""Handling of Ctrl-C (SIGINT) and SIGTERM.
+"""Handles the signals SIGINT (Ctrl-C) and SIGTERM.
 
-While the training loop polls `Signals.code` after every call of the training step, a signal only sets this code.
-Outside the training loop, a signal raises KeyboardInterrupt or Terminated. This can fail in two ways: Python drops
-exceptions that are raised in a callback of the garbage collector (JAX has one) or in a destructor, and it calls no
-signal handler while C code runs. Therefore `raise_if_any` is called between the stages of a run. In addition,
-`catch_signals(program=True)` starts a thread that ends the process if a signal is not acted on within `GRACE_S`
-seconds.
+During the training loop, which polls `Signals.code` after every call of the training step, a signal only sets
+`Signals.code`. Outside the training loop, a signal raises KeyboardInterrupt or Terminated. Raising an exception can
+fail in two ways: Python ignores exceptions that are raised in a destructor or in a callback of the garbage collector
+(JAX has such a callback), and Python calls no signal handler while C code is running. Because of these two cases,
+`raise_if_any` is called between the stages of a run. In addition, `catch_signals(program=True)` starts a thread that
+ends the process if a signal has no effect within `GRACE_S` seconds.
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ GRACE_S = 5.0
 
 
 class Stopped(SystemExit):
-    """Raised if training ends before its last step; `code` is the exit code, and `str()` gives the reason.
+    """The exception that is raised if training ends before its last step; `code` is the exit code, and `str()` returns
+    the reason.
 
-    The exit code is 130 after Ctrl-C and 143 after SIGTERM; in both cases all finished steps are saved first. It is 3
-    after train.max_nonfinite consecutive steps with a loss or gradient that is not finite. `Stopped` is a SystemExit,
-    so that a program that calls `train` ends with this exit code.
+    The exit code is 130 after Ctrl-C and 143 after SIGTERM; in both cases all finished steps are saved first. The exit
+    code is 3 after train.max_nonfinite consecutive steps with a loss or gradient that is not finite. `Stopped` is a
+    subclass of SystemExit, so that a program that calls `train` ends with this exit code.
     """
 
     def __init__(self, code: int, why: str):
@@ -43,17 +44,18 @@ class Stopped(SystemExit):
 
 
 class Terminated(Stopped):
-    """Raised if a SIGTERM is received outside the training loop."""
+    """The exception that is raised if the process receives a SIGTERM outside the training loop."""
 
 
 class Signals:
-    """Records the last signal received.
+    """Records the last signal that the process has received.
 
-    `code` is the exit code that stands for the signal: 128 + the signal's number, or 0 if no signal was received.
+    `code` is the exit code for the received signal, which is 128 + the number of the signal, or 0 if no signal was
+    received.
     """
 
     code: int = 0
-    polled: bool = False  # whether a loop checks `code`, so that the handler need not raise an exception
+    polled: bool = False  # True while a loop polls `code`, so that the signal handler need not raise an exception
     forgotten: bool = False
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
@@ -65,27 +67,29 @@ class Signals:
         callbacks = {getattr(callback, "__code__", None) for callback in gc.callbacks}
         while frame is not None:
             if frame.f_code in callbacks or frame.f_code.co_name == "__del__":
-                return  # do not raise: Python drops exceptions in destructors and in callbacks of the garbage collector
+                # No exception is raised here, because Python ignores exceptions in destructors and in callbacks of the
+                # garbage collector.
+                return
             frame = frame.f_back
         self.raise_if_any()
 
     def raise_if_any(self) -> None:
-        """Raise KeyboardInterrupt or Terminated if a signal was received. Call this method only where it is safe to
-        stop."""
+        """Raise KeyboardInterrupt or Terminated if a signal was received. Call this method only at points where the
+        program can safely stop."""
         if self.code == INTERRUPTED:
             raise KeyboardInterrupt
         if self.code:
             raise Terminated(self.code, f"ended by {signal_name(self.code)}")
 
     def forget(self) -> None:
-        """Reset `code` after the signal has been handled, for example by ending one answer of a chat."""
+        """Reset `code` to 0 after the signal has been handled, for example by ending the current answer of a chat."""
         self.code, self.forgotten = 0, True
 
     def watch(self, wake: int) -> None:
-        """The body of a thread that ends the process if a received signal is not acted on within `GRACE_S` seconds.
+        """Run in a thread, and end the process if a received signal has no effect within `GRACE_S` seconds.
 
-        `wake` is a file descriptor from which the thread reads the number of each received signal, which Python writes
-        as one byte.
+        `wake` is a file descriptor. Python writes the number of each received signal to this file descriptor as one
+        byte, and the thread reads these bytes.
         """
         received: float | None = None
         number = 0
@@ -107,7 +111,7 @@ class Signals:
 
 
 def signal_name(code: int) -> str:
-    """Returns the name of the signal that an exit code stands for, such as Ctrl-C for 130."""
+    """Returns the name of the signal for an exit code: Ctrl-C for 130 and SIGTERM for 143."""
     return {130: "Ctrl-C", 143: "SIGTERM"}.get(code, f"signal {code - 128}")
 
 
@@ -116,14 +120,16 @@ def _end(number: int) -> None:
     os._exit(128 + number)
 
 
-current: Signals | None = None  # the object that the active `catch_signals` yielded; None outside of it
+# the `Signals` that the active `catch_signals` yielded, or None if no `catch_signals` is active
+current: Signals | None = None
 
 
 @contextmanager
 def catch_signals(program: bool = False) -> Iterator[Signals]:
-    """Context manager that handles SIGTERM and Ctrl-C. Nested calls of `catch_signals` share one `Signals`.
+    """Context manager that handles SIGTERM and Ctrl-C. Nested calls of `catch_signals` share one `Signals` object.
 
-    Outside the main thread no signal handlers are installed, because Python allows them only in the main thread.
+    In other threads than the main thread, no signal handlers are installed, because Python allows signal handlers only
+    in the main thread.
 
     Args:
         program: whether gptjax is the process's main program, as on the command line. True: except on Windows, a thread

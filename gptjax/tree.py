@@ -1,8 +1,10 @@
-"""Functions that address leaves of a pytree by their paths: to match patterns, label or split leaves, count elements.
+"""Functions that address the leaves of a pytree by their paths: they match patterns, label and split leaves, and count
+elements.
 
-The path of a leaf is its keys, joined by "/", such as "blocks/attn/q/kernel". A pattern is a shell glob that must match
-the path from beginning to end. "*" also matches "/"; alternatives are joined by "|": "wte/* | lm_head/*". A key in
-brackets with ranges of numbers matches these numbers: "blocks/[0-3,8-11]/*" matches blocks/3/.. and blocks/10/...
+The path of a leaf consists of the keys that lead to the leaf, joined by "/", such as "blocks/attn/q/kernel". A pattern
+is a shell glob that must match the whole path. In a pattern, "*" also matches "/", and alternatives are joined by "|":
+"wte/* | lm_head/*". A key in brackets that consists of ranges of numbers matches all numbers in the ranges:
+"blocks/[0-3,8-11]/*" matches blocks/3/.. and blocks/10/...
 """
 
 from __future__ import annotations
@@ -18,12 +20,13 @@ from gptjax._moved import moved_name
 from gptjax.errors import UserError
 
 T = TypeVar("T")
-# A whole key such as [8-11] or [0-3,8-11]. Without "-" and ",", brackets are a set of characters, as in a shell glob.
+# `_RANGES` matches a whole key in a pattern, such as [8-11] or [0-3,8-11]. Brackets without "-" and "," are a set of
+# characters, as in a shell glob.
 _RANGES = re.compile(r"(?<![^/])\[(?=[^]]*[-,])(\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*)\](?![^/])")
 
 
 def path_string(path: tuple) -> str:
-    """Returns the keys of a `jax.tree_util` key path, joined by "/"."""
+    """Returns the keys of a `jax.tree_util` key path, joined by "/", as a string."""
     return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
 
 
@@ -33,15 +36,15 @@ def flatten(tree: Any) -> dict[str, Any]:
 
 
 def flatten_nodes(tree: Any) -> dict[str, Any]:
-    """Like `flatten`, but descends only into dicts: any other pytree node counts as one leaf."""
+    """Flatten nested dicts to a dict that maps each path to its leaf; unlike in `flatten`, any pytree node that is not
+    a dict counts as one leaf."""
     nodes = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda node: not isinstance(node, dict))
     return {path_string(path): node for path, node in nodes}
 
 
 def by_parent(tree: Any) -> dict[str, dict[str, Any]]:
-    """Group the leaves by their parent dict.
-
-    Returns a dict that maps the path of each parent to a dict of its leaves, each under the last key of its path.
+    """Group the leaves by their parent dict: returns a dict that maps the path of each parent to a dict of the parent's
+    leaves, whose keys are the last keys of the leaves' paths.
     """
     out: dict[str, dict[str, Any]] = {}
     for path, leaf in flatten(tree).items():
@@ -51,7 +54,7 @@ def by_parent(tree: Any) -> dict[str, dict[str, Any]]:
 
 
 def unflatten(leaves: dict[str, Any]) -> dict[str, Any]:
-    """Build nested dicts, with one level per key of a path: the inverse of `flatten`.
+    """Build nested dicts from a flat dict whose keys are paths; `unflatten` is the inverse of `flatten`.
 
     Args:
         leaves: dict that maps the paths to the leaves.
@@ -67,15 +70,14 @@ def unflatten(leaves: dict[str, Any]) -> dict[str, Any]:
 
 
 def map_paths(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
-    """Replace every leaf by `fn(path, leaf)`.
-
-    If `rest` holds further trees of the same structure, `fn` also receives their leaves: `fn(path, leaf, leaf, ..)`.
+    """Replace every leaf of a tree by `fn(path, leaf)`. If `rest` holds further trees of the same structure, `fn` also
+    receives the corresponding leaves of these trees: `fn(path, leaf, leaf, ..)`.
     """
     return jax.tree_util.tree_map_with_path(lambda path, *leaves: fn(path_string(path), *leaves), tree, *rest)
 
 
 def matches(pattern: str, path: str) -> bool:
-    """Returns True if any alternative of the pattern matches the path."""
+    """Returns True if the pattern, or any of its alternatives, matches the path."""
     return any(_matches_glob(glob.strip(), path) for glob in pattern.split("|"))
 
 
@@ -91,7 +93,8 @@ def _matches_glob(glob: str, path: str) -> bool:
 
 
 def number_ranges(glob: str) -> list[tuple[int, int]]:
-    """Returns the ranges (first, last) of numbers in a pattern's brackets, such as [(0, 3), (8, 8)] for [0-3,8]."""
+    """Returns the ranges of numbers in the brackets of a pattern, as pairs (first, last): [(0, 3), (8, 8)] for the
+    brackets [0-3,8]."""
     return [numbers for match in _RANGES.finditer(glob) for numbers in _parse_ranges(match[1])]
 
 
@@ -111,7 +114,7 @@ def unmatched(pattern: str, paths: Iterable[str]) -> list[str]:
 
 
 def label(tree: Any, rules: tuple[tuple[str, Any], ...]) -> Any:
-    """Replace every leaf by the value of the first rule whose pattern matches its path.
+    """Replace every leaf by the value of the first rule (pattern, value) whose pattern matches the path of the leaf.
 
     Raises:
         UserError: a leaf's path matches no rule; the message names all such leaves.
@@ -123,7 +126,8 @@ def label(tree: Any, rules: tuple[tuple[str, Any], ...]) -> Any:
 
 
 def split(tree: Any, pattern: str) -> tuple[Any, Any]:
-    """Split a tree into two: the leaves whose paths match the pattern, and all other leaves. `join` is the inverse.
+    """Split a tree into two trees: the first tree has the leaves whose paths match the pattern, and the second tree has
+    all other leaves. `join` is the inverse.
 
     Raises:
         UserError: an alternative of the pattern matches no leaf.

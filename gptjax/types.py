@@ -1,4 +1,4 @@
-"""Types that the whole package shares. This module does not import jax."""
+"""Defines the types that are used in the whole package. This module does not import jax."""
 
 from __future__ import annotations
 
@@ -8,15 +8,18 @@ from gptjax.errors import UserError, complaints
 
 __all__ = ["Batch", "Mean", "Metrics", "Params", "RolloutBatch", "UserError", "complaints"]
 
-Params = dict[str, Any]  # nested dict of arrays; "blocks/attn/q/kernel" is the path of one of them
-Metrics = dict[str, Any]  # dict that maps the name of each metric to a Mean or a scalar
+# `Params` is a nested dict of arrays; for example, params["blocks"]["attn"]["q"]["kernel"] is an array.
+Params = dict[str, Any]
+Metrics = dict[str, Any]  # A dict that maps the name of each metric to a Mean or a scalar.
 
 
 class Mean(NamedTuple):
-    """A weighted mean before the division: a weighted sum and the sum of its weights.
+    """A weighted mean before the division: the weighted sum of the values (`total`), and the sum of the weights
+    (`weight`).
 
-    To combine several means, add their totals and their weights, then divide once. Loss functions return a `Mean`, so
-    that gradient accumulation, padding, packing and data parallelism give exactly the mean over the whole batch.
+    To combine several `Mean` objects, add their totals, add their weights, and then divide once. Loss functions return
+    a `Mean`, so that gradient accumulation, padding, packing and data parallelism give exactly the mean over the whole
+    batch.
     """
 
     total: Any
@@ -27,15 +30,15 @@ class Mean(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """One batch for next-token prediction: a pytree, whose optional leaves may be None.
+    """A batch for next-token prediction: a pytree of arrays, some of which may be None.
 
-    tokens       [B, T] int32    input ids
-    targets      [B, T] int32    the token after each input token
-    weights      [B, T] float32  loss weight per target, or None if every weight is 1
-    segment_ids  [B, T] int32    id of the document that a token belongs to, or None for one document per row
-    positions    [B, T] int32    position within the document, or None for 0..T-1
-    subtree_end  [B, T] int32    for documents that are token trees (`data.token_tree`): index in the row from which on
-                                 the token is no longer visible, or None if no document is a tree
+    tokens: The input ids, [B, T] int32.
+    targets: The token after each input token, [B, T] int32.
+    weights: The loss weight of each target, [B, T] float32, or None if every weight is 1.
+    segment_ids: The id of the document that each token belongs to, [B, T] int32, or None if each row is one document.
+    positions: The position of each token within its document, [B, T] int32, or None for 0..T-1.
+    subtree_end: If documents are token trees (see `data.token_tree`), the index in the row after the last token of the
+      subtree that begins at each token, [B, T] int32; None if no document is a token tree.
     """
 
     tokens: Any
@@ -47,25 +50,27 @@ class Batch(NamedTuple):
 
 
 class RolloutBatch(NamedTuple):
-    """A batch of rollouts, each a prompt and a sampled answer, in B rows that are padded at the end.
+    """A batch of rollouts in B rows, which are padded at the end. A rollout is a prompt with a sampled answer.
 
     A row holds one rollout or, if `index` is given, a token tree of N rollouts with the same prompt. The last axis of
-    weights, old and reference is that of the tokens, or with `index` that of the up to A targets of each answer.
+    weights, old and reference has an element per token or, if `index` is given, an element for each of the up to A
+    targets of an answer.
 
-    tokens        [B, T] int32    input ids
-    targets       [B, T] int32    the token after each input token
-    weights       [B, T] float32  1 for the targets that are tokens of the answer, including its end token; else 0
-    segment_ids   [B, T] int32    as in `Batch`, or None
-    positions     [B, T] int32    as in `Batch`, or None
-    old           [B, T] float32  log-probability of each target under the sampler, at the temperature of sampling
-    reference     [B, T] float32  the same under the reference model, or None if the loss has no KL penalty
-    advantages    [B] float32     the advantage of each answer
+    tokens: The input ids, [B, T] int32.
+    targets: The token after each input token, [B, T] int32.
+    weights: The loss weights [B, T] float32: 1 for targets that are tokens of the answer, including the end token of
+      the answer; 0 for all other targets.
+    segment_ids: The id of the document that each token belongs to, [B, T] int32, as in `Batch`, or None.
+    positions: The position of each token within its document, [B, T] int32, as in `Batch`, or None.
+    old: The log-probability of each target under the sampler, at the sampling temperature, [B, T] float32.
+    reference: The log-probability of each target under the reference model, [B, T] float32, or None if the loss has
+      no KL penalty.
+    advantages: The advantage of each answer, [B] float32.
+    subtree_end: The end of the subtree that begins at each token, [B, T] int32, as in `Batch`, or None.
+    index: The index in the row of each target of each answer, [B, N, A] int32, or None. If `index` is given, weights,
+      old and reference have the shape [B, N, A], and advantages has the shape [B, N].
 
-    subtree_end   [B, T] int32    as in `Batch`, or None
-    index         [B, N, A] int32 place in the row of each target of each answer, or None. With `index`, weights, old
-                                  and reference are [B, N, A], and advantages [B, N].
-
-    `old` and `reference` are used where weights is 1 only. The weights of a row without an answer are all 0.
+    `old` and `reference` are used only where weights is 1. If a row has no answer, all of its weights are 0.
     """
 
     tokens: Any

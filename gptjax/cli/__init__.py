@@ -1,5 +1,6 @@
-"""The commands of the `gptjax` command line. The module of a command parses the arguments, calls the library and prints
-the results. The entry point of such a module is `run(args: list[str]) -> int`, which returns the exit code.
+"""The commands of the `gptjax` command line. The module of each command parses the arguments, calls the library and
+prints the results. The entry point of each command's module is the function `run(args: list[str]) -> int`, which
+returns the exit code.
 
 The module `manual` holds the text that `gptjax COMMAND --help` prints, and `topics` holds the pages of `gptjax help
 TOPIC`. The module `help` prints the texts of `manual` and `topics`, and `completion` prints the scripts with which a
@@ -12,10 +13,11 @@ from typing import NamedTuple
 
 
 class Verb(NamedTuple):
-    module: str  # name of the module with the entry point, imported only when the command is called
-    group: str  # heading under which `gptjax --help` lists the command
-    summary: str  # description of the command in `gptjax --help`
-    actions: tuple[str, ...] = ()  # subcommands, such as `prepare` in `gptjax data prepare`, each with its own help
+    module: str  # Name of the module with the entry point, which is imported only when the command is called.
+    group: str  # Heading under which `gptjax --help` lists the command.
+    summary: str  # Description of the command in `gptjax --help`.
+    # Subcommands, such as `prepare` in `gptjax data prepare`, each of which has a help page.
+    actions: tuple[str, ...] = ()
 
 
 TRAIN, USE, STUDY, FILES = "Train", "Use a trained model", "Plan and examine", "Prepare and convert files"
@@ -61,7 +63,8 @@ VERBS: dict[str, Verb] = {
     ),
     "doctor": Verb("gptjax.cli.doctor", INSTALLATION, "Check package versions, devices, cached files and folders."),
 }
-ABOUT_VERBS: dict[str, Verb] = {  # commands for the command line itself: the help pages and the shell completion
+# commands that are about the command line itself: the help pages and the shell completion
+ABOUT_VERBS: dict[str, Verb] = {
     "help": Verb("gptjax.cli.help", INSTALLATION, "Explain a command or a topic."),
     "completion": Verb(
         "gptjax.cli.completion", INSTALLATION, "Print a script for completion with TAB.", ("bash", "zsh", "fish")

@@ -59,8 +59,9 @@ def run(args: list[str]) -> int:
 
 
 def _pages(source: str, out: str | None) -> dict[str, Path]:
-    """Returns the paths of the two report files, in a dict with the keys "html" and "json". The files are OUT.html and
-    OUT.json if the argument `out` is given, otherwise audit.html and audit.json in the run directory.
+    """Returns the paths of the two report files of `gptjax audit`, in a dict with the keys "html" and "json". The
+    report files are OUT.html and OUT.json if the argument `out` is given, otherwise audit.html and audit.json in the
+    run directory.
 
     Raises:
         UserError: one of the report files exists already, or `source` is not a folder and `out` is None.
@@ -68,7 +69,7 @@ def _pages(source: str, out: str | None) -> dict[str, Path]:
     if out is None and not Path(source).expanduser().is_dir():
         from gptjax import weights
 
-        location = weights.open_model(source).location  # raises UserError if the model does not exist
+        location = weights.open_model(source).location  # `open_model` raises UserError if the model does not exist
         raise UserError(f"{location} is not a run directory, so the report needs a name: out=NAME")
     path = Path(source if out is None else out).expanduser()
     path = path / "audit" if out is None else path
@@ -112,9 +113,9 @@ def settings_of(args: Iterable[str]) -> dict[str, Any]:
 
 
 def _texts(given: dict[str, Any], cfg: Config | None, tokenizer: Tokenizer) -> tuple[TokenStore, TokenStore]:
-    """Returns the tokenized training texts and the tokenized held-out texts. The texts are read from the files in
-    train=FILE and held_out=FILE; if these settings are not given, the training and validation data of the run are
-    used."""
+    """Returns the tokenized training texts and the tokenized held-out texts. The texts are read from the files that
+    train=FILE and held_out=FILE name; if these settings are not given, the texts are the training and validation data
+    of the run."""
     from gptjax import data
     from gptjax.data import quality
     from gptjax.research import audit

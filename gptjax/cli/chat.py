@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from gptjax.types import Params
 
 HELP = "/system TEXT sets the system prompt, /new starts a new conversation, /quit exits"
-EVERY = 4  # number of tokens that are generated between two updates of the screen
-QUIET_S = 0.4  # seconds without a new token after which the progress line `... compiling, 3 s` appears
+EVERY = 4  # Number of tokens that are generated between two updates of the screen.
+QUIET_S = 0.4  # Seconds without a new token after which a progress line such as `... compiling, 3 s` appears.
 READS = PAGES["chat"].settings
 
 
@@ -61,7 +61,8 @@ def run(args: list[str]) -> int:
 
 
 class Chat:
-    """The conversation so far, with the model and the sampling settings that generate the next answer."""
+    """A conversation with a model: the messages so far, and the model and the sampling settings that generate the next
+    answer."""
 
     def __init__(
         self, params: Params, cfg: ModelConfig, tokenizer: Tokenizer, settings: SampleConfig, system: str | None
@@ -78,8 +79,8 @@ class Chat:
         return [*([{"role": "system", "content": self.system}] if self.system else []), *self.turns]
 
     def ask(self, text: str) -> Iterator[str]:
-        """Yields the text of the answer in chunks as it is generated, and appends the whole answer to the conversation
-        at the end."""
+        """Generates the answer to a question, yields the text of the answer in chunks while it is generated, and
+        appends the question and the whole answer to the conversation."""
         import jax
 
         from gptjax.generation import cut, from_config, stop_strings, stream, text_chunks
@@ -88,7 +89,7 @@ class Chat:
         settings = self.settings
         max_prompt = self.cfg.context_length - min(settings.max_new_tokens, self.cfg.context_length // 2)
         self.turns.append({"role": "user", "content": text})
-        try:  # drop the oldest turns of the chat until the prompt leaves enough of the context for an answer
+        try:  # The oldest turns are dropped until the prompt leaves room for an answer in the context.
             while len(ids := encode_chat(self.tokenizer, self.messages())) > max_prompt and len(self.turns) > 1:
                 del self.turns[:2]
                 options.note("(the context is full: the oldest turn is forgotten)")
@@ -117,10 +118,11 @@ class Chat:
 
 
 def talk(chat: Chat, terminal: bool, read: Callable[[str], str] = input) -> None:
-    """Reads questions from the terminal or a pipe and streams the answers, until the input ends."""
+    """Reads questions from the terminal or a pipe, and prints the answers while they are generated, until the input
+    ends."""
     if terminal:
         with suppress(ImportError):
-            importlib.import_module("readline")  # adds line editing and a history to the function `input`
+            importlib.import_module("readline")  # the import adds line editing and a history to `input`
         options.note(HELP)
     while True:
         try:
@@ -173,8 +175,8 @@ def _answer(chat: Chat, text: str) -> None:
         return
     wait_s, decode_s, n_decoded = first - started, time.monotonic() - first, chat.count - EVERY
     tokens = f"{chat.count} token{'' if chat.count == 1 else 's'}"
-    # The tokens of the first screen update are left out of the tokens per second, because the time before this update
-    # includes the compilation and the processing of the prompt.
+    # The tokens per second do not count the tokens of the first screen update, because the time before this update
+    # includes the compilation and the prefill of the prompt.
     if n_decoded <= 0 or decode_s <= 0:
         options.note(f"[{tokens} after {wait_s + decode_s:.1f} s]")
     else:
@@ -182,8 +184,8 @@ def _answer(chat: Chat, text: str) -> None:
 
 
 class Waiting:
-    """A progress line such as `... compiling, 3 s`, which is shown on stderr until `end` is called. If stderr is not a
-    terminal, no progress line is shown."""
+    """Shows a progress line such as `... compiling, 3 s` on stderr until `end` is called. If stderr is not a terminal,
+    no progress line is shown."""
 
     def __init__(self, label: str) -> None:
         self._label, self._done, self._shown = label, threading.Event(), False
@@ -198,7 +200,7 @@ class Waiting:
         self.end()
 
     def end(self) -> None:
-        """Erases the progress line. Calling `end` again does nothing."""
+        """Erases the progress line. A second call of `end` does nothing."""
         if self._thread and not self._done.is_set():
             self._done.set()
             self._thread.join()
@@ -221,7 +223,7 @@ class Wrap:
         self._blanks = self._word = ""
 
     def feed(self, piece: str) -> str:
-        """Takes the next piece of the streamed text, and returns the text that can be shown now. The last word of a
+        """Adds the next piece of the streamed text, and returns the text that can be printed now. The last word of each
         piece is held back, because the word may continue in the next piece."""
         out = ""
         for char in piece:
@@ -233,8 +235,8 @@ class Wrap:
                 self._blanks += char
             else:
                 self._word += char
-                # a wide character, such as a Chinese one, counts as a word, because scripts with wide characters have
-                # no spaces between words
+                # Each wide character, such as a Chinese character, counts as a word, because scripts with wide
+                # characters have no spaces between words.
                 if columns(char) == 2 or columns(self._word) >= self._width:
                     out += self._place()
         return out
@@ -254,5 +256,5 @@ class Wrap:
 
 
 def columns(text: str) -> int:
-    """Returns the number of terminal columns that the text takes."""
+    """Returns the number of terminal columns that the text occupies."""
     return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)

@@ -21,19 +21,19 @@ USAGE = 'expected: gptjax classify RUN "TEXT"|FILE|- [...] [text_field=COLUMN] [
 SETTINGS = ("text", "text_field", "out")
 LINES, TABLES = (".txt", ".md"), (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 OUT = (".csv", ".tsv", ".jsonl")
-BATCH_SIZE = 16  # number of texts per call of the model
+BATCH_SIZE = 16  # number of texts that the model classifies per call
 MAX_PROBLEMS = 20
 
 
 class Row(NamedTuple):
     location: str
     text: str
-    columns: dict[str, Any]  # dict from column name to value, for all columns of the row in the file
+    columns: dict[str, Any]  # dict that maps the name of each column in the file to the row's value in this column
 
 
 class Request(NamedTuple):
-    """The parsed command line. Each of `sources` is ("text", the text itself), ("file", path) or ("pipe", "-"), in the
-    order of the command line."""
+    """The parsed command line of `gptjax classify`. `sources` lists the inputs in the order of the command line, each
+    as a pair ("text", the text itself), ("file", path) or ("pipe", "-")."""
 
     run: str
     sources: list[tuple[str, str]]
@@ -47,10 +47,10 @@ def run(args: list[str]) -> int:
     from gptjax.training.process import use_compile_cache
 
     folder = Path(request.run)
-    refuse_reward_model(read_labels(folder), folder)  # raises UserError if the model is not a classifier
+    refuse_reward_model(read_labels(folder), folder)  # `read_labels` raises UserError if the model is not a classifier
     files = [file for file in (folder / "config.yaml", folder.parent / "config.yaml") if file.is_file()][:1]
     leaves = [leaf for file in files for leaf in leaves_of(read_text(file, "config"), str(file))]
-    trained = {leaf.key: leaf.value for leaf in leaves}  # settings of the training run, from its config.yaml
+    trained = {leaf.key: leaf.value for leaf in leaves}  # the settings in the config.yaml of the training run
     fields = (request.text_field, trained.get("classify.text_field"))
     if request.out:
         refuse_existing(request.out)
@@ -108,7 +108,7 @@ def _kind(arg: str) -> str:
         raise UserError(f"{arg!r}: the text is empty")
     try:
         is_file = path.is_file()
-    except OSError:  # the text is too long for a file name
+    except OSError:  # `is_file` raises OSError if the text is too long for a file name
         return "text"
     if is_file and suffix not in known:
         raise UserError(f"{arg}: expected a {', '.join(known)} file; to classify this as a text, use text={arg}")
@@ -118,7 +118,7 @@ def _kind(arg: str) -> str:
 
 
 def read(kind: str, name: str, fields: tuple[str | None, str | None]) -> Iterator[Row]:
-    """Yields the rows of one source, which is a text, a file or a pipe.
+    """Yields the rows of one source of texts, which is a text on the command line, a file or a pipe.
 
     Args:
         fields: two names of the text column, the one given on the command line and the one used in training; either may
@@ -164,8 +164,8 @@ def _field(row: dict[str, Any], fields: tuple[str | None, str | None], name: str
 
     requested, trained = fields
     if requested:
-        # the rows of a JSON file may have different columns, so for these files it is not an error if the first row
-        # lacks the column
+        # The rows of a .json or .jsonl file may have different columns, so that the first row of such a file may lack
+        # the requested column.
         if requested not in row and not name.lower().endswith((".json", ".jsonl")):
             hint = did_you_mean(requested, map(str, row))
             raise UserError(f"{name}: no column {requested!r}; there are {', '.join(map(repr, row))}{hint}")
@@ -181,8 +181,8 @@ def _field(row: dict[str, Any], fields: tuple[str | None, str | None], name: str
 
 
 def _check(sources: Sequence[tuple[str, str]], fields: tuple[str | None, str | None]) -> list[str]:
-    """Checks the rows of all files, and returns the names of their columns in the order of appearance. A pipe has one
-    column, `text`; its rows are not checked, because a pipe can be read only once.
+    """Checks the rows of all files, and returns the names of the files' columns in the order of appearance. A pipe has
+    one column, `text`; the rows of a pipe are not checked, because a pipe can be read only once.
 
     Raises:
         UserError: some rows are malformed or have no text; the message lists up to MAX_PROBLEMS of them.
@@ -206,8 +206,8 @@ def _check(sources: Sequence[tuple[str, str]], fields: tuple[str | None, str | N
 
 
 def chunks(rows: Iterator[Row], size: int) -> Iterator[list[Row]]:
-    """Yields the rows in lists of up to `size` rows. If reading a row raises UserError, the rows already read are still
-    yielded, and then the error is raised."""
+    """Yields the rows in lists of up to `size` rows. If reading a row raises UserError, the rows that were read before
+    this row are yielded, and then the error is raised."""
     chunk: list[Row] = []
     try:
         for row in rows:
@@ -224,7 +224,7 @@ def chunks(rows: Iterator[Row], size: int) -> Iterator[list[Row]]:
 
 
 def show(rows: Sequence[Row], predictions: Sequence[dict[str, float]]) -> None:
-    """Prints one line per row: the most likely class, the probabilities and the text.
+    """Prints one line per row: the most likely class, the probabilities of all classes, and the text.
 
     Args:
         predictions: for each row, a dict from each class to its probability.
@@ -239,7 +239,7 @@ def show(rows: Sequence[Row], predictions: Sequence[dict[str, float]]) -> None:
 
 def _writer(out: Path, columns: Sequence[str]) -> Callable[[Sequence[Row], Sequence[dict[str, float]]], None]:
     """Creates the file `out`, and returns a function write(rows, predictions) that appends rows with their predictions
-    to the file. After each call of `write` the file holds only complete rows."""
+    to the file. After each call of `write`, the file contains only complete rows."""
     names = ["label", "probability"]
     if set(names) & set(columns):
         names = ["predicted_label", "predicted_probability"]

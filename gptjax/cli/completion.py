@@ -1,11 +1,12 @@
-"""`gptjax completion bash|zsh|fish`: prints a script with which the shell completes command lines.
+"""`gptjax completion bash|zsh|fish`: prints a script for the shell, which completes `gptjax` command lines.
 
-The script calls `gptjax completion --words WORD ...` with the words before the cursor. The last word is the one
-that the user is typing, and the command prints its possible completions, one per line. The script also passes the names
-of settings and presets to this command, in an environment variable, because importing the modules that define the names
-would take most of the time of each completion.
+The script calls `gptjax completion --words WORD ...` with the words before the cursor. The last of these words is the
+word that the user is typing, and the command prints the possible completions of this word, one per line. The script
+passes the names of settings and presets to the command in an environment variable, because importing the modules that
+define these names would take most of the time of each completion.
 
-The command prints these completions for these words:
+For example, the command prints these completions for the words after `--words`:
+
     --words pre                             pretrain, presets
     --words pretrain opt                    optim.
     --words pretrain optim.w                optim.warmup_steps=, optim.weight_decay=, optim.weight_decay_schedule=
@@ -90,7 +91,7 @@ HELP = "--help"
 
 
 class Names(NamedTuple):
-    """The names from which completions are made.
+    """The names of settings and presets, from which completions are chosen.
 
     Attributes:
         settings: dict from the key of each setting to its allowed values, or to [] if it takes any number or text.
@@ -117,8 +118,8 @@ def run(args: list[str]) -> int:
 
 
 def script(shell: str) -> str:
-    # The scripts enclose the JSON text in single quotes. The JSON text contains no single quote, so it needs no
-    # escaping.
+    # The shell scripts enclose the JSON text in single quotes. The JSON text contains no single quotes, so nothing in
+    # the text has to be escaped.
     text = json.dumps(names(), separators=(",", ":"))
     return SCRIPTS[shell].replace("VARIABLE", VARIABLE).replace("NAMES", text)
 
@@ -137,7 +138,7 @@ def names() -> Names:
 
 def choices(key: str) -> list[str]:
     """Returns the allowed values of a setting: true and false for a bool, the choices of a Literal, and null if the
-    setting can be null. Returns [] for a setting that takes any number or text."""
+    setting can be null. Returns [] for a setting whose value can be any number or text."""
     from gptjax.config.schema import leaf_fields, without_null
 
     field = leaf_fields()[key]
@@ -201,7 +202,7 @@ def _words_of_page(page: Page, before: Sequence[str], current: str, names: Names
             yield from (f"{option.name}{choice}" for choice in option.choices)
         elif not is_set:
             yield option.name
-    flag = "--" if current.startswith("--") else ""  # a setting may also be written --optim.lr=1
+    flag = "--" if current.startswith("--") else ""  # a setting may also be written with dashes: --optim.lr=1
     if flag and "." not in current:
         return
     patterns = page.settings if not page.reads else names.uses.get(page.reads, ["*"])
@@ -212,9 +213,9 @@ def _words_of_page(page: Page, before: Sequence[str], current: str, names: Names
 
 def _settings(keys: Sequence[str], section: str, current: str, names: Names) -> Iterator[str]:
     """Yields the possible completions of the unfinished setting `current`. If `current` does not name a section yet,
-    these are the sections, such as `optim.`, and the settings outside of sections, such as `seed=`. If `current` begins
-    with a section, they are the settings in this section, such as `optim.lr=`. If `current` contains `=`, they are the
-    allowed values, such as `optim.name=muon`."""
+    the completions are the sections, such as `optim.`, and the settings outside of sections, such as `seed=`. If
+    `current` begins with a section, the completions are the settings in this section, such as `optim.lr=`. If `current`
+    contains `=`, the completions are the setting with each of its allowed values, such as `optim.name=muon`."""
     typed, is_set, _ = current.partition("=")
     for key in keys:
         short = key.removeprefix(f"{section}.") if section else key

@@ -1,4 +1,5 @@
-"""The checks of `gptjax doctor` for NVIDIA GPUs: the GPU, its driver, and whether jax's CUDA plugin supports both."""
+"""Runs the checks of `gptjax doctor` for NVIDIA GPUs: these checks test whether jax's CUDA plugin supports the GPU and
+its driver."""
 
 from __future__ import annotations
 
@@ -10,22 +11,23 @@ from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, requires
 from typing import NamedTuple
 
-# maps a CUDA version to the oldest driver version and the lowest compute capability that this CUDA version supports
+# Maps each CUDA version to the oldest driver version and the lowest compute capability that the CUDA version supports.
 NEEDS = {"12": (525, 5.2), "13": (580, 7.5)}
 PACKAGES = tuple(
     name for cuda in NEEDS for name in (f"jax-cuda{cuda}-plugin", f"jax-cuda{cuda}-pjrt", f"nvidia-cudnn-cu{cuda}")
 )
-AMPERE = 8.0  # lowest compute capability with bfloat16 and TF32 tensor cores and cuDNN's flash attention
+# The lowest compute capability that has bfloat16 and TF32 tensor cores and supports cuDNN's flash attention.
+AMPERE = 8.0
 
 
 class Card(NamedTuple):
     name: str
-    capability: float  # compute capability, such as 9.0; 0 if it is unknown
-    driver: str  # driver version; "" if it is unknown
+    capability: float  # Compute capability, such as 9.0; 0 if the compute capability is unknown.
+    driver: str  # Driver version; "" if the driver version is unknown.
 
 
 def cards() -> list[Card]:
-    """Returns the GPUs that nvidia-smi lists; [] if nvidia-smi is missing or fails."""
+    """Returns the GPUs that the program nvidia-smi lists, or [] if nvidia-smi is missing or fails."""
     command = ["nvidia-smi", "--query-gpu=name,compute_cap,driver_version", "--format=csv,noheader"]
     try:
         out = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
@@ -49,8 +51,8 @@ def gpu_here() -> bool:
 
 
 def lines(cards: list[Card]) -> list[str]:
-    """Returns one line of text for each group of identical GPUs in the machine: their number, name, compute capability
-    and driver version."""
+    """Returns one line of text for each group of identical GPUs in the machine, with the number, name, compute
+    capability and driver version of the GPUs."""
     kinds = {card: cards.count(card) for card in cards}
     return [
         f"{f'{n} x ' if n > 1 else ''}{card.name}, compute capability {card.capability or 'unknown'}, "
@@ -60,7 +62,7 @@ def lines(cards: list[Card]) -> list[str]:
 
 
 def plugin_problems(versions: dict[str, str], cards: list[Card]) -> list[str]:
-    """Returns the reasons why jax cannot use the GPU, as texts that also suggest a solution; [] if there are none.
+    """Returns an error text for each reason why jax cannot use the GPU; the texts also suggest solutions.
 
     Args:
         versions: dict from the name of a package to its version, or to "" if the package is not installed. The packages
@@ -104,7 +106,7 @@ def backend_problem(backend: str, here: bool, versions: dict[str, str], cards: l
     if not here or backend in ("gpu", "tpu") or os.environ.get("JAX_PLATFORMS"):
         return []
     if not any(versions.get(f"jax-cuda{cuda}-plugin") for cuda in NEEDS):
-        driver, capability = NEEDS["13"]  # CUDA 13 is recommended only if all GPUs and drivers support it
+        driver, capability = NEEDS["13"]  # CUDA 13 is recommended only if all GPUs and drivers support CUDA 13
         supports_13 = all(c.capability >= capability and c.driver and _release(c.driver)[0] >= driver for c in cards)
         best = "13" if cards and supports_13 else "12"
         way_out = f"its plugin is not installed: pip install 'jax[cuda{best}]=={versions['jax']}'"
@@ -119,8 +121,8 @@ def backend_problem(backend: str, here: bool, versions: dict[str, str], cards: l
 
 
 def bfloat16_line(capability: float) -> str:
-    """Returns a warning if the GPU has no tensor cores for bfloat16; "" for Ampere and later GPUs, or if the compute
-    capability is unknown."""
+    """Returns a warning if the GPU has no tensor cores for bfloat16. Returns "" for Ampere and later GPUs, or if the
+    compute capability is unknown."""
     if not 0 < capability < AMPERE:
         return ""
     return f"no bfloat16 tensor cores at compute capability {capability}: model.dtype=float32 is as fast or faster"
@@ -134,7 +136,8 @@ def _release(version: str) -> tuple[int, ...]:
 
 
 def _wanted_cudnn(cuda: str) -> str:
-    """Returns the lowest cuDNN version that the installed CUDA plugin of jax requires; "" if it requires none."""
+    """Returns the lowest cuDNN version that the installed CUDA plugin of jax requires, or "" if the plugin requires no
+    cuDNN version."""
     with suppress(PackageNotFoundError):
         for line in requires(f"jax-cuda{cuda}-plugin") or []:
             if line.startswith(f"nvidia-cudnn-cu{cuda}") and (match := re.search(r">=([\d.]+)", line)):

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 ACTIONS = ("prepare", "inspect", "check")
 CHECK = "gptjax data check FILE [FILE ...] [field=NAME] [threshold=0.8] [near=false] [model=MODEL] [out=REPORT.json]"
-# maximum number of findings that are printed for each kind: exact duplicates, near duplicates, secrets, outliers
+# Maximum number of findings that `gptjax data check` prints of each kind: exact duplicates, near duplicates, secrets,
+# outliers.
 SHOWN = 5
 
 
@@ -45,8 +46,8 @@ def run(args: list[str]) -> int:
 
 
 def inspect_conversation(args: options.Args) -> int:
-    """Prints how the first conversation of `gptjax finetune instruct` with the same arguments is trained: the text,
-    with the tokens in the loss marked, or the branches of its token tree."""
+    """Prints the first conversation on which `gptjax finetune instruct` with the same arguments would train: its text,
+    in which the tokens that count in the loss are marked, or the branches of its token tree."""
     cfg, provenance = options.configure(args, "instruct", "data inspect", "instruct")
     from gptjax.tasks import instruct
     from gptjax.training.progress import without_colours
@@ -59,8 +60,8 @@ def inspect_conversation(args: options.Args) -> int:
 
 
 def first_window(prepared: Prepared, cfg: Config, most: int = 24) -> list[str]:
-    """Returns lines that show the first `most` tokens of the first row of the first training batch: each line has the
-    input token, the target token, and whether the target counts in the loss."""
+    """Returns lines of text about the first `most` tokens of the first row of the first training batch: each line shows
+    an input token, the target token, and whether the target counts in the loss."""
     from gptjax.data import Loader
 
     batch = Loader(
@@ -82,8 +83,8 @@ def first_window(prepared: Prepared, cfg: Config, most: int = 24) -> list[str]:
 
 
 def check(args: list[str]) -> int:
-    """Reports duplicates, secrets and outliers in files that are splits of one data set. The exit code is 0 even if
-    duplicates, secrets or outliers are found."""
+    """Prints a report of the duplicates, secrets and outliers in files that are splits of one data set. The exit code
+    is 0 even if duplicates, secrets or outliers are found."""
     given = dict(arg.split("=", 1) for arg in args if options.is_setting(arg))
     files = [arg for arg in args if not options.is_setting(arg)]
     known = ("field", "threshold", "near", "model", "out")

@@ -21,7 +21,7 @@ PACKAGES = (
     "gptjax", "jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "numpy", "datasets", "tiktoken",
     "tokenizers",
 )  # fmt: skip
-OPTIONAL = ("libtpu", *cuda.PACKAGES)  # packages that are printed only if they are installed
+OPTIONAL = ("libtpu", *cuda.PACKAGES)  # packages whose versions are printed only if they are installed
 
 
 def run(args: list[str]) -> int:
@@ -59,8 +59,8 @@ def _version(name: str) -> str:
 
 def version_problems(versions: dict[str, str]) -> list[str]:
     """Returns a list with one error text if jax or jaxlib is not installed, or if their minor versions differ;
-    otherwise []. Patch versions are not compared here, because jax itself refuses a jaxlib with a newer patch version
-    when jax is imported."""
+    otherwise []. Patch versions are not compared here, because jax raises an error on import if jaxlib has a newer
+    patch version."""
     jax, jaxlib = versions.get("jax", ""), versions.get("jaxlib", "")
     if not jax or not jaxlib:
         return ["jax or jaxlib is not installed: pip install -U jax"]
@@ -70,26 +70,28 @@ def version_problems(versions: dict[str, str]) -> list[str]:
 
 
 def tpu_here() -> bool:
-    """Returns True if this machine has a TPU, judged by device files and by environment variables of Colab and TPU VMs.
-    `jax.devices` is not used, because it does not list a TPU whose driver is missing."""
+    """Returns True if this machine has a TPU, which the function detects from device files and from environment
+    variables of Colab and TPU VMs. `jax.devices` is not called, because `jax.devices` does not list a TPU whose driver
+    is missing."""
     return bool(glob.glob("/dev/accel*") or os.environ.get("TPU_NAME") or os.environ.get("COLAB_TPU_ADDR"))
 
 
 def holders(proc: Path = Path("/proc"), own_pid: int | None = None) -> list[str]:
-    """Returns the other processes that have a TPU's device file open, as texts such as "python (pid 123)". Only one
-    process at a time can use a TPU."""
+    """Returns the other processes that have a TPU's device file open, as texts such as "python (pid 123)". `gptjax
+    doctor` reports these processes, because only one process at a time can use a TPU."""
     processes = []
     for folder in proc.glob("[0-9]*"):
         if int(folder.name) == (os.getpid() if own_pid is None else own_pid):
             continue
-        with suppress(OSError):  # OSError: the process has ended, or belongs to another user
+        with suppress(OSError):  # OSError is raised if the process has ended, or belongs to another user
             if any(os.readlink(file).startswith(("/dev/accel", "/dev/vfio/")) for file in (folder / "fd").iterdir()):
                 processes.append(f"{(folder / 'comm').read_text().strip()} (pid {folder.name})")
     return processes
 
 
 def wanted_libtpu() -> str:
-    """Returns the libtpu release that the installed jax requires, such as "0.0.42.*"; "" if jax requires none."""
+    """Returns the libtpu release that the installed jax requires, such as "0.0.42.*", or "" if jax requires no libtpu
+    release."""
     with suppress(PackageNotFoundError):
         for line in requires("jax") or []:
             if match := re.match(r"libtpu==([\w.*]+)", line):
@@ -99,7 +101,7 @@ def wanted_libtpu() -> str:
 
 def backend_problem(backend: str, tpu: bool, libtpu: str, wanted: str, held_by: list[str]) -> list[str]:
     """Returns a list with one error text, which names the most likely cause, if the machine has a TPU that jax does not
-    use; otherwise []. Without the error, gptjax would compute on the CPU and the user would not notice."""
+    use; otherwise []. Without this error text, gptjax would compute on the CPU, and the user would not notice."""
     if not tpu or backend == "tpu":
         return []
     if not libtpu:
@@ -135,7 +137,7 @@ def precision_line(backend: str, capability: float, setting: str | None) -> str:
 
 
 def attention_line(backend: str) -> str:
-    """Returns the name of the attention implementation that a run on this device uses."""
+    """Returns the name of the attention implementation that a training run on this device uses."""
     from gptjax.ops import device, fused
 
     if backend == "tpu":
@@ -144,7 +146,8 @@ def attention_line(backend: str) -> str:
 
 
 def gpu_attention(capability: float, cudnn: int) -> str:
-    """Returns the names of the attention kernels that a run on a GPU uses, as `ops.fused.kernel_for` chooses them."""
+    """Returns the names of the attention kernels that a training run on a GPU uses; `ops.fused.kernel_for` selects
+    these kernels."""
     if capability < cuda.AMPERE:
         needs = f"the fused kernels need compute capability 8.0 (Ampere), not {capability}"
         return f"XLA, with T x T scores in memory: {needs}"
@@ -173,7 +176,7 @@ def _devices(versions: dict[str, str]) -> list[str]:
                 print(f"bfloat16           {line}")
         if backend == "tpu" or capability:
             print(f"attention          {attention_line(backend)}")
-        setting = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]  # made at run time
+        setting = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
         print(f"precision          {precision_line(backend, capability, setting)}")
     problems += backend_problem(backend, tpu_here(), _version("libtpu"), wanted_libtpu(), holders())
     return problems or cuda.backend_problem(backend, bool(cards) or cuda.gpu_here(), versions, cards)

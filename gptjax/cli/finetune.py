@@ -1,4 +1,4 @@
-"""`gptjax finetune TASK`: fine-tunes a model, or with --dry-run reports what the run would do."""
+"""`gptjax finetune TASK`: fine-tunes a model, or with --dry-run prints a report of what the run would do."""
 
 from __future__ import annotations
 

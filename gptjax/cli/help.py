@@ -36,7 +36,7 @@ def run(args: list[str]) -> int:
 
 
 def overview() -> str:
-    """Returns the text of `gptjax --help`: the commands by group, and the topics."""
+    """Returns the text of `gptjax --help`, which lists the commands by group, and the help topics."""
     lines = [
         "gptjax trains, fine-tunes and runs GPT-style language models in JAX.",
         "",
@@ -61,8 +61,8 @@ def topic(name: str) -> str:
 
 
 def verb_help(name: str, args: Sequence[str] = ()) -> str:
-    """Returns the text of `gptjax NAME ARGS --help`. The settings of the command are shown with the values that the
-    preset and the settings in ARGS give them."""
+    """Returns the text of `gptjax NAME ARGS --help`. The help text shows each setting of the command with the value
+    that results from the preset and the settings in ARGS."""
     from gptjax.cli.manual import PAGES
 
     args = list(args)
@@ -95,7 +95,7 @@ def verb_help(name: str, args: Sequence[str] = ()) -> str:
 
 
 def _usage(usage: str, width: int) -> list[str]:
-    """Returns the usage text of a command as lines of at most `width` columns. Lines are not broken inside square
+    """Returns the usage text of a command as lines of at most `width` columns. A line is never broken inside square
     brackets, so that each optional argument stays on one line."""
     lines: list[str] = []
     for line in usage.splitlines():
@@ -114,6 +114,7 @@ def _wrapped(text: str, width: int, indent: str = "") -> list[str]:
 
 def columns() -> int:
     """Returns the number of columns of the help text: the width of the terminal, but at least 60 and at most 120."""
-    import shutil  # imported only here, because it takes 10 ms and `gptjax --help` does not need it
+    # shutil is imported only here, because the import takes 10 ms, and `gptjax --help` does not need shutil
+    import shutil
 
     return min(max(shutil.get_terminal_size((100, 0)).columns, 60), 120)

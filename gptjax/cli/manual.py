@@ -1,8 +1,9 @@
-"""The text of `gptjax COMMAND --help`: one page per command, and one per action of a command, such as `data check`.
+"""Defines the text of `gptjax COMMAND --help`: one help page per command, and one help page per subcommand, such as
+`data check`.
 
-The examples of a page can be run unchanged in an empty folder, on a CPU and without a network, after the commands in
-`Page.needs` have been run. The settings of a page and their help texts are defined in `gptjax.config.schema`, which is
-not imported here, so that `gptjax completion` is fast.
+The examples of a help page can be run unchanged in an empty folder, on a CPU and without a network, after the commands
+in `Page.needs` have been run. The settings on a help page, and their help texts, are defined in `gptjax.config.schema`,
+which is not imported here, so that `gptjax completion` is fast.
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ from typing import NamedTuple
 
 
 class Option(NamedTuple):
-    """An option of a command that is not a setting of the schema. An option can have a value, such as `out=FILE`, or no
-    value, such as `--search`."""
+    """An option of a command that is not a setting of `gptjax.config.schema`. An option can have a value, such as
+    `out=FILE`, or no value, such as `--search`."""
 
-    name: str  # the option as it is typed, such as `out=` or `--search`
-    value: str  # placeholder of the value in the help, such as FILE; "" if the option has no value
+    name: str  # The option as the user types it, such as `out=` or `--search`.
+    value: str  # Placeholder of the option's value in the help text, such as FILE; "" if the option has no value.
     text: str
     choices: tuple[str, ...] = ()
 

@@ -1,4 +1,4 @@
-"""Functions that the commands share: they parse the command line, list the settings, and report a dry run."""
+"""Functions that all commands use: they parse the command line, list the settings, and report a dry run."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ SWITCHES = ("dry-run", "print-config")
 
 
 class Args(NamedTuple):
-    words: list[str]  # positional arguments, in the order of the command line
-    leaves: list[Leaf]  # settings, which are written a.b=c on the command line
+    words: list[str]  # Positional arguments, in the order of the command line.
+    leaves: list[Leaf]  # Settings, which are written a.b=c on the command line.
     dry_run: bool
     print_config: bool
 
 
 def parse(args: Sequence[str], words: int, example: str = EXAMPLE) -> Args:
-    """Parses a command line: up to `words` positional arguments, then settings. The options --dry-run and
-    --print-config may stand anywhere on the command line.
+    """Parses a command line, which has up to `words` positional arguments, followed by settings. The options --dry-run
+    and --print-config may appear anywhere on the command line.
 
     Args:
         words: maximum number of positional arguments.
@@ -75,10 +75,11 @@ def keys_of(*patterns: str) -> list[str]:
 def configure(
     args: Args, default: str | None, verb: str, task: str | None = None, also: Sequence[str] = ()
 ) -> tuple[Config, Provenance]:
-    """Returns the config that results from the arguments of a command, and the place where each of its values was set.
+    """Returns the config that results from the arguments of a command, and the place where each value of the config was
+    set.
 
     train.batch_size=auto is replaced with the largest batch size that is estimated to fit in device memory, and
-    model.remat with the value that this batch size needs.
+    model.remat is set to the value that this batch size needs.
 
     Args:
         default: the preset that is used if `args` name no preset, or None for the default settings of gptjax.
@@ -94,8 +95,8 @@ def configure(
 
         layers = [*file_layers(source), *leaves]
         n_micro = next((leaf.value for leaf in reversed(layers) if leaf.key == "train.accumulation"), 1)
-        # before the batch size is known, the config is built with the smallest valid batch size, one row per
-        # micro-batch
+        # The batch size is not known yet, so the config is built with the smallest valid batch size, which is one row
+        # per micro-batch.
         one_row_each = [leaf._replace(value=n_micro) if leaf in auto else leaf for leaf in leaves]
         before, _ = uses.resolve(source, one_row_each, verb=verb, task=task, also=also)
         cfg = fitted(before)
@@ -106,7 +107,7 @@ def configure(
 
 
 def refuse_others(leaves: Sequence[Leaf], known: Sequence[str], verb: str, prefix: str = "") -> None:
-    """Raises UserError for settings that the command does not read.
+    """Raises UserError if `leaves` contains settings that the command does not read.
 
     Args:
         known: the keys of the settings that the command reads.
@@ -144,8 +145,8 @@ def show_only(
 ) -> bool:
     """Handles the options --print-config and --dry-run.
 
-    --print-config prints all settings that the command reads. --dry-run prints a report and, of the settings that the
-    command reads, only the ones that differ from their defaults or were given on the command line.
+    --print-config prints all settings that the command reads. --dry-run prints a report, and the settings that differ
+    from their defaults or were given on the command line.
 
     Args:
         report: function that takes the config and returns the lines of the report.
@@ -158,7 +159,7 @@ def show_only(
     if not (args.print_config or args.dry_run):
         return False
     keys = uses.keys_of(cfg) if keys is None else keys
-    # the report is computed before anything is printed, because `report` may raise UserError
+    # The report is computed before anything is printed, because the function `report` may raise UserError.
     lines = report(cfg) if args.dry_run else []
     if not args.print_config:
         values, defaults = flat(cfg), flat(Config())
@@ -171,8 +172,8 @@ def show_only(
 
 
 def settings_help(cfg: Config, patterns: Sequence[str], section: str = "", width: int = 100) -> str:
-    """Returns a list of the settings that match `patterns`, as text: each with its value in `cfg`, its type and its
-    help text. The settings are listed in the order of the patterns.
+    """Returns a text that lists the settings that match `patterns`, each with its value in `cfg`, its type and its help
+    text. The settings are listed in the order of the patterns.
 
     Args:
         section: a section such as "sample", whose settings are listed without the name of the section; "" for no
@@ -196,9 +197,9 @@ def settings_help(cfg: Config, patterns: Sequence[str], section: str = "", width
 
 
 def values_help(page: Page, args: Sequence[str], width: int = 100) -> str:
-    """Returns the list of the settings of a command for its help, with the values that `args` give them. If `args` are
-    invalid, the settings have the values of the command's default preset. For a command that takes no preset, the
-    settings have their default values."""
+    """Returns the list of settings on the help page of a command, with the values that result from the arguments
+    `args`. If `args` are invalid, the list shows the values of the command's default preset. For a command that takes
+    no preset, the list shows the default values."""
     patterns = page.settings or uses.USES[page.reads]
     if not page.preset:
         return f"Settings, with their defaults:\n\n{settings_help(Config(), patterns, page.section, width)}"

@@ -41,8 +41,8 @@ def run(args: list[str]) -> int:
             new_file(path, name)
     from gptjax.planning import slices
 
-    # The environment variables in `slices.ENVIRONMENT` must be set before jax is imported. They make jax use the CPU,
-    # and keep libtpu from querying the network for TPU metadata.
+    # The environment variables in `slices.ENVIRONMENT` must be set before jax is imported. The environment variables
+    # make jax use the CPU, and prevent libtpu from querying the network for TPU metadata.
     os.environ.update(slices.ENVIRONMENT)
     from gptjax.planning import report
     from gptjax.planning.plan import plan, search
@@ -58,7 +58,8 @@ def run(args: list[str]) -> int:
     if len(plans) > 1:
         print("\n".join([*report.comparison(plans), ""]))
     best = plans[0]
-    # if train.epochs is set, the number of steps depends on the size of the data; `plan` does not read the data
+    # If train.epochs is set, the number of steps is unknown, because the number of steps depends on the size of the
+    # data, which `plan` does not read.
     unknown = opts.decode or cfg.train.epochs is not None
     tokens = opts.tokens or (None if unknown else float(cfg.train.max_steps) * best.tokens)
     print("\n".join(report.table(best, tokens=tokens, hours=opts.hours)))
@@ -76,8 +77,8 @@ def run(args: list[str]) -> int:
 
 
 def options_of(args: list[str]) -> tuple[Options, list[str]]:
-    """Splits the arguments into the options of `gptjax plan`, such as --on, and the other arguments, which are the
-    preset and the settings.
+    """Splits the command-line arguments into the options of `gptjax plan`, such as --on, and the remaining arguments,
+    which are the preset and the settings.
 
     Raises:
         UserError: the value of an option is missing or invalid, or two options exclude each other.
@@ -112,11 +113,11 @@ def _number(name: str, text: str) -> float:
 
 
 def with_shape(cfg: Config) -> Config:
-    """Returns `cfg` with every size of the model filled in.
+    """Returns `cfg` with all sizes of the model filled in, such as the vocabulary size.
 
     If pretrain.base is set, or for fine-tuning with model.vocab_size=0, the sizes are read from the config of the base
-    model; its tensors are not read. For pretraining from scratch with model.vocab_size=0, the vocabulary size is that
-    of the tokenizer.
+    model; the tensors of the base model are not read. For pretraining from scratch with model.vocab_size=0, the
+    vocabulary size is taken from the tokenizer.
 
     Raises:
         UserError: the base model does not exist, or the vocabulary size does not follow from the tokenizer's settings,

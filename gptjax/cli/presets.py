@@ -31,7 +31,7 @@ def run(args: list[str]) -> int:
                 out.write(text)
         except FileExistsError:
             raise UserError(f"{path} exists already: choose another name") from None
-        preset = presets().get(rest[0])  # None if the user named a file or a run directory instead of a preset
+        preset = presets().get(rest[0])  # `preset` is None if the user named a file or run directory
         print(f"{path}  (run it: gptjax {verb_of(preset.parent.name)} {path})" if preset else path)
     elif action not in ACTIONS:
         raise UserError(f"presets {action}: expected {', '.join(ACTIONS)}{did_you_mean(action, ACTIONS)}")

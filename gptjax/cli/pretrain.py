@@ -1,4 +1,4 @@
-"""`gptjax pretrain`: trains a model, or with --dry-run reports what the run would do."""
+"""`gptjax pretrain`: trains a model, or with --dry-run prints a report of what the run would do."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from gptjax.data import Prepared
     from gptjax.weights import Model
 
-# The presets for a command line that names none: FROM_BASE if the command line sets pretrain.base, otherwise DEFAULT.
+# If the command line names no preset, the preset is FROM_BASE if the command line sets pretrain.base, and DEFAULT
+# otherwise.
 DEFAULT, FROM_BASE = "shakespeare-char", "continue"
 
 
@@ -28,7 +29,8 @@ def run(args: list[str]) -> int:
 
 
 def plan(cfg: Config) -> list[str]:
-    """Returns the lines of the report of a dry run: data, number of parameters, steps, estimated memory."""
+    """Returns the lines of the report of a dry run, which show the data, the number of parameters, the number of steps
+    and the estimated memory."""
     from gptjax import tree
     from gptjax.model.gpt import abstract_params
     from gptjax.tasks.pretrain import from_base
@@ -62,8 +64,9 @@ def plan(cfg: Config) -> list[str]:
 
 
 def _prepared(cfg: Config, base: Model | None) -> tuple[Prepared | None, str]:
-    """Returns a pair (tokenized data, problem). A dry run downloads nothing: if the data cannot be prepared without a
-    download, the data is None and `problem` says what would be downloaded; otherwise `problem` is ""."""
+    """Returns a pair (tokenized data, problem) for a dry run. A dry run downloads nothing: if the data cannot be
+    prepared without a download, the tokenized data is None and `problem` says what would be downloaded; otherwise
+    `problem` is ""."""
     from gptjax import assets, data
 
     for source in (*cfg.data.source, *cfg.data.val_source):

@@ -64,8 +64,8 @@ def run(args: list[str]) -> int:
 
 
 def configure(source: str, leaves: list[Leaf]) -> tuple[Config, Provenance]:
-    """Merges the settings of the command line, the run's config.yaml and the defaults, in this order of precedence. On
-    the command line the prefix `sample.` may be left out: `prompt=` means `sample.prompt=`."""
+    """Merges the settings on the command line, in the run's config.yaml, and the defaults; this is also their order of
+    precedence. On the command line, the prefix `sample.` may be omitted: `prompt=` means `sample.prompt=`."""
     file = Path(source) / "config.yaml"
     stored = from_yaml(read_text(file, "config"), str(file)) if file.exists() else []
     stored = [leaf for leaf in stored if leaf.key.startswith("sample.")]
@@ -77,8 +77,8 @@ def configure(source: str, leaves: list[Leaf]) -> tuple[Config, Provenance]:
 
 def read_prompts(cfg: Config) -> list[str]:
     """Returns the prompts in the file that the setting sample.prompts names, or the single prompt [sample.prompt] if
-    sample.prompts is not set. A .jsonl file has the field "prompt" in each record; any other file has one prompt per
-    line."""
+    sample.prompts is not set. A .jsonl file must have the field "prompt" in each record; any other file has one prompt
+    per line."""
     if not cfg.sample.prompts:
         return [cfg.sample.prompt]
     path = Path(cfg.sample.prompts)
@@ -101,8 +101,8 @@ def read_prompts(cfg: Config) -> list[str]:
 
 
 def encode(tokenizer: Tokenizer, prompts: list[str], chat: bool, source: str) -> list[list[int]]:
-    """Returns the token ids of each prompt. With `chat`, a prompt is a user message, which is written in the chat
-    template of the tokenizer.
+    """Returns the token ids of each prompt. If `chat` is True, each prompt is a user message, which is rendered with
+    the chat template of the tokenizer.
 
     Args:
         source: name of the model, for error messages.
@@ -129,7 +129,7 @@ def _refuse_no_template(tokenizer: Tokenizer, source: str) -> None:
 
 def open_draft(settings: SampleConfig, tokenizer: Tokenizer) -> Model | None:
     """Opens the draft model for speculative decoding, without reading its tensors. Returns None if sample.draft is not
-    set, or if it is ngram, which needs no draft model.
+    set, or if sample.draft=ngram, which needs no draft model.
 
     Raises:
         UserError: the draft model does not exist, its tokenizer is not that of the main model, or speculative decoding
@@ -154,7 +154,8 @@ def open_draft(settings: SampleConfig, tokenizer: Tokenizer) -> Model | None:
 
 
 def open_reward_model(settings: SampleConfig, tokenizer: Tokenizer) -> Model | None:
-    """Opens the reward model of sample.pick=reward, without reading its tensors. Returns None for any other pick.
+    """Opens the reward model for sample.pick=reward, without reading its tensors. Returns None for any other value of
+    sample.pick.
 
     Raises:
         UserError: the reward model does not exist, is not a model with a head of one class, has another vocabulary
@@ -169,7 +170,7 @@ def open_reward_model(settings: SampleConfig, tokenizer: Tokenizer) -> Model | N
     place = f"sample.reward_model={settings.reward_model}"
     judge = open_model(settings.reward_model)
     refuse_no_reward_model(judge.cfg, place)
-    # The settings of a tokenizer, such as its chat template, do not matter here, only its vocabulary.
+    # Only the vocabularies of the two tokenizers are compared, and not their settings, such as the chat template.
     own, other = (t.replace(**SETTINGS).fingerprint for t in (tokenizer, judge.tokenizer()))
     if own != other:
         raise UserError(
@@ -190,9 +191,9 @@ def write(
     draft: Model | None = None,
     judge: Model | None = None,
 ) -> None:
-    """Generates `settings.n` completions per prompt, and prints them or appends them to a JSONL file; with
-    `settings.pick` only the chosen completion of each prompt. The number of generated tokens, the generation time and
-    the scores of the chosen completions are printed to stderr.
+    """Generates `settings.n` completions per prompt, and prints the completions or appends them to a JSONL file. If
+    `settings.pick` is set, only one chosen completion per prompt is printed or appended. The number of generated
+    tokens, the generation time and the scores of the chosen completions are printed to stderr.
 
     Args:
         ids: the token ids of each prompt.
@@ -245,14 +246,15 @@ def write(
                 )  # fmt: skip
                 if settings.pick:
                     line[settings.pick] = round(scores[i], 4)
-                # each completion is appended to the file at once, so that it is not lost if a later completion fails
+                # Each completion is appended to the file immediately, so that the completion is not lost if a later
+                # completion fails.
                 with open(settings.out, "a", encoding="utf-8") as file:
                     file.write(json.dumps(line, ensure_ascii=False) + "\n")
             else:
                 if row or i:
                     print("-" * 40)
-                # Prompt and completion are decoded together, because a UTF-8 character may begin in the prompt and end
-                # in the completion. Stop strings are cut from the completion only.
+                # The prompt and the completion are decoded together, because a UTF-8 character may begin in the prompt
+                # and end in the completion. Stop strings are searched only in the completion.
                 whole = new if settings.chat else tokenizer.decode([*ids[row], *completion.tokens])
                 print(whole[: len(whole) - len(new) + len(text)], flush=True)
                 if settings.pick:
@@ -265,12 +267,12 @@ def write(
 def _picker(
     tokenizer: Tokenizer, settings: SampleConfig, judge: Model | None, prompts: list[str], ids: list[list[int]]
 ) -> Callable[[int, list[Completion]], Pick]:
-    """Returns a function that takes the index of a prompt and its completions, and chooses one of them as
-    `settings.pick` says.
+    """Returns a function that takes the index of a prompt and the completions of this prompt, and chooses one
+    completion by the method in `settings.pick`.
 
-    A reward model scores the tokens of the prompt and of the completion and, if the completion has ended, the token
-    that ends an answer for the reward model. With `settings.chat`, the prompt is written in the chat template of the
-    reward model. A completion that ended at a stop string is encoded again without it.
+    A reward model scores a sequence that consists of the prompt, the completion and, if the completion has ended, the
+    reward model's end-of-answer token. If `settings.chat` is True, the prompt is rendered with the chat template of the
+    reward model. If a completion ended at a stop string, its text without the stop string is encoded again.
     """
     from gptjax.generation import best_of_n, by_logprob, cut, majority, sequence_rewards
     from gptjax.tokenizers import stop_ids
@@ -303,7 +305,7 @@ def _picker(
 
 
 def _completion(new: list[int], until: Until | None, max_new_tokens: int) -> Completion:
-    """Truncates the output of `speculate` after the first stop string, because `speculate` knows only stop tokens.
+    """Truncates the output of `speculate` after the first stop string, because `speculate` stops only at stop tokens.
 
     Returns:
         The shortest prefix of the tokens `new` for which `until` is true, or all tokens if there is no such prefix, as

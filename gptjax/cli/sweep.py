@@ -1,5 +1,5 @@
-"""`gptjax sweep`: trains with all combinations of the given hyperparameters, if possible in one compiled program,
-prints a table of the losses and writes the results to files."""
+"""`gptjax sweep`: trains models with all combinations of the given hyperparameters, if possible in one compiled
+program, prints a table of the losses, and writes the results to files."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from gptjax.config import Config, config_file, to_yaml, uses
 from gptjax.errors import Problems, UserError, complaints
 
 DEFAULT = "tiny-gpt2"
-AXES = ("optim.lr=[1e-3,3e-3,1e-2]", "seed=range(4)")  # the axes of the sweep if the user gives no axis
-SHOWN = 20  # maximum number of rows of the table that are printed
+AXES = ("optim.lr=[1e-3,3e-3,1e-2]", "seed=range(4)")  # The axes of the sweep if the user gives no axis.
+SHOWN = 20  # Maximum number of rows of the printed table of losses.
 
 
 def run(args: list[str]) -> int:
     parsed = options.parse(args, words=1)
-    # at_once is read and checked here, because it is an option of `gptjax sweep` and not a setting of the schema
+    # The value of at_once is read and checked here, because at_once is an option of `gptjax sweep` and not a setting of
+    # the schema.
     values = [leaf.value for leaf in parsed.leaves if leaf.key == "at_once"]
     if values and not (values[-1].isdecimal() and int(values[-1]) >= 1):
         raise UserError(f"at_once={values[-1]}: expected a whole number of runs, at least 1")
@@ -43,15 +44,15 @@ def run(args: list[str]) -> int:
     if parsed.dry_run:
         print("\n".join(report(configs, axes, folder)))
         return 0
-    # `_sweep` prints a command that trains the best run again. The command has these settings, but not run_dir, so that
-    # the run gets a directory of its own.
+    # `_sweep` prints a command that repeats the best run of the sweep. `settings` are the settings in this command,
+    # without run_dir, so that the repeated run gets a new run directory.
     settings = [f"{leaf.key}={leaf.value}" for leaf in fixed if leaf.key != "run_dir"]
     return _sweep(configs, axes, folder, at_once, [source, *settings])
 
 
 def _refuse(cfg: Config, folder: Path) -> None:
-    """Raises UserError if the sweep cannot start: the run directory is in use, or the data or base model is missing.
-    The error message lists all problems."""
+    """Raises UserError if the sweep cannot start, because the run directory is in use, or because the data or base
+    model is missing. The error message lists all problems."""
     from gptjax.research.sweep import WRITING
     from gptjax.tasks import find
     from gptjax.training import run_dir
@@ -60,8 +61,8 @@ def _refuse(cfg: Config, folder: Path) -> None:
     if (folder / "sweep.json").exists():
         problems.append(f"{folder} holds a sweep already, and nothing was overwritten: choose another run_dir=FOLDER")
     else:
-        # regular expression that matches the names of the files that an interrupted sweep has left behind; a new sweep
-        # may overwrite these files
+        # The regular expression matches the names of the files of an interrupted sweep, which a new sweep may
+        # overwrite.
         ours = r"sweep\.(csv|png)" if (folder / WRITING).exists() else ""
         problems += complaints(run_dir.refuse_unwritable, folder) or complaints(run_dir.refuse_foreign, folder, ours)
     problems += complaints(find(cfg.task).refuse_missing, cfg)
@@ -98,7 +99,7 @@ def _sweep(
 
 
 def report(configs: list[Config], axes: dict[str, list[str]], folder: Path) -> list[str]:
-    """Returns the lines of the report of a dry run, which does not read the data."""
+    """Returns the lines of the report of a dry run of a sweep; the data is not read."""
     from gptjax.research import sweep
 
     groups = sweep.programs(configs)

@@ -79,9 +79,9 @@ def _inspect(args: list[str]) -> None:
 
 
 def _load(args: list[str], action: str) -> tuple[Tokenizer, str | None]:
-    """Loads the tokenizer that the first argument names. Returns a pair (tokenizer, text), where `text` is the second
-    argument, or None if there is only one argument. The text may contain `=`, because the actions `encode` and
-    `inspect` take no settings."""
+    """Loads the tokenizer that the first command-line argument names. Returns a pair (tokenizer, text), where `text` is
+    the second command-line argument, or None if there is only one argument. The second argument may contain `=`,
+    because the subcommands `encode` and `inspect` take no settings."""
     if not 1 <= len(args) <= 2:
         raise UserError(f"expected: {USAGE[action]}")
     from gptjax import tokenizers

@@ -1,5 +1,5 @@
-"""The pages that `gptjax help TOPIC` prints, in a dict from the name of a topic to the title and the text of its page.
-The guides in colab/guides explain the same topics in more detail."""
+"""Defines the help pages that `gptjax help TOPIC` prints, in a dict from the name of each topic to the title and the
+text of its help page. The guides in colab/guides explain the same topics in more detail."""
 
 from __future__ import annotations
 

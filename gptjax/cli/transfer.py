@@ -19,7 +19,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def run_import(args: list[str]) -> int:
-    """`gptjax import MODEL DIR [dtype=..]`: converts a model to a gptjax model folder, with the model's tokenizer."""
+    """`gptjax import MODEL DIR [dtype=..]`: converts a model and its tokenizer to a gptjax model folder."""
     words, dtype = _take(args, "dtype", DTYPES, "float32")
     if len(words) != 2:
         raise UserError("expected: gptjax import MODEL DIR [dtype=float32|bfloat16|float16]")
@@ -44,7 +44,7 @@ def run_import(args: list[str]) -> int:
 
 
 def run_export(args: list[str]) -> int:
-    """`gptjax export hf|gguf|peft|stablehlo MODEL TARGET [type=..]`: writes a model in another tool's format."""
+    """`gptjax export hf|gguf|peft|stablehlo MODEL TARGET [type=..]`: writes a model in the format of another tool."""
     words, kind = _take(args, "type", TYPES, "F32")
     if len(words) != 3:
         raise UserError(
@@ -54,7 +54,7 @@ def run_export(args: list[str]) -> int:
     form, source, target = words
     if form not in FORMATS:
         raise UserError(f"export {form}: expected {', '.join(FORMATS)}{did_you_mean(form, FORMATS)}")
-    path = Path(target)  # the target is checked before the model is read, because reading a model may take long
+    path = Path(target)  # The target is checked before the model is read, because reading a model may take a long time.
     if form == "gguf" or (path.exists() and not path.is_dir()):
         refuse_existing(path, "TARGET")
     elif path.is_dir() and any(path.iterdir()):
@@ -87,7 +87,8 @@ def run_export(args: list[str]) -> int:
 
 
 def _export_adapter(source: str, target: Path) -> int:
-    """Exports the LoRA adapter that a fine-tuning run stores beside the merged model."""
+    """Exports the LoRA adapter of a fine-tuning run, which the run directory contains in addition to the merged
+    model."""
     from gptjax import weights
     from gptjax.weights import native, peft
     from gptjax.weights.export import new_folder
@@ -99,7 +100,7 @@ def _export_adapter(source: str, target: Path) -> int:
     native.verify(run)
     body = json.loads(read_text(folder / peft.CONFIG, "adapter config"))
     params, cfg = weights.load(run)
-    # the adapter is loaded only to check it: UserError is raised if it is damaged
+    # The adapter is loaded only to check its files: `load_peft` raises UserError if the adapter is damaged.
     weights.load_peft(folder, dataclasses.replace(cfg, n_classes=0, cls_bias=True))
     new_folder(target)
     try:
@@ -138,7 +139,8 @@ def _why_none(run: Path) -> str:
 
 
 def _take(args: list[str], name: str, known: tuple[str, ...], default: str) -> tuple[list[str], str]:
-    """Splits the arguments into the positional arguments and the value of `name=`, the only setting of the command.
+    """Splits the command-line arguments into the positional arguments and the value of `name=`, the only setting of the
+    command.
 
     Args:
         known: the allowed values of the setting, compared case-insensitively.

@@ -1,11 +1,11 @@
-"""The configuration of a run. All settings are defined in one schema. Their values are read from several layers, such
-as a preset and the command line, and are then validated together. No module of this package imports jax.
+"""The configuration of a run. All settings are defined in one schema. The values of the settings are read from several
+layers, such as a preset and the command line, and are then validated together. No module of this package imports jax.
 
-schema: defines the settings as dataclasses, whose fields have a help text and a valid range
-leaves: reads YAML, arguments such as `a.b=c`, and dicts into leaves (key, value, and where the value was set)
-load: finds presets, builds a `Config` from such leaves, and converts a `Config` to YAML
-check: checks the ranges of settings, and rules about combinations of settings
-aliases: suggests for an unknown key gptjax's key for another tool's setting, or the key with the nearest spelling
+schema: defines the settings as fields of dataclasses, each with a help text and a valid range
+leaves: reads YAML, arguments such as `a.b=c`, and dicts into leaves (key, value, and the place where the value was set)
+load: finds presets, builds a `Config` from leaves, and converts a `Config` to YAML
+check: checks the ranges of settings, and the rules about combinations of settings
+aliases: writes error texts for unknown keys, which suggest the key of the corresponding setting of gptjax
 uses: lists the settings that each command and task reads
 
 The attribute `gptjax.config.schema` is the function `schema`, not the module of the same name. To import from the

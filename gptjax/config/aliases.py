@@ -1,5 +1,5 @@
-"""Error texts for unknown keys, which suggest gptjax's key for another tool's setting, or the key with the nearest
-spelling."""
+"""Writes error texts for unknown keys of settings. An error text suggests the key of gptjax for a setting of another
+tool, or the key with the nearest spelling."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from gptjax.errors import did_you_mean, nearest
 
-# Maps the name of a setting in nanoGPT, nanochat, litgpt, torchtune, TRL, axolotl or Build a Large Language Model (From
-# Scratch) to the key of the same setting in gptjax.
+# Maps names of settings in nanoGPT, nanochat, litgpt, torchtune, TRL, axolotl or Build a Large Language Model (From
+# Scratch) to the keys of the corresponding settings in gptjax.
 ALIASES: dict[str, str] = {
     "learning_rate": "optim.lr", "max_lr": "optim.lr", "peak_lr": "optim.lr", "embedding_lr": "optim.embed_lr",
     "unembedding_lr": "optim.head_lr", "matrix_lr": "optim.lr", "optimizer": "optim.name", "optim": "optim.name",
@@ -65,7 +65,8 @@ ALIASES: dict[str, str] = {
     "max_tokens": "sample.max_new_tokens", "temp": "sample.temperature",
 }  # fmt: skip
 
-# Maps the name of a setting that another tool has, but not gptjax, to a text that says what gptjax does instead.
+# Maps names of settings that other tools have, but gptjax does not have, to texts that explain what gptjax does
+# instead.
 NOT_HERE: dict[str, str] = {
     "num_iterations": "train.max_steps is the number of training steps, reward.updates the number of steps on the same "
     "answers (num_iterations in TRL)",
@@ -83,8 +84,8 @@ NOT_HERE: dict[str, str] = {
 
 
 def unknown_key(key: str, known: Sequence[str]) -> str:
-    """Returns the error text for a key that is not in the schema. The error text suggests gptjax's key if the unknown
-    key is a setting of another tool, otherwise the key with the nearest spelling."""
+    """Returns the error text for a setting whose key is not in the schema. If the unknown key is a setting of another
+    tool, the error text suggests the corresponding key of gptjax, otherwise the key with the nearest spelling."""
     last = key.rpartition(".")[2].lower()
     groups = {name.partition(".")[0] for name in known if "." in name}
     if key in groups:

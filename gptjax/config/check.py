@@ -1,7 +1,7 @@
-"""Validation of a config: the range of each setting, combinations of settings, and settings without effect.
+"""Validates a config: checks the range of each setting, combinations of settings, and settings without effect.
 
-A complaint is a pair (keys of the settings concerned, error text). `complaints` uses the keys to look up where the
-settings were set, such as a line of a file, and adds these places to the error text.
+A complaint is a pair (keys of the invalid settings, error text). The function `complaints` looks up where the invalid
+settings were set, such as in a line of a file, and adds these places to the error text.
 """
 
 from __future__ import annotations
@@ -32,26 +32,26 @@ from gptjax.errors import Problems
 Complaint = tuple[tuple[str, ...], str]
 Keys = tuple[str, ...] | Callable[[Any], tuple[str, ...]]
 Text = str | Callable[[Any], str]
-# A rule: the keys of the settings concerned, a function that returns True if a config violates the rule, and the error
-# text.
+# A `Rule` is a tuple of the keys of the settings that the rule is about, a function that returns True if a config
+# violates the rule, and the error text.
 Rule = tuple[Keys, Callable[[Any], object], Text]
 
 
 def validate(cfg: Config) -> None:
-    """Checks the ranges of all settings, and the rules about combinations of settings. Raises one UserError that lists
-    all invalid values and combinations."""
+    """Checks the ranges of all settings of a config, and the rules about combinations of settings. Raises one UserError
+    that lists all invalid values and combinations."""
     Problems(text for _, text in complaints(cfg, {})).raise_if_any()
 
 
 def validate_model(model: ModelConfig) -> None:
-    """Checks the ranges of a model's settings, and the rules about combinations of these settings. Raises one UserError
-    that lists all problems."""
+    """Checks the ranges of the settings of a model config, and the rules about combinations of these settings. Raises
+    one UserError that lists all problems."""
     Problems(text for _, text in (*_ranges(flat(model, "model.")), *_broken(MODEL_RULES, model))).raise_if_any()
 
 
 def complaints(cfg: Config, provenance: Provenance) -> Iterator[Complaint]:
-    """Yields a complaint for each problem of a config: (keys of the settings concerned, error text with the places
-    where the settings were set)."""
+    """Yields a complaint for each problem of a config: a pair of the keys of the invalid settings, and the error text,
+    which includes the places where these settings were set."""
     for keys, text in (*_ranges(flat(cfg)), *_broken(MODEL_RULES, cfg.model), *_broken(RULES, cfg)):
         places = dict.fromkeys(provenance[key] for key in keys if provenance.get(key, "default") != "default")
         yield keys, text + (f"  [{'; '.join(places)}]" if places else "")
@@ -71,7 +71,7 @@ def _ranges(values: dict[str, object]) -> Iterator[Complaint]:
             if isinstance(number, bool) or not isinstance(number, int | float):
                 continue
             limits = setting["range"]
-            # integers above 2**32 - 1 overflow a uint32 array, and very large ones cannot be converted to a float
+            # Integers above 2**32 - 1 overflow a uint32 array, and very large integers cannot be converted to a float.
             if isinstance(number, int):
                 limits = dataclasses.replace(limits, high=min(limits.high, 2**32 - 1))
             if number not in limits or number == math.inf:
@@ -82,8 +82,8 @@ def _ranges(values: dict[str, object]) -> Iterator[Complaint]:
 
 
 def validate_types(model: ModelConfig) -> None:
-    """Checks the types of the values in a model config that is constructed in Python. Raises UserError if a type is
-    wrong. Tracers are not checked, because they have no concrete value."""
+    """Checks the types of the values in a model config that is constructed in Python. Raises UserError if a value has
+    the wrong type. Tracers are not checked, because tracers have no concrete value."""
     problems = Problems()
     for key, hint in schema().items():
         if not key.startswith("model."):
@@ -99,16 +99,19 @@ def validate_types(model: ModelConfig) -> None:
 
 
 def shown(value: object) -> str:
-    """Formats a value for an error message. If the value's text has more than 200 characters, only its beginning and
-    its length are shown."""
+    """Formats a value for an error message. If the text of the value has more than 200 characters, the result is the
+    beginning of the text and the length of the text."""
     try:
         text = repr(value)
-    except (ValueError, RecursionError):  # an integer with too many digits to print, or a list that contains itself
+    except (
+        ValueError,
+        RecursionError,
+    ):  # raised by `repr` for a very long integer or a recursive list
         return "something very large"
     return text if len(text) <= 200 else f"{text[:40]}.. ({len(text):,} characters)"
 
 
-# ---------------------------------------------------------------- conditions that rules share
+# ---------------------------------------------------------------- conditions that several rules use
 
 
 def _divisors(number: int, most: Optional[int] = None) -> str:
@@ -135,17 +138,18 @@ def _is_complete(distributed: DistributedConfig) -> bool:
 
 
 def _axes(cfg: Config, size: int) -> tuple[str, ...]:
-    """Returns the keys of the mesh axes that are set to `size`, for example to -1."""
+    """Returns the keys of the mesh axes whose size is set to `size`, for example to -1."""
     return tuple(key for key, value in flat(cfg.mesh, "mesh.").items() if value == size)
 
 
 def _earliest_stop(cfg: Config) -> int:
-    """Returns the first step at which train.patience can end a run whose first evaluation is its best."""
+    """Returns the earliest step at which early stopping (train.patience) can end a run, which is the case if the first
+    evaluation is the best."""
     return (cfg.train.patience + 1) * cfg.train.eval_every
 
 
 def _on_answers(cfg: Config) -> str:
-    """Returns what trains the model on answers that it generates, for an error message."""
+    """Returns the name of the training method that trains the model on generated answers, for an error message."""
     return "reward tuning" if cfg.task == "reward" else "on-policy distillation (distill.on_policy)"
 
 
@@ -348,9 +352,9 @@ RULES: tuple[Rule, ...] = (
     ),
 )  # fmt: skip
 
-# Tuples (keys or prefixes of keys, key of another setting, function). The function takes the value of the other setting
-# and returns True if, with this value, the settings with these keys have no effect. A config is then refused if one of
-# these settings was set on the command line or in the overrides of `load_config`.
+# `WITHOUT_EFFECT` is a tuple of (keys or prefixes of keys, key of another setting, function). The function takes the
+# value of the other setting, and returns True if the settings with these keys have no effect because of this value. A
+# config is refused if a setting without effect was set on the command line or in the overrides of `load_config`.
 WITHOUT_EFFECT: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] = (
     (
         ("optim.momentum", "optim.nesterov", "optim.preconditioning", "optim.muon_scale", "optim.normuon"),
@@ -378,7 +382,7 @@ WITHOUT_EFFECT: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] =
 
 
 def without_effect(cfg: Config, provenance: Provenance) -> Iterator[str]:
-    """Yields error texts for settings on the command line, or in the overrides of `load_config`, that have no effect
+    """Yields an error text for settings on the command line, or in the overrides of `load_config`, that have no effect
     because of the value of another setting."""
     values = flat(cfg)
     for keys, other, disables in WITHOUT_EFFECT:

@@ -1,5 +1,5 @@
-"""Reads settings from YAML, arguments such as `a.b=c`, and dicts into a flat list of leaves; a leaf has the key, the
-value, and the place where the value was set.
+"""Reads settings from YAML, arguments such as `a.b=c`, and dicts into a flat list of leaves. A leaf has the key of a
+setting, its value, and the place where the value was set.
 
 This module does not use the schema: `load.build` later converts the value of each leaf to the type of its setting.
 """
@@ -22,21 +22,21 @@ EXAMPLE = "optim.lr=3e-4"
 
 
 class Leaf(NamedTuple):
-    """One setting as the user wrote it: its key, its value (text if it was read from text, None for YAML's null), and
-    where it was set, such as "x.yaml:12"."""
+    """One setting as the user wrote it: the key, the value (a string if the setting was read from text, None for YAML's
+    null), and the place where the setting was set, such as "x.yaml:12"."""
 
     key: str
     value: Any
     where: str
 
 
-# Maps the key of a setting to the place where its value was set: "configs/pretrain/x.yaml:12", "arch=modern",
-# "command line" or "default".
+# A `Provenance` maps the key of each setting to the place where its value was set, such as
+# "configs/pretrain/x.yaml:12", "arch=modern", "command line" or "default".
 Provenance = dict[str, str]
 
 
 def read_text(path: Path, what: str = "file") -> str:
-    """Reads a text file. Raises UserError if the file is missing, a folder, unreadable or not UTF-8."""
+    """Reads a text file. Raises UserError if the file does not exist, is a folder, cannot be read or is not UTF-8."""
     try:
         data = path.read_bytes()
         if other := other_encoding(data):
@@ -48,13 +48,13 @@ def read_text(path: Path, what: str = "file") -> str:
         raise UserError(f"{path}: cannot read the {what}: {error.strerror}") from None
 
 
-# limits of a config file: number of characters, number of values after aliases are expanded, number of nesting levels
+# Limits of a config file: number of characters, number of values after aliases are expanded, number of nesting levels.
 MAX_YAML, MAX_VALUES, MAX_DEPTH = 1 << 18, 20_000, 16
-MAX_KEYS, MAX_KEY = 500, 200  # limits of a config file: number of settings, number of characters per key
+MAX_KEYS, MAX_KEY = 500, 200  # Limits of a config file: number of settings, number of characters per key.
 
 
 def from_yaml(text: str, name: str) -> list[Leaf]:
-    """Returns a leaf for every scalar and list of a YAML mapping, with `name:line` as the place where it was set.
+    """Returns a leaf for every scalar and list of a YAML mapping; the place where the leaf was set is `name:line`.
 
     Raises:
         UserError: the YAML is invalid, a key occurs twice, or the text is too large or too deeply nested for a config.
@@ -89,8 +89,9 @@ def from_yaml(text: str, name: str) -> list[Leaf]:
 
 
 def _fits_depth(text: str, levels: int) -> bool:
-    """Returns True if the mappings and lists of a YAML text are nested at most `levels` deep. This function is not
-    recursive, so it also works for a text that is nested too deeply for the recursive functions of the YAML parser."""
+    """Returns True if the mappings and lists of a YAML text are nested at most `levels` deep. `_is_shallow` is not
+    recursive, so that the check also works for a text that is nested too deeply for the recursive functions of the YAML
+    parser."""
     import yaml
 
     depth = 0
@@ -102,11 +103,12 @@ def _fits_depth(text: str, levels: int) -> bool:
 
 
 def _refuse_large(root: yaml.Node, name: str) -> None:
-    """Raises UserError if the aliases of a YAML document expand to too many values, or an alias contains itself."""
+    """Raises UserError if the aliases of a YAML document expand to too many values, or if an alias contains itself."""
     import yaml
 
-    # maps the id of each YAML node to the number of its values with aliases expanded. The number is 0 while the values
-    # of the node are being counted; a node that is reached again while its number is 0 contains itself.
+    # `sizes` maps the id of each YAML node to the number of values in the node after aliases are expanded. The number
+    # is 0 while the values of the node are being counted; if a node is reached again while its number is 0, the node
+    # contains itself.
     sizes: dict[int, int] = {}
 
     def size(node: yaml.Node) -> int:
@@ -147,8 +149,8 @@ def _walk(
 
 def _plain(node: yaml.Node, location: str, problems: Problems) -> str | list[str] | None:
     """Returns the value of a YAML node: a string for a scalar, a list of strings for a sequence, or None for null.
-    `load.build` later converts the texts to the types of the settings, because YAML itself would read 1e-3 as a string
-    and `on` as a bool."""
+    `load.build` later converts these strings to the types of the settings, because a YAML parser would read 1e-3 as a
+    string and `on` as a bool."""
     import yaml
 
     if not node.tag.startswith("tag:yaml.org,2002:") or "python" in node.tag:
@@ -164,7 +166,7 @@ def _plain(node: yaml.Node, location: str, problems: Problems) -> str | list[str
 
 def from_args(args: Iterable[str], where: str = "command line", example: str = EXAMPLE) -> list[Leaf]:
     """Returns a leaf for each command-line argument of the form `a.b=c`, `--a.b=c` or `--a.b c`; key and value are
-    split at the first `=`. Raises UserError for an argument of any other form."""
+    split at the first `=`. An argument of any other form raises UserError."""
     leaves, problems, rest = [], Problems(), list(args)
     while rest:
         arg = rest.pop(0)
@@ -183,7 +185,7 @@ def from_args(args: Iterable[str], where: str = "command line", example: str = E
 
 
 def from_mapping(values: Mapping[str, object], where: str = "dict", prefix: str = "") -> Iterator[Leaf]:
-    """Yields a leaf for each setting in a nested dict of Python values."""
+    """Yields a leaf for each setting in a nested dict whose leaves are Python values."""
     if prefix.count(".") > MAX_DEPTH:
         raise UserError(f"{where}: {prefix[:80]}..: nested more than {MAX_DEPTH} levels deep, too deep for a config")
     for key, value in values.items():
@@ -194,9 +196,9 @@ def from_mapping(values: Mapping[str, object], where: str = "dict", prefix: str 
 
 
 def split_list(text: str) -> list[str]:
-    """Splits the text of a list such as `[a, "b c"]` or `(a, b)` into the texts of its items. Any other text, and the
-    name of an existing file, is returned as a single item. Raises ValueError if the closing bracket is missing or the
-    list is nested."""
+    """Splits the text of a list such as `[a, "b c"]` or `(a, b)` into the texts of its items. A text without brackets,
+    and the name of an existing file, is returned as a list of a single item. Raises ValueError if the closing bracket
+    is missing or the list is nested."""
     import yaml
 
     stripped = text.strip()

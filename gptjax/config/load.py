@@ -1,8 +1,8 @@
-"""Loads a `Config` from presets, YAML files and command lines, and writes it as YAML.
+"""Loads a `Config` from presets, YAML files and command lines, and converts a `Config` to YAML.
 
-Settings come from several layers, and later layers override earlier layers. In order, the layers are: the defaults, the
-defaults of model.arch, the file that `base:` of a preset or YAML file names, that preset or YAML file itself, and the
-command line (`a.b=c`).
+Settings are read from several layers, and later layers override earlier layers. The layers have this order: the
+defaults, the defaults of model.arch, the file that the key `base:` of a preset or YAML file names, this preset or YAML
+file, and the command line (`a.b=c`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from gptjax.files import user_path
 
 
 def load_config(source: Optional[str | os.PathLike[str]] = None, *overrides: str) -> Config:
-    """Loads the config of a preset, YAML file or run directory, with overrides such as "optim.lr=3e-4".
+    """Loads a `Config` from a preset, YAML file or run directory, with overrides such as "optim.lr=3e-4".
 
     Args:
         source: name of a preset, a YAML file or a run directory, or None for the default settings of gptjax. If
@@ -44,7 +44,7 @@ def resolve(
     leaves: Iterable[Leaf] = (),
     defaults: Iterable[Leaf] = (),
 ) -> tuple[Config, Provenance]:
-    """Loads a config like `load_config`, and also returns where each value was set. The command-line
+    """Loads a config like `load_config`, and also returns the place where each value was set. The command-line
     interface uses `uses.resolve` instead, which also refuses settings that the command's task does not read.
 
     Args:
@@ -66,11 +66,11 @@ def resolve(
 
 def file_layers(source: Optional[str | os.PathLike[str]]) -> list[Leaf]:
     """Returns the settings of a preset, YAML file or run directory as leaves; [] if `source` is None. If the file has
-    the key `base:`, the leaves of the file that `base:` names come first."""
+    the key `base:`, the list begins with the leaves of the file that `base:` names."""
     if source is None:
         return []
     layers = _file_leaves(source)
-    # if the run was moved, the run_dir in its config.yaml is wrong, so it is overridden
+    # If the run directory was moved, the run_dir in its config.yaml is wrong, so that run_dir is overridden here.
     if (Path(source) / "config.yaml").is_file():
         layers.append(Leaf("run_dir", str(source), "the run's own folder"))
     return layers
@@ -87,8 +87,8 @@ def from_dict(values: dict[str, Any]) -> Config:
 
 
 def to_yaml(cfg: Config, provenance: Optional[Provenance] = None, keys: Optional[Iterable[str]] = None) -> str:
-    """Returns the config as YAML text. By default the text has all settings, also those with their default values, so
-    that a later change of the defaults does not change a stored config.
+    """Returns the config as YAML text. By default the YAML text contains all settings, including settings with their
+    default values, so that a later change of the defaults does not change a stored config.
 
     Args:
         provenance: the place where each setting was set, to be written as a comment after the value of the setting;
@@ -109,7 +109,8 @@ def to_yaml(cfg: Config, provenance: Optional[Provenance] = None, keys: Optional
 
 
 def diff(a: Config, b: Config) -> list[str]:
-    """Returns a line for each setting that differs between two configs: ["optim.lr: 0.001 -> 0.0003", ..]."""
+    """Returns a list with a line of text for each setting that differs between two configs, such as "optim.lr: 0.001 ->
+    0.0003"."""
     before, after = flat(a), flat(b)
     return [f"{key}: {before[key]!r} -> {after[key]!r}" for key in before if before[key] != after[key]]
 
@@ -118,16 +119,16 @@ def diff(a: Config, b: Config) -> list[str]:
 
 
 def presets() -> dict[str, Path]:
-    """Returns a dict from the name of each preset to its YAML file, which is in configs/ of the checkout or in the
-    installed package."""
+    """Returns a dict that maps the name of each preset to the path of its YAML file, in configs/ of the checkout or in
+    the installed package."""
     package = Path(__file__).parents[1]
     root = next((path for path in (package / "_configs", package.parent / "configs") if path.is_dir()), None)
     return {path.stem: path for path in sorted(root.glob("*/*.yaml"))} if root else {}
 
 
 def config_file(source: str | os.PathLike[str], near: Path = Path()) -> Path:
-    """Returns the path of the YAML file that belongs to the name of a preset, a file path or a run directory. Raises
-    UserError if there is no such file; the message suggests the preset with the most similar name."""
+    """Returns the path of the YAML file for the name of a preset, a file path or a run directory. If the file does not
+    exist, the function raises a UserError that suggests the preset with the most similar name."""
     text, path = str(source), near / source
     user_path(path)
     if path.is_dir() and (path / "config.yaml").exists():
@@ -144,8 +145,8 @@ def config_file(source: str | os.PathLike[str], near: Path = Path()) -> Path:
 
 
 def _file_leaves(source: str | os.PathLike[str], near: Path = Path(), parents: tuple[Path, ...] = ()) -> list[Leaf]:
-    """Returns the settings of a config file as leaves. If the file has the key `base:`, the leaves of the file that
-    `base:` names come first.
+    """Returns the settings of a config file as leaves. If the file has the key `base:`, the list begins with the leaves
+    of the file that `base:` names.
 
     Args:
         parents: the files that were read before this file; each of them names the next one in its `base:`. UserError is
@@ -173,8 +174,8 @@ def _file_leaves(source: str | os.PathLike[str], near: Path = Path(), parents: t
 
 
 def short(path: Path) -> str:
-    """Returns the path relative to the working directory if the path is inside that directory, otherwise the unchanged
-    path."""
+    """Returns the path relative to the working directory if the path is inside the working directory, otherwise the
+    unchanged path."""
     relative = os.path.relpath(path)
     return str(path) if relative.startswith("..") else relative
 
@@ -201,7 +202,7 @@ def build(leaves: list[Leaf], run_dir: Optional[str] = None, problems: Iterable[
             key, value = "mesh.data", -1
         if key not in schema():
             if value is None and any(name.startswith(key + ".") for name in schema()):
-                continue  # a group such as `model:` is null if all of its settings are commented out
+                continue  # a group such as `model:` is null in YAML if all settings in the group are commented out
             problems.append(f"{location}: {unknown_key(key, list(schema()))}")
             continue
         try:
@@ -226,9 +227,9 @@ def build(leaves: list[Leaf], run_dir: Optional[str] = None, problems: Iterable[
     return cfg, provenance
 
 
-# Pairs of settings (a, b): b takes precedence over a, as train.epochs does over train.max_steps, or b only makes sense
-# for one value of a, as data.split does for data.source. If a later layer sets a, the value of b from an earlier layer
-# is dropped, so that b has its default again.
+# `RULED` is a tuple of pairs of settings (a, b). In each pair, b takes precedence over a, such as train.epochs over
+# train.max_steps, or b is only meaningful for a certain value of a, such as data.split for data.source. If a later
+# layer sets a, the value of b from an earlier layer is dropped, so that b has its default value again.
 RULED = (
     ("train.max_steps", "train.epochs"), ("data.source", "data.split"), ("data.source", "data.val_source"),
     ("data.split", "data.val_source"), ("data.val_fraction", "data.val_source"),
@@ -236,10 +237,11 @@ RULED = (
 
 
 def _drop_overruled(leaves: list[Leaf], values: dict[str, Any], set_at: Provenance) -> Iterator[str]:
-    """Drops settings from `values` and `set_at`, and yields error texts for settings that exclude each other.
+    """Drops overruled settings from `values` and `set_at`, and yields an error text for each pair of settings that
+    exclude each other.
 
-    A setting is dropped if a setting in a later layer overrules it; `RULED` and `_drop_base_settings` define which
-    settings overrule which.
+    A setting is dropped if another setting in a later layer overrules this setting; `RULED` and `_drop_base_settings`
+    define which settings overrule which.
     """
     layers = list(dict.fromkeys(layer(leaf.where) for leaf in leaves))
     yield from _drop_base_settings(layers, values, set_at)
@@ -255,12 +257,12 @@ def _drop_overruled(leaves: list[Leaf], values: dict[str, Any], set_at: Provenan
 
 
 def _drop_base_settings(layers: list[str], values: dict[str, Any], set_at: Provenance) -> Iterator[str]:
-    """Drops or refuses model and tokenizer settings if pretrain.base is set, because the base model has a model config
-    and a tokenizer of its own. The settings in `Computation`, such as model.dtype, are kept.
+    """Drops or refuses model and tokenizer settings if pretrain.base is set, because the model config and the tokenizer
+    of the base model are used. The settings in `Computation`, such as model.dtype, are kept.
 
-    The settings are dropped if their layer comes before the layer that sets pretrain.base; otherwise an error text is
-    yielded. An exception is a file that sets pretrain.base and more than half of all settings: the model and tokenizer
-    settings in this file are kept without an error, because such a file was written by `to_yaml`.
+    Model and tokenizer settings are dropped if their layer comes before the layer that sets pretrain.base; otherwise an
+    error text is yielded. However, if a file sets pretrain.base and more than half of all settings, the model and
+    tokenizer settings in this file are kept without an error, because such a file was written by `to_yaml`.
     """
     if values.get("pretrain.base") is None:
         return
@@ -280,8 +282,8 @@ def _drop_base_settings(layers: list[str], values: dict[str, Any], set_at: Prove
 
 
 def layer(where: str) -> str:
-    """Returns the name of the layer in which a setting was set, given the place where it was set: "base.yaml" for the
-    place "base.yaml:3", and "command line" for the command line."""
+    """Converts the place where a setting was set to the name of the setting's layer: returns "base.yaml" for the place
+    "base.yaml:3", and "command line" for the place "command line"."""
     return re.sub(r":\d+$", "", where)
 
 
@@ -299,7 +301,8 @@ def _construct(cls: type, values: dict[str, Any], prefix: str) -> Any:
 
 
 def _typed(key: str, value: Any) -> Any:
-    """Converts a value to the type of its setting. If a list is expected, a single value becomes a list of one item.
+    """Converts a value to the type of its setting. If a list is expected, a single value is converted to a list of one
+    item.
 
     Raises:
         ValueError: the value cannot be converted to the type of the setting.
@@ -331,22 +334,23 @@ def _typed(key: str, value: Any) -> Any:
 
 
 def _scalar(kind: Any, value: Any) -> Any:
-    """Converts a value to the type `kind`: bool, int, float, str or a Literal. Raises ValueError if the value cannot be
-    converted exactly; numbers are never truncated."""
+    """Converts a value to the type `kind`: bool, int, float, str or a Literal. A value that cannot be converted exactly
+    raises ValueError; numbers are never truncated."""
     if get_origin(kind) is Literal and value in get_args(kind):
         return value
     if kind is bool and str(value).lower() in _BOOLEANS:
         return str(value).lower() in _BOOLEANS[::2]
     if kind is str and isinstance(value, str | int | float):
         return str(value)
-    if kind is int and type(value) in (str, int):  # not isinstance, which accepts a bool as an int
+    if kind is int and type(value) in (str, int):  # isinstance is not used here, because a bool is an instance of int
         return int(value)
     if kind is float and type(value) in (str, int, float):
         return float(value)
     raise ValueError
 
 
-_BOOLEANS = ("true", "false", "yes", "no", "on", "off", "1", "0")  # words for true (even index) and false (odd index)
+# words for true (at even indices) and for false (at odd indices)
+_BOOLEANS = ("true", "false", "yes", "no", "on", "off", "1", "0")
 
 
 def yaml_value(value: object) -> str:

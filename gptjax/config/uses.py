@@ -1,8 +1,9 @@
-"""The settings that each task reads. A setting that a task does not read is refused on the command line and in the
-user's files: if it were ignored silently, the user might conclude that it does not change the results.
+"""Defines the settings that each task reads. A setting that a task does not read is refused on the command line and in
+the user's files: if the setting were silently ignored, the user might conclude that the setting does not change the
+results.
 
-For example, reads("classify", "lora.rank") is True, and reads("classify", "model.n_layer") is False, because the number
-of layers is that of the base model, finetune.base.
+For example, reads("classify", "lora.rank") is True, and reads("classify", "model.n_layer") is False, because
+fine-tuning takes the number of layers from the base model, finetune.base.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from gptjax.errors import UserError
 _RUN, _LOOP = ("run_dir", "task", "seed"), ("optim.*", "train.*", "mesh.*", "distributed.*")
 _COMPUTATION = [item.name for item in fields(Computation)]
 _TUNED = (*_RUN, "finetune.*", "lora.*", *_LOOP, *(f"model.{name}" for name in _COMPUTATION))
-# The patterns of the settings that each task reads, in the order of `--help`. The tasks that train a language model
-# also read sample.*, because `gptjax sample RUN` takes its defaults from the settings of the run.
+# `USES` maps each task to the patterns of the settings that the task reads, in the order of `--help`. The tasks that
+# train a language model also read sample.*, because `gptjax sample RUN` takes its defaults from the settings of the
+# run.
 USES: dict[str, tuple[str, ...]] = {
     "pretrain": ("pretrain.*", *_RUN, "data.*", "tokenizer.*", "model.*", *_LOOP, "sample.*"),
     "classify": ("classify.*", *_TUNED),
@@ -33,7 +35,8 @@ USES: dict[str, tuple[str, ...]] = {
 
 
 def reads(task: str, key: str, also: Sequence[str] = ()) -> bool:
-    """Returns True if the task reads the setting `key`, or if `key` matches one of the further patterns in `also`."""
+    """Returns True if the task reads the setting `key`, or if `key` matches one of the additional patterns in
+    `also`."""
     return any(matches(pattern, key) for pattern in (*USES[task], *also))
 
 
@@ -63,7 +66,8 @@ def resolve(
     task: str | None = None,
     also: Sequence[str] = (),
 ) -> tuple[Config, Provenance]:
-    """Loads the config for a command as `load.resolve` does, but refuses settings that the command's task ignores.
+    """Loads the config for a command like `load.resolve`, but raises UserError for settings that the command's task
+    does not read.
 
     Args:
         source: a preset, YAML file or run directory, or None for the default settings of gptjax.
@@ -82,13 +86,14 @@ def resolve(
     resolved_task = _task(source, layers, leaves, verb, task)
     defaults = [Leaf("task", resolved_task, f"gptjax {verb}")]
     run_dir = None if source is None else f"runs/{config_file(source).stem}"
-    # Only settings that the user wrote are refused. Presets of gptjax may hold settings that the task does not read,
-    # and so may the config.yaml of a run, which holds the settings of all tasks.
+    # Only settings that the user wrote are refused. The presets of gptjax, and the config.yaml of a run, may contain
+    # settings that the task does not read; a config.yaml contains the settings of all tasks.
     preset_files = {short(path) for path in presets().values()}
     groups: dict[str, set[str]] = {}
     for leaf in layers:
         groups.setdefault(layer(leaf.where), set()).add(leaf.key.partition(".")[0])
-    tunings = ("classify", "instruct", "prefer")  # without later tasks, which the config.yaml of an older run lacks
+    # only the oldest fine-tuning tasks: a config.yaml of an older run lacks newer tasks
+    tunings = ("classify", "instruct", "prefer")
     complete_files = {name for name, names in groups.items() if names.issuperset(tunings)}
     user_leaves = [*(leaf for leaf in layers if layer(leaf.where) not in preset_files | complete_files), *leaves]
     unread = [
@@ -99,8 +104,8 @@ def resolve(
 
 
 def _task(source: object, layers: list[Leaf], leaves: list[Leaf], verb: str, task: str | None) -> str:
-    """Returns the name of the command's task. Names of unknown tasks are ignored here, because `load.build`
-    reports them."""
+    """Returns the name of the command's task. Names of unknown tasks are ignored here, because `load.build` reports
+    unknown tasks."""
     in_files, given = task_of(layers), task_of(leaves)
     expected = task or given or in_files or "pretrain"
     if in_files and in_files != expected:
@@ -112,12 +117,13 @@ def _task(source: object, layers: list[Leaf], leaves: list[Leaf], verb: str, tas
 
 
 def task_of(leaves: Iterable[Leaf]) -> str | None:
-    """Returns the name of the task that the settings name last, or None. Names of unknown tasks are ignored."""
+    """Returns the name of the task in the last setting `task` in `leaves`, or None if there is no such setting. Names
+    of unknown tasks are ignored."""
     return next(iter([leaf.value for leaf in leaves if leaf.key == "task" and leaf.value in USES][-1:]), None)
 
 
 def _unread(leaves: list[Leaf], task: str, verb: str, also: Sequence[str]) -> list[str]:
-    """Returns error texts about the settings in `leaves` that the task does not read.
+    """Returns error texts for the settings in `leaves` that the task does not read.
 
     Settings that were set in the same place, and that the task ignores for the same reason, share one error text.
     """
@@ -142,10 +148,10 @@ def _unread(leaves: list[Leaf], task: str, verb: str, also: Sequence[str]) -> li
 
 
 def _without_adapter(user_leaves: list[Leaf], all_leaves: list[Leaf], task: str) -> list[str]:
-    """Returns an error text for each lora.* setting of the user if finetune.trainable trains no adapter.
+    """Returns an error text for each lora.* setting of the user if the value of finetune.trainable selects no adapter.
 
     A lora.* setting is not an error if a later file or the command line sets finetune.trainable to a value without an
-    adapter. For example, a file may set finetune.trainable=lora and lora.rank, and the command line
+    adapter. For example, a file may set finetune.trainable=lora and lora.rank, while the command line sets
     finetune.trainable=all.
     """
     trainable = next((leaf for leaf in reversed(all_leaves) if leaf.key == "finetune.trainable"), None)

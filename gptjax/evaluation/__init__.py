@@ -1,1 +1,2 @@
-"""Evaluation of trained models: metrics with confidence intervals, comparison of answers, LLM as a judge."""
+"""This package evaluates trained models: it computes metrics with confidence intervals, compares the answers of models,
+and scores answers with an LLM as a judge."""

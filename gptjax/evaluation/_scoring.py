@@ -1,14 +1,16 @@
-"""A program that runs reward functions; `workers.Scorer` starts it, and `rewards.parse` to check the files of users.
+"""A child process that runs reward functions. `workers.Scorer` starts this program to score answers, and
+`rewards.parse` starts this program to check the Python files of users.
 
-It reads requests from its stdin, each a line of JSON, and answers each with a line of JSON:
+The program reads requests from its stdin, one JSON object per line, and writes one line of JSON to its stdout for each
+request:
 
     {"names": [..], "timeout_s": ..}                                    loads functions; a list of error messages
     {"k": .., "prompt": .., "answer": .., "example": .., "timeout_s": ..}   calls function k; its value, or a text that
                                                                         says how it failed
 
-The functions find an empty stdin, and what they print is dropped. The parent process kills this process after the time
-limit; if the parent itself has been killed, this process ends with the end of its input or, a function that does not
-return, soon after the time limit.
+Reward functions read an empty stdin, and text that they print is discarded. The parent process kills this process if a
+call exceeds the time limit. If the parent process itself has been killed, this process exits when it reaches the end of
+stdin. If a reward function then does not return, a watchdog ends this process 5 s after the time limit.
 """
 
 from __future__ import annotations
@@ -29,11 +31,13 @@ import numpy as np
 from gptjax.errors import UserError
 from gptjax.evaluation.rewards import RewardFunction, describe, load
 
-GRACE_S = 5.0  # time after the limit for the parent process to act
+# The watchdog ends this process GRACE_S seconds after the time limit, if the parent process has not killed this process
+# by then.
+GRACE_S = 5.0
 
 
 def call(name: str, function: RewardFunction, prompt: str, answer: str, example: dict[str, Any]) -> float | str:
-    """Returns the value of a reward function, or a text that says how it failed."""
+    """Calls a reward function, and returns its value, or an error message if the call failed."""
     random.seed(f"{prompt}\0{answer}".encode("utf-8", "surrogatepass"))
     np.random.seed(random.getrandbits(32))
     try:
@@ -44,14 +48,15 @@ def call(name: str, function: RewardFunction, prompt: str, answer: str, example:
             return float(value)
         got = f"{value!r:.60}" if value is None or isinstance(value, Real | str) else f"a {type(value).__name__}"
         return f"{name} returned {got}, expected a finite number"
-    except UserError as error:  # of a built-in function
+    except UserError as error:  # the error was raised by a built-in reward function
         return f"{name}: {error}"
     except BaseException as error:  # also SystemExit
         return f"{name} raised {describe(error, getattr(function, '__module__', ''))}"
 
 
 def main() -> None:
-    # programs that a function starts do not inherit these two, and do not keep the parent process waiting
+    # Programs that a reward function starts do not inherit the file descriptors `requests` and `replies`, so that such
+    # programs cannot keep the parent process waiting for a reply.
     requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     null = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):
@@ -60,7 +65,8 @@ def main() -> None:
     functions: list[RewardFunction] = []
     while line := requests.readline():
         request = json.loads(line)
-        # the watchdog is a thread in C, which also ends a process that is busy in C, as in a regular expression
+        # The watchdog is a C thread, so it also ends a process that is busy in C code, for example in a regular
+        # expression.
         faulthandler.dump_traceback_later(request["timeout_s"] + GRACE_S, exit=True, file=null)
         if "names" in request:
             names, problems = request["names"], []
@@ -78,8 +84,8 @@ def main() -> None:
         faulthandler.cancel_dump_traceback_later()
     if hasattr(os, "killpg") and os.getpgrp() == os.getpid():
         with suppress(OSError):
-            os.killpg(0, signal.SIGKILL)  # with the processes that functions have left
-    os._exit(0)  # without waiting for the threads that functions have left
+            os.killpg(0, signal.SIGKILL)  # The signal also ends child processes that reward functions have started.
+    os._exit(0)  # The process exits without waiting for threads that reward functions have started.
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Metrics of a classifier: accuracy with a confidence interval, F1, calibration error and confusion matrix."""
+"""Computes metrics of a classifier: accuracy with a confidence interval, F1, calibration error and confusion matrix."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from gptjax.evaluation.intervals import interval
 
 
 def confusion(labels: np.ndarray, predicted: np.ndarray, n_classes: int) -> np.ndarray:
-    """Returns the confusion matrix [n_classes, n_classes] int64. Rows are true classes, columns predicted classes."""
+    """Returns the confusion matrix [n_classes, n_classes] int64. The rows are the true classes, and the columns are the
+    predicted classes."""
     table = np.zeros((n_classes, n_classes), np.int64)
     np.add.at(table, (labels, predicted), 1)
     return table
@@ -29,7 +30,7 @@ def f1(table: np.ndarray) -> np.ndarray:
 def calibration_error(probabilities: np.ndarray, labels: np.ndarray, bins: int = 10) -> float:
     """Returns the expected calibration error: the mean of |accuracy - confidence| over bins of equal width.
 
-    Predictions are put into bins by their confidence, and a bin is weighted by its number of predictions.
+    Predictions are grouped into bins by their confidence, and each bin is weighted by the number of its predictions.
     Source: arXiv:1706.04599, eq. 3.
     """
     confidence, correct = probabilities.max(-1), probabilities.argmax(-1) == labels
@@ -41,7 +42,8 @@ def calibration_error(probabilities: np.ndarray, labels: np.ndarray, bins: int =
 
 
 def report(probabilities: np.ndarray, labels: np.ndarray, names: tuple[str, ...]) -> dict[str, Any]:
-    """Returns all metrics for probabilities [n, C] and labels [n], as a dict that can be written as JSON."""
+    """Returns all metrics of a classifier for the class probabilities [n, C] and labels [n] of n texts, as a dict that
+    can be written as JSON."""
     table = confusion(labels, probabilities.argmax(-1), len(names))
     correct, n = int(np.trace(table)), len(labels)
     return {

@@ -1,4 +1,4 @@
-"""Metrics that compare generated answers with the expected answers and with the answers of another model."""
+"""Computes metrics that compare generated answers with the expected answers and with the answers of another model."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from gptjax.errors import UserError
 from gptjax.evaluation.intervals import interval
 from gptjax.formats import tables
 
-# A question with its expected and its generated answer, as a dict with the keys where, prompt, expected and answer, and
-# the optional keys nats, tokens, system, history and constraints.
+# A `Row` is a question with its expected answer and its generated answer: a dict with the keys where, prompt, expected
+# and answer, and the optional keys nats, tokens, system, history and constraints.
 Row = dict[str, Any]
 MAX_PROBLEMS = 20
 
@@ -25,8 +25,9 @@ def _count(pattern: str, text: str) -> int:
     return len(re.findall(pattern, text))
 
 
-# Verifiable constraints on an answer, as in IFEval (arXiv:2311.07911, table 3). Maps the kind of a constraint to the
-# type of its value, and a function (answer, value) that returns True if the answer meets the constraint.
+# `CONSTRAINTS` defines verifiable constraints on an answer, as in IFEval (arXiv:2311.07911, table 3). The dict maps the
+# kind of a constraint to the type of its value, and a function (answer, value) that returns True if the answer meets
+# the constraint.
 CONSTRAINTS: dict[str, tuple[type, Callable[[str, Any], bool]]] = {
     "min_words": (int, lambda text, n: len(text.split()) >= n),
     "max_words": (int, lambda text, n: len(text.split()) <= n),
@@ -46,7 +47,7 @@ CONSTRAINTS: dict[str, tuple[type, Callable[[str, Any], bool]]] = {
 
 
 def check_constraints(constraints: Any, location: str) -> list[str]:
-    """Returns error messages about the invalid items of `constraints`, a list of dicts with the keys kind and value."""
+    """Returns an error message for each invalid item of `constraints`, a list of dicts with the keys kind and value."""
     if not isinstance(constraints, list | tuple):
         return [f"{location}: constraints: expected a list of objects, got {constraints!r:.60}"]
     problems = []
@@ -62,22 +63,23 @@ def check_constraints(constraints: Any, location: str) -> list[str]:
 
 
 def is_met(answer: str, constraint: dict[str, Any]) -> bool:
-    """Returns True if the answer meets the constraint."""
+    """Returns True if the answer meets the constraint, a dict with the keys kind and value."""
     return CONSTRAINTS[constraint["kind"]][1](answer, constraint["value"])
 
 
 def is_exact(answer: str, expected: str) -> bool:
-    """Returns True if the answer equals the expected answer, ignoring whitespace around them."""
+    """Returns True if the answer equals the expected answer, ignoring leading and trailing whitespace."""
     return answer.strip() == expected.strip()
 
 
 def is_normalised(answer: str, expected: str) -> bool:
-    """Like `is_exact`, but also ignoring case, all differences in whitespace and full stops at the end."""
+    """Returns True if the answer equals the expected answer, ignoring case, differences in whitespace, and final full
+    stops."""
     return normalized(answer).rstrip(".") == normalized(expected).rstrip(".")
 
 
 def read(path: str) -> list[Row]:
-    """Reads the answers in a file responses.jsonl that `gptjax finetune instruct` wrote.
+    """Reads the answers in a file responses.jsonl, which `gptjax finetune instruct` writes.
 
     Raises:
         UserError: the file does not exist, has no answers, or has invalid lines (the message lists the first 20
@@ -100,7 +102,8 @@ def read(path: str) -> list[Row]:
 
 
 def _check_optional(row: Row, location: str) -> list[str]:
-    """Returns error messages about the optional keys of a row: nats and tokens (both or neither), history, system."""
+    """Returns an error message for each invalid optional key of a row: nats and tokens (a row has both or neither),
+    history, and system."""
     problems, turns = [], row.get("history", [])
     nats: Any = row.get("nats")
     tokens: Any = row.get("tokens")
@@ -118,16 +121,17 @@ def _check_optional(row: Row, location: str) -> list[str]:
 
 
 def scores(rows: Sequence[Row]) -> dict[str, Any]:
-    """Returns metrics of the answers, averaged over rows.
+    """Returns a dict of metrics of the answers, averaged over all rows.
 
     The 95 % confidence interval of a proportion NAME is under the key NAME_interval.
 
-    exact            proportion of answers that equal the expected answer, ignoring whitespace around them
-    normalised       the same proportion, also ignoring case, all differences in whitespace and full stops at the end
-    token_f1         mean F1 score of the answers' words (arXiv:1606.05250, section 4.1, except that articles count)
-    nats_per_token   mean loss of the expected answers' tokens, if all rows have nats and tokens
-    constraints      proportion of constraints that are met, if rows have constraints
-    all_constraints  proportion of rows whose answer meets all constraints, among the rows that have constraints
+    exact: Proportion of answers that equal the expected answer, ignoring leading and trailing whitespace.
+    normalised: Proportion of answers that equal the expected answer, ignoring case, differences in whitespace, and
+    final full stops.
+    token_f1: Mean F1 score of the answers' words (arXiv:1606.05250, section 4.1, except that articles count).
+    nats_per_token: Mean loss of the expected answers' tokens, in nats, if all rows have the keys nats and tokens.
+    constraints: Proportion of all constraints that the answers meet, if there are rows with constraints.
+    all_constraints: Proportion of rows whose answer meets all constraints, among the rows that have constraints.
     """
     n = len(rows)
     metrics = {
@@ -147,15 +151,15 @@ def scores(rows: Sequence[Row]) -> dict[str, Any]:
 def _mean_and_interval(name: str, wins: Sequence[float]) -> dict[str, Any]:
     """Returns a dict with the mean of `wins` under the key `name`, and its Wilson interval under `name`_interval.
 
-    In `wins`, 1 stands for a win, 0 for a loss and 0.5 for a tie.
+    In `wins`, the value 1 stands for a win, 0 for a loss and 0.5 for a tie.
     """
     return {name: sum(wins) / len(wins), f"{name}_interval": list(interval(sum(wins), len(wins)))}
 
 
 def token_f1(answer: str, expected: str) -> float:
-    """Returns the F1 score of the answer's words against the expected words, both taken as bags of words.
+    """Returns the F1 score of the bag of words of the answer against the bag of words of the expected answer.
 
-    Case and punctuation are ignored.
+    Case and punctuation are ignored in both answers.
     """
     actual, wanted = (
         Counter(text.casefold().translate(str.maketrans("", "", string.punctuation)).split())
@@ -169,7 +173,7 @@ def token_f1(answer: str, expected: str) -> float:
 def win_rate(rows: Sequence[Row], others: Sequence[Row]) -> dict[str, Any]:
     """Compares the model of `rows` with the model of `others` on the questions that both models have answered.
 
-    On each question, the model under which the expected answer is more likely wins; a tie counts as half a win.
+    On each question, the model that gives the expected answer the higher probability wins; a tie counts as half a win.
 
     Returns:
         A dict with the number of questions n, the proportion win_rate of questions that the model of `rows` wins, and

@@ -1,4 +1,4 @@
-"""Confidence intervals."""
+"""Computes confidence intervals."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ import numpy as np
 
 
 def interval(successes: float, n: int, z: float = 1.96) -> tuple[float, float]:
-    """Returns Wilson's confidence interval (Wilson 1927) of the proportion successes / n, at 95 % for z = 1.96."""
+    """Returns Wilson's confidence interval (Wilson 1927) of the proportion successes / n; z = 1.96 gives the 95 %
+    interval."""
     p, s = successes / n, z * z / n
     center, half_width = (p + s / 2) / (1 + s), z * math.sqrt(p * (1 - p) / n + s / (4 * n)) / (1 + s)
     return center - half_width, center + half_width
 
 
 def t_interval(values: Sequence[float]) -> tuple[float, float | None, float | None]:
-    """Returns (mean, lower, upper), the mean and its 95 % confidence interval by Student's t distribution.
+    """Returns (mean, lower, upper): the mean of the values, and the 95 % confidence interval of the mean by Student's t
+    distribution.
 
-    For a single value, lower and upper are None.
+    If there is only one value, lower and upper are None.
     """
     from scipy import stats
 

@@ -1,4 +1,4 @@
-"""LLM as a judge: another model, on any server with OpenAI's chat completions API, scores answers."""
+"""LLM as a judge: scores answers with another language model, on any server that has OpenAI's chat completions API."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from urllib.parse import urlsplit
 
 from gptjax.errors import UserError
 
-TIMEOUT_S = 60.0  # timeout in seconds of a request to the server
+TIMEOUT_S = 60.0  # timeout in seconds of an HTTP request to the judge's server
 LOG_EVERY_S = 10.0
-PAUSE_S = 1.0  # pause in seconds before a failed request is sent again
+PAUSE_S = 1.0  # pause in seconds before a failed HTTP request is sent again
 TRIES = 3
 MAX_REPLY_BYTES = 1 << 22
 
@@ -33,11 +33,12 @@ AGAIN = "Reply with one integer from 0 to 100 and nothing else."
 def judge(
     rows: Sequence[dict[str, Any]], url: str, model: str, *, key: str | None = None, log: Callable[[str], None]
 ) -> list[int | None]:
-    """Returns, for each answer in `rows`, its score from 0 to 100 according to the judge model, or None.
+    """Returns the score that the judge model gives each answer in `rows`, an integer from 0 to 100, or None if the
+    model gives no valid score.
 
-    The judge replies at temperature 0. It is asked again if a reply contains no valid score (see `number`); after three
-    such replies the score is None. The method follows chapter 7 of Raschka's Build a Large Language Model (From
-    Scratch).
+    The judge model replies at temperature 0. If a reply contains no valid score (see `number`), the judge model is
+    asked again; after three replies without a valid score, the score is None. The method follows chapter 7 of Raschka's
+    Build a Large Language Model (From Scratch).
 
     Args:
         rows: answers to score, with the keys prompt, expected and answer.
@@ -81,9 +82,10 @@ def _check(url: str, key: str) -> None:
         valid = valid and url.isascii() and url.isprintable() and " " not in url
     except ValueError:
         valid = False
-    if not valid:  # the error message omits the URL, which may contain a password
+    if not valid:  # The error message omits the invalid URL, because the URL may contain a password.
         problems.append("the judge's URL: expected one such as http://localhost:11434/v1, without name, password or ?")
-    # checked here, because the error message of http.client about an invalid key would contain the key
+    # The API key is checked here, because the error message of http.client about an invalid API key would contain the
+    # key.
     if not (key.isascii() and key.isprintable() and " " not in key):
         problems.append("OPENAI_API_KEY contains whitespace or a character that is not ASCII: set it again")
     if problems:
@@ -112,14 +114,15 @@ def question(row: dict[str, Any]) -> str:
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """Turns a redirect into an error, so that the key and the texts are sent only to the address that the user gave."""
+    """Turns an HTTP redirect into an error, so that the API key and the texts are sent only to the URL that the user
+    gave."""
 
     def redirect_request(self, *args: Any) -> None:
         return None
 
 
 def _ask(url: str, body: dict[str, Any], key: str) -> str:
-    """Sends a request and returns the text of the reply.
+    """Sends a chat completion request to the server, and returns the text of the reply.
 
     After a temporary error, such as a busy server or a lost connection, the request is sent again, at most twice.
     """
@@ -159,9 +162,9 @@ def _content(reply: bytes, address: str) -> str:
 
 
 def _refusal(address: str, error: urllib.error.HTTPError, model: str) -> str:
-    """Returns the error message for an HTTP status.
+    """Returns the error message for an HTTP error of the server, such as 404.
 
-    The message omits the reply's body, in which a server may repeat the API key.
+    The error message omits the body of the server's reply, because a server may repeat the API key in this body.
     """
     code = error.code
     if code in (401, 403):

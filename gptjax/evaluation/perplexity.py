@@ -13,7 +13,7 @@ from gptjax.losses import token_log_probs
 from gptjax.tokenizers import Tokenizer
 from gptjax.types import Params
 
-WIDTH, ROWS = 512, 4  # maximum number of tokens per packed row; packed rows per batch
+WIDTH, ROWS = 512, 4  # Maximum number of tokens per packed row, and number of packed rows per batch.
 
 
 def losses(
@@ -25,14 +25,15 @@ def losses(
 ) -> np.ndarray:
     """Returns the mean loss of each text in nats per token, [n] float32.
 
-    The mean is taken over the first 512 predicted tokens of a text, or over fewer if the model's context length is
-    shorter. The loss is nan for a text in which no token is predicted: an empty text, or a text of a single token if
-    the tokenizer adds no BOS token. `say` is a function that is called with progress messages.
+    The loss of a text is averaged over its first 512 predicted tokens, or over fewer tokens if the model's context
+    length is shorter. The loss is nan for a text in which no token is predicted: an empty text, or a text of a single
+    token if the tokenizer adds no BOS token. `say` is a function that is called with progress messages.
     """
     width = min(WIDTH, cfg.context_length)
     begin = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
     ids = [np.array([*begin, *tokenizer.encode(text)][: width + 1], np.int32) for text in texts]
-    scorable = [i for i, row in enumerate(ids) if len(row) > 1]  # texts with at least one token to predict
+    # indices of the texts with at least one token to predict
+    scorable = [i for i, row in enumerate(ids) if len(row) > 1]
     out = np.full(len(texts), np.nan, np.float32)
     if not scorable:
         return out

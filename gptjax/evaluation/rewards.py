@@ -1,16 +1,17 @@
-r"""Reward functions for reinforcement learning: `gptjax finetune reward` maximises the sum of their values.
+r"""Reward functions for reinforcement learning: `gptjax finetune reward` trains a model to maximise their weighted sum.
 
-A reward function is a plain function (prompt, answer, example) -> float. `prompt` is the text that was answered,
-`answer` the model's text, and `example` the row of the data file, a dict. Built-in functions take the expected answer
-from its key `expected` or, if there is none, `answer`: a text or a number. By name:
+A reward function is a plain function (prompt, answer, example) -> float. `prompt` is the prompt of the model, `answer`
+is the text that the model generated, and `example` is the row of the data file, a dict. Built-in functions read the
+expected answer, a text or a number, from the key `expected` of the example or, if this key is missing, from its key
+`answer`. The reward functions have these names:
 
-    exact         1 if the answer equals the expected answer, ignoring whitespace around them
-    normalised    1 if it does, also ignoring case, all differences in whitespace and full stops at the end
-    number        1 if the last number of the answer equals the expected number; see `number`
-    boxed         1 if the text in the last \boxed{..} of the answer equals the expected text
-    format        1 if the answer is <think>, reasoning, </think> and then an answer
+    exact         1 if the answer equals the expected answer, ignoring leading and trailing whitespace, else 0
+    normalised    like exact, but also ignoring case, differences in whitespace, and final full stops
+    number        1 if the last number of the answer equals the expected number, else 0; see `number`
+    boxed         1 if the text in the last \boxed{..} of the answer equals the expected text, else 0
+    format        1 if the answer is <think>, reasoning, </think> and then an answer, else 0
     format:REGEX  1 if the regular expression matches somewhere in the answer (as re.search does: ^ and $ anchor it, and
-                  (?s) at its start lets . match the ends of lines)
+                  (?s) at its start lets . match the ends of lines), else 0
     length:N      1 for up to N words, decreasing linearly to 0 for 2 N words or more; whitespace separates words
     constraints   the proportion of the row's constraints that are met (see `generation_metrics.CONSTRAINTS`); 1 if the
                   row has none
@@ -21,12 +22,12 @@ from its key `expected` or, if there is none, `answer`: a text or a number. By n
     path/to/mine.py:score
                   the function `score` of a Python file
 
-Reasoning is not part of an answer: except for format and length, the functions read only what follows the last
-</think>, if the answer contains one.
+The reasoning of a model is not part of its answer: if the generated text contains </think>, all built-in functions
+except format and length read only the text after the last </think>.
 
-The value of a user's function must depend only on its arguments: functions run in several processes, which are
-restarted after a failure (see `workers`). The modules `random` and `numpy.random` are seeded before each call, with the
-prompt and the answer.
+The value of a user's reward function must depend only on the function's arguments, because reward functions run in
+several processes, which are restarted after a failure (see `workers`). Before each call of a reward function, the
+modules `random` and `numpy.random` are seeded with the prompt and the answer.
 """
 
 from __future__ import annotations
@@ -53,30 +54,30 @@ Example = dict[str, Any]
 RewardFunction = Callable[[str, str, Example], float]
 
 SETTING = "reward.functions"
-PROGRAM = "gptjax.evaluation._scoring"  # the program that runs reward functions in a process of its own
-START_TIMEOUT_S = 60.0  # maximum duration of the start of that process, with the import of the user's files
-MAX_DIGITS = 400  # maximum number of characters of a number, and absolute value of its exponent
-MAX_EXPRESSION = 200  # maximum number of characters of an arithmetic expression
-MAX_BITS = 10_000  # maximum size of a value in an arithmetic expression
+PROGRAM = "gptjax.evaluation._scoring"  # Module of the program that runs reward functions in a child process.
+START_TIMEOUT_S = 60.0  # Seconds in which the child process must start and import the user's files.
+MAX_DIGITS = 400  # Maximum number of characters of a number, and maximum absolute value of its exponent.
+MAX_EXPRESSION = 200  # Maximum number of characters of an arithmetic expression.
+MAX_BITS = 10_000  # Maximum size in bits of a value in an arithmetic expression.
 
 
-# --- the built-in functions
+# --- the built-in reward functions
 
 
 def exact(prompt: str, answer: str, example: Example) -> float:
-    """Returns 1 if the answer equals the expected answer, as `generation_metrics.is_exact` counts it, else 0."""
+    """Returns 1 if the answer equals the expected answer according to `generation_metrics.is_exact`, else 0."""
     return float(is_exact(final(answer), expected(example)))
 
 
 def normalised(prompt: str, answer: str, example: Example) -> float:
-    """Returns 1 if the answer equals the expected answer, as `generation_metrics.is_normalised` counts it, else 0."""
+    """Returns 1 if the answer equals the expected answer according to `generation_metrics.is_normalised`, else 0."""
     return float(is_normalised(final(answer), expected(example)))
 
 
 def boxed(prompt: str, answer: str, example: Example) -> float:
     r"""Returns 1 if the text in the answer's last \boxed{..} equals the expected text, else 0.
 
-    Differences in whitespace are ignored. The expected text may be in \boxed{..}, too.
+    Differences in whitespace between the two texts are ignored. The expected text may also be written as \boxed{..}.
     """
     text, wanted = in_box(final(answer)), expected(example)
     if (inner := in_box(wanted)) is not None:
@@ -87,14 +88,14 @@ def boxed(prompt: str, answer: str, example: Example) -> float:
 def number(prompt: str, answer: str, example: Example) -> float:
     r"""Returns 1 if the number in the answer equals the expected number, else 0.
 
-    The number in the answer is the content of the last \boxed{..}, which must be one number, with or without a unit or
-    "x =" before it. Without \boxed, it is the last number of the text. The expected number is read in the same way, or
-    is an arithmetic expression such as 12 + 7. Expressions in the answer are not computed: the model would learn to
-    repeat the question.
+    If the answer contains \boxed{..}, the content of the last \boxed{..} must be a single number, which a unit may
+    follow and "x =" may precede. Without \boxed, the last number of the answer counts. The expected number is read from
+    the expected answer by the same rules, but may also be given as an arithmetic expression such as 12 + 7. Arithmetic
+    expressions in the answer are not evaluated, because the model would otherwise learn to repeat the question.
 
     Numbers are compared exactly, as fractions: 0.5, .50, 1/2, \frac{1}{2} and 2/4 are equal, and 0.33 is not 1/3.
         1,234.5  -3  $5  1/2  1 1/2  \frac{1}{2}  6e3  50%  1{,}234     digits of ASCII only
-    A percentage equals its fraction, 50% = 0.5, and also the number without the sign, 50% = 50.
+    A percentage such as 50% is equal to the fraction 0.5, and also to the number 50 without the percent sign.
 
     Raises:
         UserError: the row has no expected number.
@@ -108,9 +109,10 @@ def number(prompt: str, answer: str, example: Example) -> float:
 
 
 def reasoning_format(prompt: str, answer: str, example: Example) -> float:
-    """Returns 1 if the answer is <think>, reasoning, </think> and an answer, each tag occurring once, else 0.
+    """Returns 1 if the text consists of <think>, the reasoning, </think> and the answer, and each tag occurs once, else
+    0.
 
-    If the prompt ends with <think>, as some chat templates write it, the answer begins with the reasoning.
+    If the prompt already ends with <think>, as in some chat templates, the text must begin with the reasoning.
     """
     text = answer.strip()
     if not prompt.rstrip().endswith("<think>"):
@@ -123,7 +125,7 @@ def reasoning_format(prompt: str, answer: str, example: Example) -> float:
 
 
 def constraints(prompt: str, answer: str, example: Example) -> float:
-    """Returns the proportion of the row's constraints that the answer meets, or 1 if the row has none.
+    """Returns the proportion of the row's constraints that the answer meets, or 1 if the row has no constraints.
 
     Raises:
         UserError: the row's constraints are invalid.
@@ -136,7 +138,8 @@ def constraints(prompt: str, answer: str, example: Example) -> float:
 
 
 def matches(pattern: str) -> RewardFunction:
-    """Returns a function that returns 1 if the regular expression `pattern` matches somewhere in the answer, else 0.
+    """Returns a reward function whose value is 1 if the regular expression `pattern` matches anywhere in the answer,
+    else 0.
 
     Raises:
         UserError: the pattern is empty or not a valid regular expression.
@@ -151,7 +154,8 @@ def matches(pattern: str) -> RewardFunction:
 
 
 def at_most_words(limit: str) -> RewardFunction:
-    """Returns a function that returns 1 for answers of up to `limit` words, decreasing to 0 at twice that number.
+    """Returns a reward function whose value is 1 for an answer of up to `limit` words, and decreases linearly to 0 at
+    twice as many words.
 
     Raises:
         UserError: `limit` is not a positive whole number.
@@ -163,18 +167,20 @@ def at_most_words(limit: str) -> RewardFunction:
 
 
 def judged(address: str) -> RewardFunction:
-    """Returns a function that returns the score of a judge, from 0 to 1. `address` is MODEL@URL.
+    """Returns a reward function whose value is the score of the answer by a judge model, from 0 to 1. `address` is
+    MODEL@URL.
 
     Raises:
         UserError: there is no model or URL, or the URL or the API key is invalid. The function raises it if the server
             cannot be reached or gives no score.
     """
-    from gptjax.evaluation.judge import judge  # imported here, because it takes a network library
+    # The module `judge` is imported only here, because it imports network libraries.
+    from gptjax.evaluation.judge import judge
 
     model, at, url = address.rpartition("@")
     if not (model and at and url):
         raise UserError("expected judge:MODEL@URL, as in judge:qwen2.5:7b@http://localhost:11434/v1")
-    judge([], url, model, log=print)  # checks the URL and the key
+    judge([], url, model, log=print)  # the call checks the URL and the API key
 
     def score(prompt: str, answer: str, example: Example) -> float:
         row = {**example, "prompt": prompt, "expected": expected(example), "answer": final(answer)}
@@ -202,11 +208,12 @@ WITH_ARGUMENT: dict[str, Callable[[str], RewardFunction]] = {
 KNOWN = f"{', '.join(FUNCTIONS)}, format:REGEX, length:N, judge:MODEL@URL, path/to/file.py:function"
 
 
-# --- what is read from answers and rows
+# --- functions that read answers and rows
 
 
 def final(answer: str) -> str:
-    """Returns the answer without its reasoning: the text after the last </think>, or all if there is none."""
+    """Returns the answer without its reasoning: the text after the last </think>, or the whole text if it contains no
+    </think>."""
     return answer.rpartition("</think>")[2]
 
 
@@ -224,9 +231,10 @@ def expected(example: Example) -> str:
 
 
 def in_box(text: str) -> str | None:
-    r"""Returns the content of the last complete \boxed{..}, or of the inner one if they are nested, or None."""
+    r"""Returns the content of the last complete \boxed{..} in a text, or None if there is none. If a \boxed{..}
+    contains another \boxed{..}, the content of the inner one is returned."""
     found, last = None, -1
-    begins: list[int] = []  # of each open brace: where its content begins if it is that of \boxed, else -1
+    begins: list[int] = []  # for each open brace, the position after \boxed{, or -1 if the brace does not follow \boxed
     for match in re.finditer(r"\\boxed\s*+\{|\\[\\{}]|[{}]", text):
         if match[0].startswith("\\boxed"):
             begins.append(match.end())
@@ -239,11 +247,11 @@ def in_box(text: str) -> str | None:
 
 class Number(NamedTuple):
     value: Fraction
-    percent: bool = False  # whether a percent sign follows; `value` is the number before the sign
+    percent: bool = False  # True if the number is followed by a percent sign, which is not included in `value`
 
 
-_SIGN = "[-\u2212\u2013]"  # hyphen, minus sign, en dash
-# A quantifier with a further + never gives back what it has matched: matching takes linear time.
+_SIGN = "[-\u2212\u2013]"  # A sign is a hyphen, a minus sign or an en dash.
+# Possessive quantifiers, such as ++, never backtrack, so that matching takes linear time.
 NUMBER = re.compile(
     rf"""
     (?:(?<![A-Za-z0-9_)\]}}.%])(?P<sign>{_SIGN}))?   # 3-5 has no sign
@@ -260,9 +268,11 @@ NUMBER = re.compile(
 
 
 def read_number(text: str) -> Number | None:
-    r"""Returns the number in \boxed{..} or, without \boxed, the last number of the text; None if there is none.
+    r"""Returns the number in \boxed{..}, or the last number of the text if the text has no \boxed{..}. Returns None if
+    there is no number.
 
-    None is also returned if \boxed contains anything but one number, or a number has more than MAX_DIGITS characters.
+    None is also returned if \boxed{..} contains anything besides a single number with its unit, or if the number has
+    more than MAX_DIGITS characters.
     """
     box = in_box(text)
     plain = _without_latex(text if box is None else box)
@@ -277,7 +287,7 @@ def read_number(text: str) -> Number | None:
 
 
 def _without_latex(text: str) -> str:
-    """Returns the text with LaTeX's fractions as a/b, and without LaTeX's spaces and text commands."""
+    """Converts LaTeX to plain text: fractions become a/b, and spacing and text commands are removed."""
     if "\\" not in text and "{" not in text:
         return text
     text = text.replace("{,}", ",")
@@ -317,7 +327,8 @@ def _equal(a: Number, b: Number) -> bool:
 
 
 def _number_of(text: str) -> Number | None:
-    """Returns the expected number: that of an arithmetic expression, or else that which `read_number` finds."""
+    """Returns the number in an expected answer: the value of the text if it is an arithmetic expression, otherwise the
+    number that `read_number` finds in the text."""
     try:
         return Number(evaluate(text))
     except ArithmeticError as error:
@@ -338,14 +349,16 @@ _OPERATORS: dict[type[ast.AST], Callable[..., Any]] = {
 }
 
 
-_SIGNS = {0xD7: "*", 0xB7: "*", 0xF7: "/", 0x2212: "-", ord("^"): "**"}  # × · ÷, the minus sign and ^
+# The dict maps the code points of × · ÷, the minus sign and ^ to Python's operators.
+_SIGNS = {0xD7: "*", 0xB7: "*", 0xF7: "/", 0x2212: "-", ord("^"): "**"}
 
 
 def evaluate(expression: str) -> Fraction:
     """Returns the exact value of an arithmetic expression such as 2 * (3 + 4) / 5, written as in Python.
 
-    It may contain decimal numbers, parentheses and the operators + - * / // % ** and also ^ × · ÷ for ** * * /.
-    It is not run as Python, and takes little time and memory whatever it contains.
+    The expression may contain decimal numbers, parentheses and the operators + - * / // % **. The characters ^ × · ÷
+    stand for the operators ** * * /. The expression is not executed as Python code, and evaluating any expression takes
+    little time and memory.
 
     Raises:
         ValueError: the text is not an arithmetic expression of at most MAX_EXPRESSION characters.
@@ -363,7 +376,8 @@ def evaluate(expression: str) -> Fraction:
 
 def _evaluate(node: ast.AST) -> Fraction:
     if isinstance(node, ast.Constant) and type(node.value) in (int, float):
-        value = Fraction(repr(node.value))  # of a float: its decimal digits; inf is refused with a ValueError
+        # A float is converted by its decimal digits, so that 0.1 is 1/10; inf raises a ValueError.
+        value = Fraction(repr(node.value))
     elif isinstance(node, ast.UnaryOp) and type(node.op) in _OPERATORS:
         value = _OPERATORS[type(node.op)](_evaluate(node.operand))
     elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow):
@@ -388,9 +402,10 @@ def _bits(value: Fraction) -> int:
 
 
 def parse(names: Sequence[str]) -> tuple[str, ...]:
-    """Check the names of reward functions, and return them.
+    """Checks the names of reward functions, and returns them as a tuple.
 
-    The files of users are imported in a process of their own, to find the functions and their parameters.
+    The Python files of users are imported in a child process, which checks that each named function exists and has the
+    expected parameters.
 
     Raises:
         UserError: there are no names, a name occurs twice or is unknown, an argument is missing or invalid, or a file
@@ -412,7 +427,8 @@ def parse(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def start(child: Child, names: Sequence[str]) -> list[str]:
-    """Let a new process of PROGRAM load reward functions, and return its error messages."""
+    """Makes a new child process, which runs PROGRAM, load reward functions, and returns the error messages of the child
+    process."""
     try:
         return child.ask({"names": list(names), "timeout_s": START_TIMEOUT_S}, START_TIMEOUT_S)
     except TimeoutError:
@@ -422,7 +438,7 @@ def start(child: Child, names: Sequence[str]) -> list[str]:
 
 
 def check_rows(names: Sequence[str], rows: Iterable[tuple[str, Example]]) -> None:
-    """Check that rows have what the built-in functions among `names` need, such as an expected number.
+    """Checks that each row has the data that the built-in reward functions in `names` need, such as an expected number.
 
     Args:
         names: names of reward functions, which `parse` accepts.
@@ -443,7 +459,8 @@ def check_rows(names: Sequence[str], rows: Iterable[tuple[str, Example]]) -> Non
 
 
 def load(name: str) -> RewardFunction:
-    """Returns the reward function with a name. The file of a user is imported into this process.
+    """Returns the reward function that has the given name. If the name contains a path, this Python file is imported
+    into this process.
 
     Raises:
         UserError: the name is unknown, its argument is missing or invalid, or a file or its function is missing or
@@ -497,7 +514,8 @@ def _from_file(name: str) -> RewardFunction:
 
 
 def _import(path: Path) -> Any:
-    """Import a file as a module whose name is its path. The file's folder is searched last for what it imports."""
+    """Imports a Python file as a module whose name is the file's path. The folder of the file is appended to
+    `sys.path`, so that the file can import other files in its folder."""
     name = str(path)
     if name in sys.modules:
         return sys.modules[name]
@@ -515,7 +533,8 @@ def _import(path: Path) -> Any:
 
 
 def describe(error: BaseException, path: str) -> str:
-    """Returns an error's type and message in one short line, with the line of the file `path` where it was raised."""
+    """Returns one line of text with the type and the message of an error, and the number of the line of the file `path`
+    in which the error was raised."""
     try:
         message = str(error)
     except Exception:

@@ -1,13 +1,13 @@
-"""Runs reward functions in processes of their own, with a limit on the time of each call.
+"""Runs reward functions in child processes, with a time limit per call.
 
     with Scorer(["number", "mine.py:score"], weights=[1.0, 0.5], time_limit_s=10) as scorer:
         scores = scorer.score(prompts, answers, examples)
         scores.check()
         scores.total      [n] float64, the weighted sum of the functions' values; nan if a function failed
 
-A call fails if the function raises an error, returns anything but a finite number, does not return within the limit, or
-ends its process. Its value is nan then, and all other calls are made. The processes are programs of their own
-(`_scoring.py`), which do not import JAX.
+A call fails if the reward function raises an error, returns a value that is not a finite number, exceeds the time
+limit, or ends its process. The value of a failed call is nan, and all other calls are still made. Each child process
+runs the program `_scoring.py`, which does not import JAX.
 """
 
 from __future__ import annotations
@@ -28,23 +28,26 @@ from gptjax.errors import Problems, UserError
 from gptjax.evaluation.rewards import PROGRAM, SETTING, start
 from gptjax.processes import Child
 
-FIRST_CALLS = 8  # a function that has failed in all of this number of calls, and never worked before, is left out
+FIRST_CALLS = 8  # A reward function is not called again if its first FIRST_CALLS calls have all failed.
 MAX_PROCESSES = 4
 
 
 class Failure(NamedTuple):
-    name: str  # of the function
-    answer: int  # its index
-    text: str  # such as "mine.py:score raised ValueError: no number (line 7), for answer 'The result is'"
+    name: str  # Name of the reward function.
+    answer: int  # Index of the answer.
+    # Error message, such as "mine.py:score raised ValueError: no number (line 7), for answer 'The result is'".
+    text: str
 
 
 @dataclass(frozen=True)
 class Scores:
-    """The values of n answers.
+    """The rewards of n answers.
 
-    total     [n] float64, the sum of weight * value over all functions whose weight is not 0; nan if one of them failed
-    parts     maps the name of each function to its values, [n] float64; nan if the call failed or was left out
-    failures  the calls that failed, in the order of the answers
+    total: Reward of each answer, [n] float64: the sum of weight * value over all reward functions with a weight other
+    than 0. The reward is nan if one of these functions failed.
+    parts: Dict that maps the name of each reward function to the function's values, [n] float64. A value is nan if the
+    call failed or was not made.
+    failures: List of the calls that failed, in the order of the answers.
     """
 
     total: np.ndarray
@@ -52,7 +55,7 @@ class Scores:
     failures: list[Failure]
 
     def check(self) -> None:
-        """Check that each function has returned a value for at least one answer.
+        """Checks that each reward function has returned a value for at least one answer.
 
         Raises:
             UserError: a function failed for every answer. The message gives its first failure.
@@ -66,9 +69,10 @@ class Scores:
 
 
 class Scorer:
-    """Context manager that runs reward functions in processes of its own.
+    """Context manager that starts child processes, and runs reward functions in them.
 
-    The results do not depend on the number of processes, if the functions depend only on their arguments.
+    If the values of the reward functions depend only on the functions' arguments, the results do not depend on the
+    number of processes.
 
     Args:
         names: names of reward functions; see `rewards`.
@@ -99,14 +103,15 @@ class Scorer:
         problems.raise_if_any()
         self.names, self.weights, self.time_limit_s = tuple(names), tuple(weights), time_limit_s
         self.processes = processes or min(os.cpu_count() or 1, MAX_PROCESSES)
-        self._worked: set[str] = set()  # functions that have returned a value
+        self._worked: set[str] = set()  # names of the reward functions that have returned a value
         self._children: set[Child] = set()
         self._lock = threading.Lock()
         self._open = False
 
     def __enter__(self) -> Scorer:
         self._open = True
-        self._idle: queue.SimpleQueue[Child | None] = queue.SimpleQueue()  # None: a process that is to be started
+        # The queue holds the idle child processes; None stands for a process that has yet to be started.
+        self._idle: queue.SimpleQueue[Child | None] = queue.SimpleQueue()
         self._threads = ThreadPoolExecutor(self.processes, "rewards")
         try:
             for child in self._threads.map(lambda _: self._start(), range(self.processes)):
@@ -122,7 +127,7 @@ class Scorer:
         self.close()
 
     def close(self) -> None:
-        """End all processes at once."""
+        """Ends all child processes at once."""
         with self._lock:
             self._open = False
             for child in self._children:
@@ -133,10 +138,11 @@ class Scorer:
         self._children.clear()
 
     def score(self, prompts: Sequence[str], answers: Sequence[str], examples: Sequence[dict[str, Any]]) -> Scores:
-        """Call every function with each of n prompts, answers and examples.
+        """Calls every reward function for each of the n answers, and returns the scores.
 
-        A function that fails in all of FIRST_CALLS calls, which are spread over the answers, and has never worked
-        before, is not called for the other answers: a function that always exceeds the limit would take hours.
+        Each reward function is first called for FIRST_CALLS answers, which are spread evenly over all answers. If all
+        of these calls fail, and the reward function has never returned a value before, the reward function is not
+        called for the remaining answers, because a function that always exceeds the time limit would take hours.
 
         Raises:
             UserError: a process could not be started again.
@@ -173,10 +179,12 @@ class Scorer:
         return Scores(total, dict(zip(names, values, strict=True)), failures)
 
     def _call(self, request: dict[str, Any]) -> float | str:
-        """Make one call in an idle process. Returns its value, or a text that says how it failed."""
+        """Calls a reward function in an idle child process. Returns the value of the function, or an error message if
+        the call failed."""
         name, child = self.names[request["k"]], self._idle.get()
         try:
-            if child is not None and not child.alive:  # a thread that a function has left has ended it
+            # A thread of an earlier reward function may have ended the child process.
+            if child is not None and not child.alive:
                 self._discard(child)
                 child = None
             child = child or self._start()

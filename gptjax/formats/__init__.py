@@ -1,1 +1,2 @@
-"""Readers and writers of external file formats. Input files are untrusted: every length and count is validated."""
+"""Readers and writers of external file formats. Input files are untrusted, so every length and count in a file is
+validated."""

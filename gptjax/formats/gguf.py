@@ -1,19 +1,20 @@
-"""Reader and writer of GGUF files, the format of llama.cpp.
+"""Reads and writes GGUF files, the model format of llama.cpp.
 
     file = gguf.read("model.gguf")             # reads and validates the header only
     file.metadata["general.architecture"]      # "llama"
     file.array("token_embd.weight")            # [49152, 576] float32, dequantised
 
-All values are little-endian. A GGUF file consists of a header with typed key-value pairs (the metadata) and the list of
-tensors, padding to the alignment, and the data of each tensor at an aligned offset. A quantised tensor is stored in
-blocks of values along its last axis, each with its own scale; `TYPES` defines the layout of the blocks of each type.
+All values in a GGUF file are little-endian. A GGUF file consists of a header with typed key-value pairs (the metadata)
+and the list of tensors, padding to the alignment, and the data of each tensor at an aligned offset. A quantised tensor
+is stored in blocks of values along its last axis, and each block has its own scale; `TYPES` defines the block layout of
+each tensor type.
 
-Files are untrusted: every count and length is compared with the remaining size of the file before anything is
-allocated, so that a bad file raises an error. The data is read, not memory-mapped, because this process would be killed
-if another process truncated a mapped file.
+GGUF files are untrusted: every count and length is compared with the remaining size of the file before memory is
+allocated, so that an invalid file raises an error. The tensor data is read, not memory-mapped, because this process
+would be killed if another process truncated a memory-mapped file.
 
-Source: docs/gguf.md of ggml for the format, ggml-quants.c of ggml for the block layouts. The dequantised values are
-bit-identical to those of the package gguf-py.
+Sources: the file format is specified in docs/gguf.md of ggml, and the block layouts are defined in ggml-quants.c of
+ggml. The dequantised values are bit-identical to those of the package gguf-py.
 """
 
 from __future__ import annotations
@@ -34,44 +35,46 @@ from gptjax.errors import UserError, did_you_mean
 from gptjax.files import replacing
 
 MAGIC, VERSION, READABLE = b"GGUF", 3, (2, 3)
-ALIGNMENT = 32  # alignment in bytes if the metadata has no general.alignment
+ALIGNMENT = 32  # Alignment of the tensor data in bytes if the metadata has no key general.alignment.
 
-MAX_HEADER_BYTES = 64 << 20  # maximum size of metadata and tensor list; the largest vocabularies need 20 MB
+MAX_HEADER_BYTES = 64 << 20  # Maximum size of metadata and tensor list in bytes; the largest vocabularies need 20 MB.
 MAX_STRING_BYTES = 1 << 20
-# maximum number of strings in all arrays of the metadata together; the largest tokenizers have 0.65 million tokens and
-# merges
+# Maximum total number of strings in all arrays of the metadata; the largest tokenizers have 0.65 million tokens and
+# merges.
 MAX_STRINGS = 1 << 20
 MAX_METADATA, MAX_TENSORS, MAX_DIMS = 10_000, 20_000, 4
 MAX_ALIGNMENT = 64 << 10
-MAX_NAME_BYTES = 63  # maximum number of bytes of a tensor name in a new file, because llama.cpp refuses longer names
-MAX_SHOWN = 20  # maximum number of problems listed in an error message
+# Maximum size of a tensor name in bytes when a file is written, because llama.cpp refuses longer names.
+MAX_NAME_BYTES = 63
+MAX_SHOWN = 20  # Maximum number of problems that an error message lists.
 
-CHUNK = 1 << 16  # number of values converted at once, so that they fit in the CPU cache
+CHUNK = 1 << 16  # Number of values that are converted at once; this many values fit in the CPU cache.
 
-# a tensor to write: name, shape, type, and a function that computes the values
+# A `NewTensor` is a tensor to be written: its name, shape, type, and a function that computes its values.
 NewTensor = tuple[str, tuple[int, ...], str, Callable[[], np.ndarray]]
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """Name, shape, type and location of a tensor.
+    """The name, shape, type and location of a tensor in a GGUF file.
 
-    `shape` is in numpy's order, which is the reverse of the order in the file.
+    The dimensions in `shape` are in numpy's order, which is the reverse of their order in the file.
     """
 
     name: str
     shape: tuple[int, ...]
-    type: str  # name of the type, a key of TYPES
-    offset: int  # byte offset of the tensor's data, from the start of the file
-    size_bytes: int  # size of the tensor's data in the file
+    type: str  # Name of the tensor type, a key of TYPES.
+    offset: int  # Byte offset of the tensor's data from the start of the file.
+    size_bytes: int  # Size of the tensor's data in the file, in bytes.
 
 
 @dataclass(frozen=True, eq=False)
 class File:
     """The header of a GGUF file, with a method that reads a tensor.
 
-    metadata  values by key: bool, int, float, str, list of str, or numpy array of numbers or bools, in the file's dtype
-    tensors   name, shape, type and location of each tensor, by name, in the order of the file
+    metadata: Dict from each metadata key to its value: a bool, int, float, str, list of str, or a numpy array of
+      numbers or bools with the dtype in the file.
+    tensors: Dict from the name of each tensor to its `Tensor`, in the order of the file.
     """
 
     path: Path
@@ -81,7 +84,7 @@ class File:
     def array(self, name: str, dtype: DTypeLike = np.float32) -> np.ndarray:
         """Read one tensor, dequantise it to float32 and cast it to `dtype`.
 
-        Reading a tensor takes 1 MB of memory in addition to the result.
+        Reading a tensor takes 1 MB of memory in addition to the memory of the returned array.
 
         Raises:
             UserError: no tensor has this name, or the file has changed since the header was read.
@@ -159,7 +162,8 @@ def quantize(array: np.ndarray, type: str) -> np.ndarray:
 
 
 def dequantize(raw: Any, type: str, shape: tuple[int, ...], dtype: DTypeLike = np.float32) -> np.ndarray:
-    """Decode the bytes of a tensor, of any type in TYPES, to an array of `shape`. The inverse of `quantize`."""
+    """Decode the bytes of a tensor, of any type in TYPES, to an array of the given shape and dtype. `dequantize` is the
+    inverse of `quantize`."""
     kind, raw = _known(type), memoryview(raw).cast("B")
     _check_rows(kind, shape)
     if len(raw) != _size_bytes(kind, shape):
@@ -193,7 +197,8 @@ def _parse(file: BinaryIO, size: int) -> tuple[dict[str, Any], dict[str, Tensor]
 
 
 class _Cursor:
-    """Reads a header from start to end, and checks every read against the file size and MAX_HEADER_BYTES."""
+    """Reads the header of a file from start to end, and checks before every read that the file size and
+    MAX_HEADER_BYTES are not exceeded."""
 
     def __init__(self, file: BinaryIO, size: int):
         self.file, self.size, self.position, self.strings = file, size, 0, 0
@@ -235,7 +240,7 @@ class _Cursor:
 
 _U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
 _BOOL, _STRING, _ARRAY = 7, 8, 9
-# maps the id of a numeric metadata type in GGUF to its dtype
+# Maps the id of each numeric metadata type in GGUF to the corresponding numpy dtype.
 _NUMBERS: dict[int, np.dtype[Any]] = {
     0: np.dtype("u1"), 1: np.dtype("i1"), 2: np.dtype("<u2"), 3: np.dtype("<i2"), 4: np.dtype("<u4"),
     5: np.dtype("<i4"), 6: np.dtype("<f4"), 10: np.dtype("<u8"), 11: np.dtype("<i8"), 12: np.dtype("<f8"),
@@ -276,7 +281,8 @@ def _value(cursor: _Cursor, what: str) -> Any:
         return cursor.text(what)
     if kind != _ARRAY:
         scalar = _number_array(cursor, kind, 1, what)[0]
-        # the float32 nearest to 1e-05 becomes 1e-05, and not 9.999999747378752e-06, which is its exact value as a float
+        # The float32 that is nearest to 1e-05 is converted to the Python float 1e-05, and not to 9.999999747378752e-06,
+        # the exact value of the float32.
         return float(str(scalar)) if scalar.dtype == np.float32 else scalar.item()
     kind, n = cursor.u32(what), cursor.u64(what)
     if kind != _STRING:
@@ -301,12 +307,12 @@ def _number_array(cursor: _Cursor, kind: int, n: int, what: str) -> np.ndarray:
 
 
 class _Entry(NamedTuple):
-    """An entry of a file's tensor list, not yet validated."""
+    """An entry of the tensor list of a file, which has not been validated yet."""
 
     name: str
     shape: tuple[int, ...]
     type_id: int
-    offset: int  # byte offset of the tensor's data, from the start of the data section
+    offset: int  # Byte offset of the tensor's data from the start of the data section.
 
 
 def _entry(cursor: _Cursor, index: int) -> _Entry:
@@ -328,7 +334,8 @@ def _alignment(metadata: Mapping[str, Any]) -> int:
 
 
 def _wrong(entry: _Entry, start: int, alignment: int, size: int) -> Iterator[str]:
-    """Yields an error message about the first problem found in an entry of the tensor list, if there is a problem."""
+    """Yields one error message if an entry of the tensor list is invalid; only the first problem of the entry is
+    reported."""
     name, kind = _quote(entry.name), _BY_ID.get(entry.type_id)
     if not all(entry.shape):
         yield f"{name} has shape {list(entry.shape)}: every dimension must be positive"
@@ -344,10 +351,10 @@ def _wrong(entry: _Entry, start: int, alignment: int, size: int) -> Iterator[str
 
 
 def _tensors(entries: list[_Entry], start: int, alignment: int, size: int, problems: list[str]) -> dict[str, Tensor]:
-    """Returns a dict of the tensors by name, and appends error messages to `problems`.
+    """Returns a dict from the name of each tensor to its `Tensor`, and appends error messages to `problems`.
 
-    Tensors that overlap are an error, and so is a gap of at least the alignment, because a tensor with a wrong type or
-    dimension leaves such a gap.
+    Overlapping tensors are an error. A gap between tensors of at least the alignment is also an error, because a tensor
+    with a wrong type or dimension leaves such a gap.
     """
     tensors: dict[str, Tensor] = {}
     for name, shape, type_id, offset in entries:
@@ -373,7 +380,7 @@ def _tensors(entries: list[_Entry], start: int, alignment: int, size: int, probl
 
 
 def _quote(name: str) -> str:
-    """Returns a name from a file as it is shown in error messages: quoted, on one line, and truncated."""
+    """Formats a name from a file for error messages: the name is quoted, put on one line, and truncated."""
     return repr(name[:100])[:120]
 
 
@@ -385,9 +392,9 @@ def _item(what: str, index: int | None) -> str:
 
 
 def _header(metadata: Mapping[str, Any], tensors: list[NewTensor]) -> tuple[bytes, int]:
-    """Returns the header as bytes, padded to the alignment, and the alignment in bytes.
+    """Returns the header of a new file as bytes, padded to the alignment, and the alignment in bytes.
 
-    The header is parsed in the same way as in `read`, so that no file is written that `read` would refuse.
+    The new header is parsed by the same code as in `read`, so that no file is written that `read` would refuse.
     """
     alignment = _alignment(metadata)
     fields = [MAGIC, struct.pack("<IQQ", VERSION, len(tensors), len(metadata))]
@@ -419,7 +426,7 @@ def _write_tensor(file: BinaryIO, name: str, shape: tuple[int, ...], type: str, 
 
 
 def _pack(value: Any, what: str) -> bytes:
-    """Returns a metadata value as bytes: the id of its type, then the value."""
+    """Serialises a metadata value: returns the bytes of the id of its type, followed by the bytes of the value."""
     if isinstance(value, str):
         return struct.pack("<I", _STRING) + _text(value, what)
     if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
@@ -437,7 +444,7 @@ _NUMBER_TYPES = {np.dtype(bool): _BOOL, **{dtype: kind for kind, dtype in _NUMBE
 
 
 def _typed(value: Any, what: str) -> np.ndarray:
-    """Converts a Python number, or a list of numbers, to a numpy array of the dtype in which it will be written."""
+    """Converts a Python number, or a list of numbers, to a numpy array with the dtype that is written to the file."""
     items = value if isinstance(value, list | tuple) else [value]
     kinds = {type(item) for item in items}
     if kinds == {bool}:
@@ -464,25 +471,25 @@ def _text(text: str, what: str) -> bytes:
     return _U64.pack(len(data)) + data
 
 
-# --- from blocks to values and back
+# --- encoding and decoding the blocks of a tensor
 
-# function (blocks [n], out [n, block] float32) that writes the values of the blocks into `out`
+# A `Decode` is a function (blocks [n], out [n, block] float32) that writes the values of the blocks into `out`.
 Decode = Callable[[np.ndarray, np.ndarray], None]
-# function that takes values [n, block] float32, and returns blocks [n] of the dtype `_Type.layout`
+# An `Encode` is a function that takes values [n, block] float32, and returns blocks [n] with the dtype `_Type.layout`.
 Encode = Callable[[np.ndarray], np.ndarray]
 
 
 class _Type(NamedTuple):
     name: str
-    id: int  # id of the type in ggml
-    block: int  # number of values per block
-    layout: np.dtype  # dtype of a block: a structured dtype, unless a block is a single value
+    id: int  # Id of the tensor type in ggml.
+    block: int  # Number of values per block.
+    layout: np.dtype  # Numpy dtype of a block, which is a structured dtype unless a block is a single value.
     decode: Decode
     encode: Encode | None = None
 
 
 def _decode(read: Callable[[int, int], Any], kind: _Type, shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
-    """Decodes a tensor chunk by chunk, and returns it as an array of the given shape and dtype.
+    """Decodes a tensor chunk by chunk, and returns an array of the given shape and dtype.
 
     Args:
         read: function (start, stop) that returns the bytes start .. stop - 1 of the tensor; it is called for
@@ -499,7 +506,7 @@ def _decode(read: Callable[[int, int], Any], kind: _Type, shape: tuple[int, ...]
         if len(data) != n * n_bytes:
             raise UserError("the file has become shorter")
         values = chunk if out.dtype == np.float32 else scratch[: len(chunk)]
-        with np.errstate(invalid="ignore"):  # infinite or NaN scales in a file would cause numpy warnings
+        with np.errstate(invalid="ignore"):  # numpy would otherwise warn about infinite or NaN scales
             kind.decode(np.frombuffer(data, kind.layout), values.reshape(n, kind.block))
             if values is not chunk:
                 chunk[:] = values
@@ -541,7 +548,7 @@ def _decode_plain(blocks: np.ndarray, out: np.ndarray) -> None:
 def _decode_bf16(blocks: np.ndarray, out: np.ndarray) -> None:
     words = out.view(np.uint32)
     words[:, 0] = blocks
-    words <<= 16  # the bits of a bfloat16 are the upper half of those of a float32
+    words <<= 16  # the 16 bits of a bfloat16 are the upper 16 bits of a float32
 
 
 def _decode_q8_0(b: np.ndarray, out: np.ndarray) -> None:
@@ -582,7 +589,7 @@ def _decode_q4_k(b: np.ndarray, out: np.ndarray) -> None:
 
 def _decode_q5_k(b: np.ndarray, out: np.ndarray) -> None:
     _nibbles(b["q"], 32, out)
-    # bit g of byte i is the fifth bit of value i of group g
+    # Bit g of byte i in b["high"] is the fifth bit of value i in group g.
     high = (b["high"][:, None] >> np.arange(8, dtype=np.uint8)[:, None]) & 1
     out += high.reshape(out.shape) << 4
     _scale_groups(b, out)
@@ -604,7 +611,8 @@ def _column(halves: np.ndarray) -> np.ndarray:
 def _nibbles(packed: np.ndarray, width: int, out: np.ndarray) -> None:
     """Unpack the 4-bit values in `packed` into `out`.
 
-    Every `width` bytes hold 2 * width values: first the values in the low nibbles, then the values in the high nibbles.
+    Each run of `width` bytes holds 2 * width values: the low nibbles hold the first `width` values, and the high
+    nibbles hold the last `width` values.
     """
     packed = packed.reshape(len(packed), -1, width)
     halves = out.reshape(len(packed), -1, 2, width)
@@ -613,13 +621,14 @@ def _nibbles(packed: np.ndarray, width: int, out: np.ndarray) -> None:
 
 
 def _scale_groups(b: np.ndarray, out: np.ndarray) -> None:
-    """Multiply `out` by the scales of its groups and subtract the groups' minima, in place, for Q4_K or Q5_K.
+    """Multiply each group of values in `out` by its scale, and subtract its minimum, in place, for the types Q4_K and
+    Q5_K.
 
     A block has 8 groups of 32 values. The scale and the minimum of each group have 6 bits, packed in 12 bytes:
 
-    byte  0..3   low 6 bits: scales 0..3; top 2 bits: the upper 2 bits of scales 4..7
-          4..7   low 6 bits: minima 0..3; top 2 bits: the upper 2 bits of minima 4..7
-          8..11  low 4 bits: the lower 4 bits of scales 4..7; top 4 bits: the lower 4 bits of minima 4..7
+        byte  0..3   low 6 bits: scales 0..3; top 2 bits: the upper 2 bits of scales 4..7
+              4..7   low 6 bits: minima 0..3; top 2 bits: the upper 2 bits of minima 4..7
+              8..11  low 4 bits: the lower 4 bits of scales 4..7; top 4 bits: the lower 4 bits of minima 4..7
     """
     scales, minima, rest = b["scales"][:, :4], b["scales"][:, 4:8], b["scales"][:, 8:]
     scales = np.concatenate([scales & 63, (scales >> 6 << 4) | (rest & 15)], axis=1)
@@ -639,8 +648,9 @@ def _encode_f16(x: np.ndarray) -> np.ndarray:
 
 def _encode_bf16(x: np.ndarray) -> np.ndarray:
     words = x.view(np.uint32)
-    nearest = words + (0x7FFF + ((words >> 16) & 1))  # round to nearest, ties to even
-    # the highest mantissa bit of a NaN is set, because without the lower 16 bits the NaN could become an infinity
+    nearest = words + (0x7FFF + ((words >> 16) & 1))  # `nearest` is rounded to the nearest bfloat16, with ties to even.
+    # The highest mantissa bit of a NaN is set, because dropping the lower 16 bits could otherwise turn the NaN into an
+    # infinity.
     return (np.where(np.isnan(x), words | 0x400000, nearest) >> 16).astype("<u2")
 
 
@@ -651,7 +661,8 @@ def _encode_q8_0(x: np.ndarray) -> np.ndarray:
     inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale >= np.finfo(np.float32).tiny)
     x = x * inverse
     whole = np.trunc(x)
-    blocks["q"] = whole + np.trunc(2 * (x - whole))  # round to nearest, ties away from zero, as in ggml
+    # Values are rounded to the nearest integer, with ties away from zero, as in ggml.
+    blocks["q"] = whole + np.trunc(2 * (x - whole))
     return blocks
 
 
@@ -690,7 +701,7 @@ TYPES: dict[str, _Type] = {
     )
 }
 _BY_ID = {kind.id: kind for kind in TYPES.values()}
-_OTHER = {  # names of the ggml types that are not supported, by number, for error messages
+_OTHER = {  # dict that maps the ids of unsupported ggml types to their names, for error messages
     9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S",
     20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64",
     29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4",

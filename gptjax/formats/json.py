@@ -1,4 +1,4 @@
-"""Parses untrusted JSON strictly: duplicate keys and values that are nested too deeply are errors."""
+"""Parses untrusted JSON text strictly: duplicate keys and values that are nested too deeply are errors."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 from gptjax.errors import UserError
 from gptjax.files import other_encoding
 
-MAX_VALUES = 500_000  # maximum number of values that `parse_json` reads; a value takes up to 600 bytes of memory
+MAX_VALUES = 500_000  # Maximum number of values that `parse_json` reads; each value takes up to 600 bytes of memory.
 
 
 class DuplicateKey(ValueError):
-    """Raised if a key occurs twice in a JSON object."""
+    """The error that is raised if a key occurs twice in a JSON object."""
 
     def __init__(self, key: str):
         super().__init__(f"duplicate key {key!r:.80}")
@@ -51,7 +51,7 @@ def _no_constant(name: str) -> None:
 
 
 def parse_json(text: bytes, location: str, what: str) -> dict[str, Any]:
-    """Parse UTF-8 text that is a JSON object of at most MAX_VALUES values.
+    """Parse UTF-8 text that is a JSON object of at most MAX_VALUES values, and return it as a dict.
 
     Args:
         location: name of the file, for error messages such as "{location}: the {what} is not JSON".

@@ -4,12 +4,12 @@
     header   JSON {"name": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}, "__metadata__": {..}}
     data     the tensors, without gaps or overlaps
 
-The package `safetensors` is not used, because it allows a header of 100 MB, and memory-maps the file. This module
-checks every length and count before anything is allocated, and a file that is truncated while it is read raises an
-error instead of killing the process. `tests/formats/test_safetensors.py` tests that this module and the package read
-each other's files.
+The package `safetensors` is not used, because this package allows a header of 100 MB and memory-maps the file. This
+module checks every length and count in the header before memory is allocated, and a file that is truncated while it is
+read raises an error instead of killing the process. `tests/formats/test_safetensors.py` tests that this module and the
+package `safetensors` can read each other's files.
 
-Source: the format description in the safetensors repository.
+Source: the format is described in the README of the safetensors repository.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ DTYPES: dict[str, Any] = {
     "U8": np.uint8, "BOOL": np.bool_,
 }  # fmt: skip
 NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
-# Maximum size of a header and of an index in bytes. The header of 50,000 tensors has 5 MB; the format allows 100 MB.
+# Maximum size in bytes of a header, and of an index file. A header that lists 50,000 tensors has 5 MB; the safetensors
+# format allows 100 MB.
 MAX_HEADER = MAX_INDEX = 32 << 20
 MAX_SHARDS, MAX_DIMS = 10_000, 32
 SHARD_BYTES = 5 << 30
@@ -56,7 +57,7 @@ _MAGIC = {
 class Entry:
     dtype: str
     shape: Shape
-    offset: int  # byte offset of the data, from the start of the file
+    offset: int  # byte offset of the tensor's data from the start of the file
     size_bytes: int
 
 
@@ -83,9 +84,9 @@ class File(Stored):
 
 @dataclass(frozen=True)
 class Folder:
-    """A checkpoint that is divided among several safetensors files, its shards."""
+    """A checkpoint whose tensors are divided among several safetensors files, the shards."""
 
-    files: Mapping[str, File]  # maps the name of a tensor to the shard that contains the tensor
+    files: Mapping[str, File]  # dict that maps the name of each tensor to the shard that contains this tensor
 
     def shapes(self) -> dict[str, Shape]:
         return {name: file.entries[name].shape for name, file in self.files.items()}
@@ -101,7 +102,7 @@ class Folder:
 
 
 def open_file(path: str | os.PathLike[str]) -> File:
-    """Read and validate the header of a file; the tensors stay on disk.
+    """Read and validate the header of a safetensors file; the tensors are not read.
 
     Raises:
         UserError: the file cannot be read or violates the format; the message lists up to 20 invalid tensors.
@@ -115,9 +116,9 @@ def open_file(path: str | os.PathLike[str]) -> File:
             head = file.read(16)
             length = int.from_bytes(head[:8], "little")
             if len(head) < 8 or length > min(size - 8, MAX_HEADER):
-                # The first 8 bytes of a safetensors file are the length of its header; by chance they may equal the
-                # magic bytes of another format. A file with the "{" of the JSON header at byte 8 is therefore reported
-                # as a damaged safetensors file.
+                # The first 8 bytes of a safetensors file are the length of its header; by chance these 8 bytes may
+                # begin with the magic bytes of another format. If byte 8 is "{", with which the JSON header begins, the
+                # file is therefore reported as a damaged safetensors file.
                 kinds = [kind for magic, kind in _MAGIC.items() if head.startswith(magic) and head[8:9] != b"{"]
                 what = f"a safetensors file but {kinds[0]}" if kinds else "a whole safetensors file"
                 raise UserError(
@@ -141,7 +142,7 @@ def open_file(path: str | os.PathLike[str]) -> File:
 
 def _entry(name: str, body: Any, start: int, problems: list[str]) -> Entry | None:
     shown = f"{name!r:.80}"
-    if not name.isprintable():  # the name contains NUL, an escape sequence or a lone surrogate
+    if not name.isprintable():  # not printable: the name contains NUL, an escape sequence or a lone surrogate
         problems.append(f"{shown}: the name of a tensor must be printable")
         return None
     if not isinstance(body, dict) or set(body) != {"dtype", "shape", "data_offsets"}:
@@ -174,7 +175,8 @@ def _counts(values: Any) -> bool:
 
 
 def _gaps(entries: Mapping[str, Entry], start: int, size: int) -> list[str]:
-    """Returns [error message] if tensors overlap, leave a gap, or end before or after the end of the file, else []."""
+    """Returns a list with one error message if tensors overlap, leave a gap, or do not end at the end of the file, else
+    []."""
     end = start
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].size_bytes)):
         if entry.offset != end:
@@ -184,7 +186,8 @@ def _gaps(entries: Mapping[str, Entry], start: int, size: int) -> list[str]:
 
 
 def open_folder(folder: str | os.PathLike[str]) -> File | Folder:
-    """Open `model.safetensors` in a folder, or else the shards that `model.safetensors.index.json` names.
+    """Open the file `model.safetensors` in a folder or, if this file does not exist, the shards that
+    `model.safetensors.index.json` lists.
 
     Raises:
         UserError: the folder has no weights, or only pickled weights; a file is missing or invalid; or the index names
@@ -247,7 +250,8 @@ def save(
     dtype: DTypeLike = np.float32,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write tensors as `model.safetensors`, or as shards with an index if they exceed `shard_bytes`.
+    """Write tensors to the file `model.safetensors`, or to several shards with an index if their total size exceeds
+    `shard_bytes`.
 
     Only one tensor is in memory at a time.
     """
@@ -274,7 +278,7 @@ def save(
 
 
 def write_file(path: Path, tensors: list[Out], dtype: np.dtype) -> None:
-    """Write the tensors to one file, atomically."""
+    """Write the tensors to one safetensors file, atomically."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     start = 0
     for tensor in tensors:
@@ -290,9 +294,10 @@ def write_file(path: Path, tensors: list[Out], dtype: np.dtype) -> None:
 
 
 def _bytes(tensor: Out, dtype: np.dtype) -> memoryview:
-    """Returns the bytes of one tensor.
+    """Returns the bytes of the values of one tensor.
 
-    This code is a separate function, so that no local variable keeps the array alive while the next array is computed.
+    This code is in a separate function, so that no local variable keeps the tensor's array alive while the array of the
+    next tensor is computed.
     """
     array = tensor.array()
     if array.shape != tuple(tensor.shape):

@@ -1,8 +1,8 @@
 """Readers of tabular data: .json (an array), .jsonl, .csv, .tsv and .parquet files, and Hugging Face hub datasets.
 
-`read` yields whole records. For an invalid record, `read` yields a UserError, instead of raising it, so that callers
-can report all invalid records at once. `jsonl`, `delimited`, `parquet` and `hub` are lower-level functions, for callers
-that read one column or report errors in more detail.
+`read` yields whole records. For an invalid record, `read` yields a UserError instead of raising an error, so that
+callers can report all invalid records at once. `jsonl`, `delimited`, `parquet` and `hub` are lower-level functions, for
+callers that read a single column or report errors in more detail.
 """
 
 from __future__ import annotations
@@ -22,20 +22,22 @@ from gptjax.formats import json as strict_json
 KINDS = (".json", ".jsonl", ".parquet", ".csv")
 TEXT = ("text", "sentence", "content", "review", "message", "sms", "body", "comment", "document")
 LABEL = ("label", "labels", "class", "category", "target", "sentiment", "intent")
-MAX_FIELD_CHARACTERS = 1 << 30  # maximum characters per CSV cell, because csv's default of 131,072 is too small
+# Maximum number of characters per CSV cell, because the default of the module csv, 131,072, is too small.
+MAX_FIELD_CHARACTERS = 1 << 30
 BOM = b"\xef\xbb\xbf"
 
 Record = dict[str, Any]
-Records = Iterator[tuple[str, Record | UserError]]  # (location, record), see `read`
+Records = Iterator[tuple[str, Record | UserError]]  # iterator over pairs (location, record), see `read`
 
 
 # --- whole records
 
 
 def read(source: str) -> Records:
-    """Yield (location, record) from a .json (array), .jsonl, .parquet or .csv file, or hf:org/name[:config][@split].
+    """Yield (location, record) for each record of a .json (array), .jsonl, .parquet or .csv file, or of the Hugging
+    Face dataset hf:org/name[:config][@split].
 
-    In place of an invalid record, a UserError that describes the problem is yielded.
+    In place of an invalid record, the function yields a UserError that describes the problem.
 
     Raises:
         UserError: the file does not exist or has none of these extensions, or the file or dataset cannot be read.
@@ -52,7 +54,8 @@ def read(source: str) -> Records:
 
 
 def loads(text: str) -> Any:
-    """Parse a JSON value strictly (no duplicate keys, no NaN). For invalid text, a UserError is returned."""
+    """Parse a JSON value strictly: duplicate keys and NaN are errors. If the text is not valid JSON, a UserError is
+    returned."""
     try:
         return strict_json.loads(text, constants=False)
     except ValueError as error:
@@ -84,7 +87,8 @@ def _jsonl(path: Path, source: str) -> Records:
 
 
 def _csv(path: Path, source: str) -> Records:
-    """Yields (location, record) for each row of a .csv file. All values are strings, even NA, null and numbers."""
+    """Yields (location, record) for each row of a .csv file. All values in a record are strings, even NA, null and
+    numbers."""
     columns: list[str] = []
     for number, row in delimited(lines(path), strict=True):
         location = f"{source}:{number}"
@@ -99,10 +103,11 @@ def _csv(path: Path, source: str) -> Records:
 
 
 def tsv(source: str, quoted: bool = False) -> Records:
-    """Yields (location, record) for each row of a .tsv file; in place of an invalid row, a UserError is yielded.
+    """Yields (location, record) for each row of a .tsv file; in place of an invalid row, the function yields a
+    UserError.
 
-    The first row is a header if it contains a name from TEXT and a name from LABEL. A file without a header has two
-    columns, label and text.
+    The first row of the file counts as a header if it contains a name from TEXT and a name from LABEL. A file without a
+    header must have two columns, label and text.
 
     Args:
         quoted: True: a cell that begins with a quote ends at the closing quote, which may be on a later line, as in
@@ -139,7 +144,7 @@ def _hub_records(source: str) -> Records:
     repo, config, split = hub_name(source)
     try:
         records = list(hub(repo, config, split))
-    # every error becomes a UserError, because most of them, such as an unknown name, can be fixed by the user
+    # Every error is converted to a UserError, because the user can fix most errors, such as an unknown dataset name.
     except Exception as error:
         raise UserError(
             f"{source}: {type(error).__name__}: {first_line(error)}\n"
@@ -153,10 +158,10 @@ def _hub_records(source: str) -> Records:
 
 
 def lines(path: Path) -> Iterator[str]:
-    """Yields the lines of a file, each with its line end.
+    """Yields the lines of a text file; each line includes its line end.
 
-    A file is split at line feeds only, while str.splitlines would also split at U+2028. A file without line feeds is
-    split at carriage returns, the line ends of classic Mac OS.
+    The file is split at line feeds only, because str.splitlines would also split at characters such as U+2028. A file
+    without line feeds is split at carriage returns, the line ends of classic Mac OS.
     """
     offset = 0
     with open(path, "rb") as file:
@@ -170,9 +175,9 @@ def lines(path: Path) -> Iterator[str]:
 
 
 def decode(data: bytes, path: Path, offset: int = 0) -> str:
-    """Decode UTF-8 text, and remove a byte order mark at the start of the file.
+    """Decode a part of a UTF-8 file, and remove the byte order mark at the start of the file, if there is one.
 
-    `offset` is the position of `data` in the file, in bytes.
+    `offset` is the byte position of `data` in the file.
     """
     if offset == 0 and (other := other_encoding(data)):
         raise UserError(f"{path}: {other}")
@@ -189,9 +194,9 @@ def decode(data: bytes, path: Path, offset: int = 0) -> str:
 
 
 def jsonl(lines: Iterable[str]) -> Iterator[tuple[int, Any]]:
-    """Yield (line number, JSON value) for each line that is not blank.
+    """Yield (line number, JSON value) for each line of a .jsonl file that is not blank.
 
-    In place of an invalid JSON value, a ValueError is yielded.
+    In place of an invalid JSON value, the function yields a ValueError.
     """
     for number, line in enumerate(lines, 1):
         if line.strip():
@@ -203,10 +208,10 @@ def jsonl(lines: Iterable[str]) -> Iterator[tuple[int, Any]]:
 
 
 def delimited(lines: Iterable[str], **dialect: Any) -> Iterator[tuple[int, list[str] | csv.Error]]:
-    """Yield (number of the row's first line, cells of the row) for each row that is not blank.
+    """Yield (number of the row's first line, cells of the row) for each row of a CSV or TSV file that is not blank.
 
-    `dialect` are keyword arguments of `csv.reader`, such as `delimiter`. If a row is invalid, a csv.Error is yielded
-    instead of its cells, and the iteration ends.
+    `dialect` holds keyword arguments of `csv.reader`, such as `delimiter`. If a row is invalid, the function yields a
+    csv.Error instead of the row's cells, and stops.
     """
     csv.field_size_limit(max(csv.field_size_limit(), MAX_FIELD_CHARACTERS))
     rows = csv.reader(lines, **dialect)
@@ -224,7 +229,8 @@ def delimited(lines: Iterable[str], **dialect: Any) -> Iterator[tuple[int, list[
 
 
 def header(row: list[str], location: str) -> list[str]:
-    """Returns the column names in a header row. A column without a name is named by its position, such as "column 2".
+    """Returns the column names in the header row of a file. A column without a name is called by its position, such as
+    "column 2".
 
     Raises:
         UserError: a column name occurs twice.
@@ -257,7 +263,8 @@ def parquet(
 
 
 def hub_name(name: str) -> tuple[str, str, str]:
-    """Parse hf:org/name[:config][@split] to (org/name, config, split). config and split are "" if they are not given.
+    """Parse a dataset name hf:org/name[:config][@split], and return (org/name, config, split). If config or split is
+    not given, "" is returned in its place.
 
     Raises:
         UserError: the name does not match this pattern, or a local file or folder is called org/name; `datasets` would
@@ -274,7 +281,8 @@ def hub_name(name: str) -> tuple[str, str, str]:
 
 
 def hub(repo: str, config: str, split: str, **options: Any) -> Any:
-    """Load a split (train, if `split` is "") of a Hugging Face hub dataset. Errors of `datasets` are not caught."""
+    """Load a split of a Hugging Face hub dataset; if `split` is "", the split train is loaded. Errors of the library
+    `datasets` are not caught."""
     import datasets
 
     return datasets.load_dataset(repo, config or None, split=split or "train", **options)
@@ -284,10 +292,12 @@ def hub(repo: str, config: str, split: str, **options: Any) -> Any:
 
 
 def names(keys: Iterable[object]) -> str:
-    """Returns text for an error message: up to 20 keys or column names, separated by commas, and the number of others.
+    """Returns text for an error message: up to 20 keys or column names, separated by commas, and the number of names
+    that are left out.
 
     A name is quoted if it is empty, starts or ends with whitespace, or contains a comma or an unprintable character. If
-    the only name contains a semicolon or a tab, the text asks whether this character is the separator of the file.
+    there is a single name, and this name contains a semicolon or a tab, the text asks whether this character is the
+    separator of the file.
     """
     keys = list(keys)
     if len(keys) == 1 and (separator := next((c for c in ";\t" if c in str(keys[0])), "")):

@@ -4,14 +4,16 @@
     model.ckpt.index                  dtype, shape, shard, offset, size and checksum by tensor name: a LevelDB table
     model.ckpt.data-00000-of-00001    the tensor data, one file per shard
 
-A table consists of blocks of sorted (key, value) pairs, an index block with the locations of these blocks, and a footer
-of 48 bytes with the location of the index block. In a block, keys are prefix-compressed: a key is stored as the length
-of the prefix that it shares with the previous key, and the key's remaining bytes. Each block is followed by a
-compression byte and a checksum. The values of the index file are protocol buffers. Every length is checked, and every
-block and tensor is compared with its checksum. Only one tensor is in memory at a time. The data is read, not
-memory-mapped, because this process would be killed if another process truncated a mapped file.
+A LevelDB table consists of blocks of sorted (key, value) pairs, an index block with the locations of these blocks, and
+a footer of 48 bytes with the location of the index block. In each block of a LevelDB table, keys are prefix-compressed:
+a key is stored as the length of the prefix that it shares with the previous key, and the key's remaining bytes. Each
+block is followed by a compression byte and a checksum. The values in the index file are protocol buffers. Every length
+in a file is checked, and the checksum of every block and tensor is verified. Only one tensor is in memory at a time.
+The tensor data is read, not memory-mapped, because this process would be killed if another process truncated a
+memory-mapped file.
 
-Source: table_format.txt of LevelDB; tensor_bundle.proto of TensorFlow; RFC 3720, appendix B.4, for the checksum.
+Sources: LevelDB's table_format.txt specifies tables, TensorFlow's tensor_bundle.proto specifies their values, and RFC
+3720, appendix B.4, specifies the checksum.
 """
 
 from __future__ import annotations
@@ -31,14 +33,15 @@ import numpy as np
 from gptjax.errors import UserError, refuse
 from gptjax.formats.tensors import Shape, Stored
 
-# maps the number of a TensorFlow DataType to its name and its numpy dtype
+# Maps the number of each supported TensorFlow DataType to its name and its numpy dtype.
 DTYPES: dict[int, tuple[str, Any]] = {
     1: ("DT_FLOAT", np.float32), 3: ("DT_INT32", np.int32), 9: ("DT_INT64", np.int64),
     14: ("DT_BFLOAT16", ml_dtypes.bfloat16), 19: ("DT_HALF", np.float16),
 }  # fmt: skip
 MAGIC = 0xDB4775248B80FB57
 FOOTER = 48
-# Maximum size of an index file in bytes; those of GPT-2 take 5 to 21 kB. Reading a valid index takes at most 2 s.
+# Maximum size of an index file in bytes; the index files of GPT-2 have 5 to 21 kB. Reading a valid index file takes at
+# most 2 s.
 MAX_INDEX = 2 << 20
 MAX_TENSORS, MAX_SHARDS, MAX_DIMS, MAX_KEY = 20_000, 1000, 32, 1024
 _PREFIX = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
@@ -47,14 +50,14 @@ _PATH_LINE = re.compile(r'^[ \t]*model_checkpoint_path[ \t]*:[ \t]*"([^"\n]*)"[ 
 
 @dataclass(frozen=True)
 class Entry:
-    """Location, dtype, shape and checksum of a tensor."""
+    """The location, dtype, shape and checksum of a tensor in a TensorFlow checkpoint."""
 
     dtype: np.dtype[Any]
     shape: Shape
     shard: Path
     offset: int
     size_bytes: int
-    checksum: int  # masked CRC-32C (see `masked`) of the tensor's bytes
+    checksum: int  # masked CRC-32C of the tensor's bytes, as computed by `masked`
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ class Checkpoint(Stored):
     """
 
     entries: Mapping[str, Entry]
-    checked: set[str] = field(default_factory=set)  # names of tensors whose checksum has been verified
+    checked: set[str] = field(default_factory=set)  # names of the tensors whose checksums have been verified
 
     def _read(self, name: str, shape: Shape, offset: int) -> np.ndarray:
         entry = self.entries[name]
@@ -84,7 +87,8 @@ class Checkpoint(Stored):
 
 
 def open_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
-    """Read and validate the index of the checkpoint that the file `checkpoint` names; the tensors stay on disk.
+    """Read and validate the index of the TensorFlow checkpoint that the file `checkpoint` in a folder names; the
+    tensors are not read.
 
     Raises:
         UserError: a file is missing, damaged or invalid; the message lists up to 20 invalid tensors.
@@ -160,9 +164,10 @@ def _handle(data: bytes, pos: int) -> tuple[tuple[int, int], int]:
 
 
 def _block(data: bytes, offset: int, size: int) -> bytes:
-    """Returns the content of the table block at `offset`, after verifying its checksum.
+    """Verifies the checksum of the table block at `offset`, and returns the content of the block.
 
-    The content is followed by a compression byte, and by a 4-byte checksum of the content and the compression byte.
+    The content of a block is followed by a compression byte, and by a 4-byte checksum of the content and the
+    compression byte.
     """
     end = offset + size
     if end + 5 > len(data) - FOOTER or size < 4:
@@ -178,7 +183,7 @@ def _block(data: bytes, offset: int, size: int) -> bytes:
 def _pairs(block: bytes) -> Iterator[tuple[bytes, bytes]]:
     """Yields the (key, value) pairs of a table block in order.
 
-    The restart points at the end of the block are skipped, because they serve only binary search.
+    The restart points at the end of the block are skipped, because they are needed only for binary search.
     """
     end = len(block) - 4 * (1 + int.from_bytes(block[-4:], "little"))
     if end <= 0:
@@ -201,7 +206,8 @@ def _pairs(block: bytes) -> Iterator[tuple[bytes, bytes]]:
 
 
 def _shards(prefix: Path, table: Mapping[bytes, bytes]) -> list[tuple[Path, int | None]]:
-    """Returns a list with each shard's path and size in bytes; the size is None if the file is missing."""
+    """Returns the path and the size in bytes of each shard of a checkpoint; the size is None if the shard's file is
+    missing."""
     location = f"{prefix}.index"
     if b"" not in table:
         raise UserError(f"{location}: the entry about the whole checkpoint is missing")
@@ -240,7 +246,7 @@ def _entry(value: bytes, shards: list[tuple[Path, int | None]]) -> Entry:
 
 
 def _shape(message: bytes) -> Shape:
-    """Parses a TensorShapeProto, with the field numbers dim = 2 {size = 1; name = 2} and unknown_rank = 3."""
+    """Parses a TensorShapeProto, which has the field numbers dim = 2 {size = 1; name = 2} and unknown_rank = 3."""
     shape = []
     for number, value in _messages(message, {2: bytes, 3: int}):
         if number == 3 and value:
@@ -280,9 +286,10 @@ def _messages(message: bytes, kinds: Mapping[int, type]) -> Iterator[tuple[int, 
 
 
 def _varint(data: bytes, pos: int) -> tuple[int, int]:
-    """Returns the varint at position `pos`, and the position after it.
+    """Returns the value of the varint at position `pos`, and the position after the varint.
 
-    A varint consists of groups of 7 bits, the least significant first; the top bit of a byte is 1 if more bytes follow.
+    A varint stores an integer in groups of 7 bits, one group per byte and the least significant group first; the top
+    bit of a byte is 1 if more bytes follow.
     """
     value = 0
     for i in range(10):
@@ -297,21 +304,23 @@ def _varint(data: bytes, pos: int) -> tuple[int, int]:
 
 # ---------------------------------------------------------------- the checksum
 
-# The CRC of a message of 32-bit words w0 w1 .. is linear (over GF(2)) in each word. Pairs of words can therefore be
-# combined independently of each other, so that numpy combines all pairs in one vectorised operation. Let A_k(x) be the
-# CRC state that results from state x after 2^k zero words. The first operation replaces w0 and w1 by A_0(w0) ^ w1, w2
-# and w3 by A_0(w2) ^ w3, and so on, which leaves n/2 of the n words. The next operation does the same with A_1, which
-# leaves n/4, and so on until one word is left. A_k is stored as a lookup table for each of the four bytes of a word,
-# [4, 256]; A_{k+1} is A_k applied twice.
+# The CRC of a message is linear (over GF(2)) in each of the 32-bit words w0, w1, .. of the message. Pairs of words can
+# therefore be combined independently of each other, so that numpy combines all pairs in one vectorised operation. Let
+# A_k(x) be the CRC state after processing 2^k zero words, beginning from the CRC state x. The first operation replaces
+# the words w0 and w1 with A_0(w0) ^ w1, the words w2 and w3 with A_0(w2) ^ w3, and so on, so that n/2 of the n words
+# are left. The next operation combines pairs of the n/2 words with A_1 in the same way, so that n/4 words are left, and
+# so on until one word is left. The function A_k is stored as lookup tables [4, 256], one for each of the four bytes of
+# a word; applying A_k twice gives A_{k+1}.
 
-_CHUNK = 1 << 18  # number of bytes processed at once, so that intermediate results fit in the CPU cache
-_SHORT = 1000  # up to this number of bytes, computing the CRC byte by byte is faster
+_CHUNK = 1 << 18  # Number of bytes that are processed at once, so that intermediate results fit in the CPU cache.
+_SHORT = 1000  # The CRC of up to this number of bytes is computed byte by byte, which is then faster.
 
 
 def crc32c(data: bytes, crc: int = 0) -> int:
     """Returns the CRC-32C (Castagnoli) of `data`.
 
-    For a message that is read in parts, `crc` is the CRC-32C of all parts before `data`; the result covers them too.
+    If a message is read in parts, pass the CRC-32C of all parts before `data` as `crc`; the result is then the CRC-32C
+    of all parts including `data`.
     """
     octets = np.frombuffer(data, np.uint8)
     whole = len(octets) - len(octets) % 4 if len(octets) > _SHORT else 0
@@ -321,7 +330,7 @@ def crc32c(data: bytes, crc: int = 0) -> int:
         words[0] ^= np.uint32(state)
         level = 0
         while len(words) > 1:
-            odd = len(words) % 2  # 1 if the first word has no partner to be combined with
+            odd = len(words) % 2  # 1 if the number of words is odd: the first word is then left as it is
             joined = _apply(tables[level], words[odd::2]) ^ words[odd + 1 :: 2]
             words = np.concatenate([words[:odd], joined])
             level += 1
@@ -340,7 +349,7 @@ def _checksum(file: BinaryIO, entry: Entry) -> int:
 
 
 def masked(crc: int) -> int:
-    """Returns the masked CRC, which LevelDB and TensorFlow store: rotated right by 15 bits, plus a constant."""
+    """Returns the masked CRC that LevelDB and TensorFlow store: the CRC rotated right by 15 bits, plus a constant."""
     return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
 
 
@@ -353,7 +362,7 @@ def _apply(table: np.ndarray, words: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def _tables() -> tuple[list[int], list[np.ndarray]]:
-    """Returns the CRC lookup table for single bytes [256], and a list of lookup tables [4, 256].
+    """Returns the CRC lookup table for single bytes [256], and a list of CRC lookup tables [4, 256] for words.
 
     Table k of the list computes A_k (see the comment above `_CHUNK`), which advances a CRC state by 2^k zero words.
     """
@@ -361,7 +370,7 @@ def _tables() -> tuple[list[int], list[np.ndarray]]:
     crc: np.ndarray = byte
     for _ in range(8):
         crc = (crc >> 1) ^ (np.uint32(0x82F63B78) * (crc & 1))
-    table = np.stack([crc, byte, byte << 8, byte << 16])  # table that advances a CRC state by one zero byte
+    table = np.stack([crc, byte, byte << 8, byte << 16])  # lookup table that advances a CRC state by one zero byte
     for _ in range(2):
         table = _apply(table, table)
     tables = [table]

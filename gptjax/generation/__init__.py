@@ -1,4 +1,5 @@
-"""Text generation: samplers, compiled decoding loops with a KV cache, and choosing one of several samples."""
+"""This package generates text: it has samplers, compiled decoding loops with a KV cache, and functions that choose one
+of several samples."""
 
 from typing import Any
 

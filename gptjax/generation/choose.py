@@ -1,9 +1,9 @@
-"""Functions that choose one of several completions of a prompt: by a reward model, by majority, or by probability.
+"""Functions that choose one of several completions of a prompt: by reward, by majority vote, or by log-probability.
 
-completions = complete(params, [ids], cfg, n=8, logprobs=0, ..)
-texts = [tokenizer.decode(c.tokens) for c in completions]
-best = best_of_n(texts, sequence_rewards(reward_params, reward_cfg, [ids + c.tokens + [end] for c in completions]))
-texts[best.choice], best.score
+    completions = complete(params, [ids], cfg, n=8, logprobs=0, ..)
+    texts = [tokenizer.decode(c.tokens) for c in completions]
+    best = best_of_n(texts, sequence_rewards(reward_params, reward_cfg, [ids + c.tokens + [end] for c in completions]))
+    texts[best.choice], best.score
 
 Each function returns a `Pick`. If several completions are equally good, the first of them is chosen.
 """
@@ -28,18 +28,18 @@ from gptjax.losses import class_logits
 from gptjax.tokenizers import Tokenizer
 from gptjax.types import Params
 
-BATCH_SIZE = 8  # number of sequences per batch in `sequence_rewards`
+BATCH_SIZE = 8  # Number of sequences per batch in `sequence_rewards`.
 
 
 class Pick(NamedTuple):
-    """The index of the chosen completion (`choice`), and its score."""
+    """The index of the chosen completion (`choice`), and the score of this completion."""
 
     choice: int
     score: float
 
 
 def best_of_n(completions: Sequence[Any], rewards: Sequence[float] | np.ndarray) -> Pick:
-    """Chooses the completion with the largest reward (best-of-n). The score is its reward.
+    """Chooses the completion with the largest reward (best-of-n sampling). The score of the `Pick` is this reward.
 
     Args:
         completions: the completions of one prompt, of any type.
@@ -57,11 +57,12 @@ def best_of_n(completions: Sequence[Any], rewards: Sequence[float] | np.ndarray)
 
 
 def majority(answers: Sequence[str], weights: Sequence[float] | np.ndarray | None = None) -> Pick:
-    """Chooses the most frequent answer (self-consistency), or the one with the largest sum of weights. The score is the
-    fraction of answers that are equal to it, or their fraction of the weights.
+    """Chooses the most frequent answer (self-consistency). With weights, chooses the answer whose equal answers have
+    the largest sum of weights. The score of the `Pick` is the fraction of all answers, or of the sum of all weights,
+    that belongs to answers equal to the chosen answer.
 
-    Answers are compared without differences in case and whitespace and without full stops at the end. If the
-    completions contain reasoning, pass only the final answers.
+    The comparison of answers ignores case, differences in whitespace, and final full stops. If the completions contain
+    reasoning, pass only their final answers as `answers`.
 
     Args:
         weights: [n], the weight of each answer, at least 0: for example `jax.nn.softmax` of the rewards of a reward
@@ -70,8 +71,8 @@ def majority(answers: Sequence[str], weights: Sequence[float] | np.ndarray | Non
     Raises:
         UserError: there is no answer, or the weights are not n numbers from 0 with a positive sum.
 
-    Source: arXiv:2203.11171, section 2; the unweighted sum, which is a majority vote. With weights, the voting verifier
-    of arXiv:2206.02336.
+    Sources: the unweighted majority vote is from arXiv:2203.11171, section 2. The weighted majority vote is the voting
+    verifier of arXiv:2206.02336.
     """
     normal = [normalized(answer).rstrip(".") for answer in answers]
     votes = np.ones(len(normal)) if weights is None else np.asarray(weights, np.float64)
@@ -86,10 +87,11 @@ def majority(answers: Sequence[str], weights: Sequence[float] | np.ndarray | Non
 
 
 def by_logprob(completions: Sequence[Completion]) -> Pick:
-    """Chooses the completion with the largest mean log-probability per token. The score is this mean, in nats.
+    """Chooses the completion with the largest mean log-probability per token. The score of the `Pick` is this mean, in
+    nats.
 
-    The completions must have log-probabilities (`complete(.., logprobs=0)`). These do not include the stop token. A
-    completion without tokens has the score -inf.
+    The completions must have log-probabilities (`complete(.., logprobs=0)`). The log-probability of the stop token is
+    not included in the mean. A completion without tokens has the score -inf.
 
     Raises:
         UserError: there is no completion, or completions have no log-probabilities.
@@ -113,7 +115,7 @@ def _largest(scores: np.ndarray) -> Pick:
 def reward_scores(
     params: Params, cfg: ModelConfig, tokenizer: Tokenizer, conversations: Sequence[Conversation]
 ) -> np.ndarray:
-    """Computes the reward of the last answer of each conversation with a reward model, [n] float32.
+    """Computes the reward that a reward model gives the last answer of each of n conversations, [n] float32.
 
     Args:
         params, cfg, tokenizer: the reward model, as `gptjax finetune reward_model` trains it. The conversations are
@@ -129,11 +131,11 @@ def reward_scores(
 
 
 def sequence_rewards(params: Params, cfg: ModelConfig, sequences: Sequence[Sequence[int]]) -> np.ndarray:
-    """Computes the rewards of sequences of token ids with a reward model, [n] float32.
+    """Computes the reward that a reward model gives each of n sequences of token ids, [n] float32.
 
-    The reward is the logit of the model's only class, computed from the hidden state of the last token. Sequences of
-    any length are scored in batches, whose shapes are rounded up so that XLA compiles for few shapes. Of a sequence
-    that is longer than the context, only the last tokens are read.
+    The reward of a sequence is the logit of the reward model's only class, computed from the hidden state of the last
+    token. Sequences are scored in batches, and the length of a batch is rounded up, so that XLA compiles for few
+    shapes. A sequence that is longer than the model's context is truncated from the left.
 
     Args:
         sequences: the token ids of prompt and answer; after a complete answer, the token that ends it.
@@ -145,7 +147,8 @@ def sequence_rewards(params: Params, cfg: ModelConfig, sequences: Sequence[Seque
     if any(not len(sequence) for sequence in sequences):
         raise UserError("a sequence to score is empty: expected at least one token")
     rows = [list(sequence)[-cfg.context_length :] for sequence in sequences]
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # similar lengths in one batch need little padding
+    # batches of sequences with similar lengths need little padding
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     rewards = np.zeros(len(rows), np.float32)
     for first in range(0, len(order), BATCH_SIZE):
         index = order[first : first + BATCH_SIZE]
@@ -158,7 +161,8 @@ def sequence_rewards(params: Params, cfg: ModelConfig, sequences: Sequence[Seque
 
 
 def refuse_no_reward_model(cfg: ModelConfig, place: str = "") -> None:
-    """Raises UserError unless the model has a head of one class. The message begins with `place`, if given."""
+    """Raises UserError if the model is not a reward model, which has a classification head of one class. The error
+    message begins with `place`, if `place` is given."""
     if cfg.n_classes != 1:
         has = f"a classifier of {cfg.n_classes} classes" if cfg.n_classes else "a language model"
         raise UserError(

@@ -4,12 +4,14 @@
     complete   returns the same, with log-probabilities, finish reasons and several samples per prompt
     stream     yields the new tokens of one prompt while they are generated
 
-Rows are independent: each row of a batch gets the tokens that it would get alone, also if the prompts differ in length.
-The lengths of prompts and continuations are rounded up to a bucket, one of 16, 24, 32, 48, 64, .., so that prompts of
-different lengths reuse the same compiled programs; `programs()` returns the number of these programs.
+The rows of a batch are independent: a prompt gets the same tokens in a batch as in a call with this prompt alone, even
+if the prompts of the batch differ in length. The lengths of prompts and continuations are rounded up to a bucket size
+(16, 24, 32, 48, 64, ..), so that prompts of different lengths reuse the same compiled programs; `programs()` returns
+the number of these programs.
 
-When a row's context is full, its last half is prefilled again from position 0, and decoding continues. From then on,
-each new token depends on the last `cfg.context_length` / 2 to `cfg.context_length` tokens.
+When the KV cache of a row is full, the last half of the row's context is prefilled again from position 0, and decoding
+continues. After this refill, each new token depends on the last `cfg.context_length` / 2 to `cfg.context_length`
+tokens.
 """
 
 from __future__ import annotations
@@ -36,19 +38,23 @@ from gptjax.model.gpt import extend_backbone, for_decoding, lm_logits, refuse_cl
 from gptjax.ops import device
 from gptjax.types import Params
 
-_UNTIL_EVERY = 8  # number of new tokens per row between two checks with `until`
-_COPIED_BYTES = 2**30  # up to this number of bytes, parameters on a GPU are always copied into the decoding layout
-_LONG_PROMPT = 256  # prompt length from which a faster, unrolled prefill is worth its longer compilation
+_UNTIL_EVERY = 8  # Number of new tokens per row between two checks with `until`.
+_COPIED_BYTES = 2**30  # Parameters of up to this size in bytes are always copied into the decoding layout on a GPU.
+# Minimum prompt length in tokens for which prefill is unrolled, which runs faster but compiles more slowly.
+_LONG_PROMPT = 256
 
 
 class Completion(NamedTuple):
     """One continuation of a prompt.
 
-    tokens    the new tokens, without the stop token
-    logprobs  log-probability of each token under the model, before any filter; empty unless requested
-    top       the k most likely tokens at each position as (id, log-probability); empty unless requested
-    finish    "stop" (a stop token was drawn, or `until` returned true) or "length"
-    end       the stop token that was drawn and its log-probability, NaN unless requested; None if none was drawn
+    tokens: The new tokens, without the stop token.
+    logprobs: Log-probability of each new token under the model, before any filter; empty unless log-probabilities were
+      requested.
+    top: The k most likely tokens at each position, as pairs (id, log-probability); empty unless log-probabilities were
+      requested.
+    finish: The value "stop" if a stop token was drawn or `until` returned True, otherwise "length".
+    end: The stop token that was drawn, and its log-probability (NaN unless log-probabilities were requested); None if
+      no stop token was drawn.
     """
 
     tokens: list[int]
@@ -119,7 +125,8 @@ def complete(
     cache_dtype: DTypeLike | None = None,
     patches: Patches | None = None,
 ) -> list[Completion]:
-    """Like `generate`, but with log-probabilities, finish reasons and several samples per prompt.
+    """Generates tokens like `generate`, and also returns log-probabilities, finish reasons and several samples per
+    prompt.
 
     Args:
         n: number of samples per prompt. Each prompt is prefilled once; its n samples are adjacent in the result.
@@ -128,7 +135,7 @@ def complete(
         logprobs_temperature: temperature by which the logits are divided for all log-probabilities. With the sampler's
             temperature, they are those of the distribution that tokens are drawn from.
 
-    The other arguments are the same as those of `generate`.
+    The arguments that are not listed here are the same as for `generate`.
     """
     if max_new_tokens < 1 or not len(prompts):
         _check(prompts, cfg)
@@ -162,7 +169,8 @@ def stream(
     cache_dtype: DTypeLike | None = None,
     patches: Patches | None = None,
 ) -> Iterator[list[int]]:
-    """Yields the tokens of `generate` for one prompt, in lists of `every` tokens; the last list may be shorter.
+    """Yields the tokens that `generate` returns for one prompt, in lists of `every` tokens; the last list may be
+    shorter.
 
     Closing the iterator stops decoding.
     """
@@ -185,22 +193,25 @@ def stream(
 
 def programs() -> int:
     """Returns the number of XLA programs that have been compiled for decoding in this process."""
-    return _start._cache_size() + _decode_loop._cache_size()  # type: ignore[attr-defined]  # every jitted function has it
+    return _start._cache_size() + _decode_loop._cache_size()  # type: ignore[attr-defined]
 
 
 def bucket(size: int) -> int:
-    """Rounds `size` up to one of 16, 24, 32, 48, 64, 96, ..; the result is below 1.5 `size` if `size` >= 16."""
+    """Rounds `size` up to the next number in 16, 24, 32, 48, 64, 96, ..; for `size` >= 16 the result is less than 1.5 *
+    `size`."""
     power = max(16, 1 << (size - 1).bit_length())
     return power * 3 // 4 if size <= power * 3 // 4 and power > 16 else power
 
 
 def stop_array(stop: Sequence[int]) -> jax.Array:
-    """Returns the stop ids as int32, padded with -1 to a multiple of 8, so that few shapes have to be compiled."""
+    """Returns the ids of the stop tokens as an int32 array, padded with -1 to a multiple of 8, so that few shapes have
+    to be compiled."""
     return jnp.array([*stop, *[-1] * (-len(stop) % 8)], jnp.int32)
 
 
 def drawable_ids(vocab_size: int | None, cfg: ModelConfig) -> int:
-    """Returns n, the number of token ids that may be sampled: the ids 0 to n - 1. None: all ids of the model."""
+    """Returns the number n of token ids that may be sampled, which are the ids 0 to n - 1. If `vocab_size` is None, all
+    ids of the model may be sampled."""
     if vocab_size is None:
         return cfg.vocab_size
     if vocab_size < 1:
@@ -225,8 +236,8 @@ def _check(prompts: Sequence[Sequence[int]], cfg: ModelConfig) -> None:
 def right_padded(prompts: Sequence[Sequence[int]], cfg: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
     """Returns the prompts padded on the right, [B, P] int32, and their lengths [B].
 
-    P is the smallest bucket (see `bucket`) that fits the longest prompt, but at most the context length. A prompt that
-    is longer than the context is truncated from the left, so that only its last tokens are used.
+    The width P is the length of the longest prompt, rounded up by `bucket`, but at most the context length. A prompt
+    that is longer than the context is truncated from the left, so that only its last tokens are used.
 
     Raises:
         UserError: a prompt is empty or has an id outside the vocabulary, or the model is a classifier.
@@ -240,38 +251,41 @@ def right_padded(prompts: Sequence[Sequence[int]], cfg: ModelConfig) -> tuple[np
 
 
 class _State(NamedTuple):
-    tokens: jax.Array  # [B, width] int32: prompt, new tokens, padding
-    end: jax.Array  # [B] int32: number of tokens in each row; the last of them is not in the cache yet
-    i: jax.Array  # int32: number of decoding steps done
-    done: jax.Array  # [B] bool: whether the row has ended, for example at a stop token
+    tokens: jax.Array  # Token ids of each row, [B, width] int32: the prompt, the new tokens, and padding.
+    end: jax.Array  # Number of tokens in each row, [B] int32; the last token of a row is not in the cache yet.
+    i: jax.Array  # Number of completed decoding steps, int32.
+    done: jax.Array  # True for each row that has ended, for example at a stop token, [B] bool.
     cache: Cache
-    seen: jax.Array | None  # [B, drawable] bool: whether the row contains the token; None if not used by the sampler
-    stopped: jax.Array  # [B] int32: the stop token that ended the row, or -1
-    logprobs: jax.Array | None  # [B, N] float32
-    top: tuple[jax.Array, jax.Array] | None  # ids and log-probabilities of the k most likely tokens, [B, N, k]
+    # True for each token id that the row contains, [B, drawable] bool; None if the sampler does not depend on earlier
+    # tokens.
+    seen: jax.Array | None
+    stopped: jax.Array  # Id of the stop token that ended the row, [B] int32; -1 if there is none.
+    logprobs: jax.Array | None  # Log-probabilities of the new tokens, [B, N] float32.
+    top: tuple[jax.Array, jax.Array] | None  # Ids and log-probabilities of the k most likely tokens, [B, N, k].
 
 
 class _Settings(NamedTuple):
-    """Static arguments of the jitted functions `_start` and `_decode_loop`: new values compile the functions again."""
+    """Static arguments of the jitted functions `_start` and `_decode_loop`, which jax compiles again for each new
+    value."""
 
     cfg: ModelConfig
     sampler: Sampler
-    width: int  # maximum number of tokens per row, of prompt and new tokens together
-    max_new: int  # N: maximum number of new tokens per row
-    n: int  # number of samples per prompt
+    width: int  # Maximum number of tokens per row, for prompt and new tokens together.
+    max_new: int  # Maximum number N of new tokens per row.
+    n: int  # Number of samples per prompt.
     logprobs: int | None
-    drawable: int  # only ids below this number may be drawn
+    drawable: int  # Number of token ids that may be drawn, see `drawable_ids`.
     cache_dtype: str | None
-    temperature: float = 1.0  # of the log-probabilities
+    temperature: float = 1.0  # Temperature of the returned log-probabilities.
 
     @property
     def slots(self) -> int:
-        """Capacity of the KV cache, in tokens per row."""
+        """The capacity of the KV cache, in tokens per row."""
         return min(self.width, self.cfg.context_length)
 
 
 class _Run:
-    """State of one call of `complete` or `stream` between the runs of the compiled decoding loop."""
+    """The state of a call of `complete` or `stream` between two runs of the compiled decoding loop."""
 
     def __init__(
         self, params: Params, prompts: Sequence[Sequence[int]], cfg: ModelConfig, max_new_tokens: int, key: jax.Array,
@@ -281,8 +295,8 @@ class _Run:
         tokens, self.start = right_padded(prompts, cfg)
         self.start = np.repeat(self.start, n)
         max_new = bucket(max_new_tokens)
-        # the width is rounded up to a power of two, so that the decoding loop is compiled for few widths; it compiles
-        # slowly
+        # The width is rounded up to a power of two, so that the decoding loop, which compiles slowly, is compiled for
+        # few widths.
         width = 1 << (tokens.shape[1] + max_new - 1).bit_length()
         top = None if logprobs is None else min(logprobs, drawable)
         self.settings = _Settings(
@@ -295,8 +309,9 @@ class _Run:
         self.params = decode_params if unrolled else stacked
         self.decode_params, self.key, self.patches = decode_params, key, place(patches, cfg)
         self.stop = stop_array(stop)
-        self.done = np.zeros(len(self.start), bool)  # finished rows, for which `until` is not called again
-        self.checked = np.zeros(len(self.start), int)  # number of new tokens per row for which `until` was called
+        # True for each finished row, for which `until` is not called again.
+        self.done = np.zeros(len(self.start), bool)
+        self.checked = np.zeros(len(self.start), int)  # Number of new tokens per row for which `until` was called.
         lengths = jnp.array(self.start[::n])
         self.state = _start(self.params, tokens, lengths, key, self.stop, self.settings, self.patches)
 
@@ -308,7 +323,7 @@ class _Run:
         )  # fmt: skip
 
     def end_rows(self, until: Until) -> None:
-        """Ends each row at the first new token for which `until` returns True."""
+        """Truncates each row after the first new token for which `until` returns True, and marks the row as done."""
         tokens, before, done = jax.device_get((self.state.tokens, self.state.end, self.state.done))
         end, done, ended = before.copy(), done.copy(), np.zeros(len(done), bool)
         for row in np.flatnonzero(~self.done):
@@ -319,7 +334,8 @@ class _Run:
                 end[row], done[row], ended[row] = self.start[row] + stop_size, True, True
             self.checked[row] = len(new)
         self.done = done
-        # the state is updated on the device to keep its sharding, because another sharding would recompile the loop
+        # The state is updated on the device to keep its sharding, because a different sharding would recompile the
+        # decoding loop.
         removed = jnp.asarray(end - before)
         self.state = self.state._replace(
             end=self.state.end + removed,
@@ -352,8 +368,8 @@ class _Run:
 def has_room(params: Params) -> bool:
     """Returns True if device memory has room for a second copy of the parameters, which `for_decoding` makes.
 
-    On a GPU, a copy of up to 1 GiB is assumed to fit; a larger copy fits if it takes at most 70 % of the free memory.
-    On other devices the result is True.
+    On a GPU, a copy of up to 1 GiB is assumed to fit, and a larger copy is assumed to fit if it takes at most 70 % of
+    the free memory. On a CPU or TPU the function always returns True.
     """
     if device.platform() != "gpu":
         return True
@@ -404,10 +420,11 @@ def _decode_loop(
     params: Params, decode_params: Params, state: _State, key: jax.Array, stop: jax.Array, upto: jax.Array,
     settings: _Settings, patches: Placed,
 ) -> _State:  # fmt: skip
-    """Decodes until `upto` steps are done or all rows have ended.
+    """Runs decoding steps until `upto` steps are done or all rows have ended, and returns the new state.
 
-    Decoding steps read `decode_params`, the result of `for_decoding`, or the original parameters if memory is short
-    (see `has_room`). `params` are used to refill the cache of a row whose context is full.
+    Decoding steps use `decode_params`, which is the result of `for_decoding`, or the original parameters if device
+    memory is too small for a copy (see `has_room`). `params` are used to refill the KV cache of a row whose context is
+    full.
     """
 
     def body(state: _State) -> _State:
@@ -421,7 +438,8 @@ def prefill(
     params: Params, tokens: jax.Array, cfg: ModelConfig, cache: Cache, lengths: jax.Array,
     patches: Placed | Patches | None = None,
 ) -> tuple[jax.Array, Cache]:  # fmt: skip
-    """Fills the cache with right-padded prompts [B, P], and returns the logits [B, V] after each row's last token."""
+    """Fills the KV cache with right-padded prompts [B, P], and returns the logits [B, V] after each row's last token,
+    and the filled cache."""
     hidden, cache = extend_backbone(params, tokens, cfg, cache, lengths=lengths, patches=patches)
     last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, 1)[:, 0]
     return lm_logits(params, last, cfg), cache
@@ -430,9 +448,9 @@ def prefill(
 def _next_logits(
     params: Params, decode_params: Params, state: _State, settings: _Settings, patches: Placed
 ) -> tuple[jax.Array, Cache]:
-    """Returns the logits [B, V] after the last token of each row, and the new cache.
+    """Returns the logits [B, V] after the last token of each row, and the new KV cache.
 
-    If a row's context is full, its cache is filled anew with the last half of the context.
+    If the context of a row is full, the KV cache of this row is filled again with the last half of the context.
     """
     cfg, cache = settings.cfg, state.cache
     full = (cache.length >= settings.slots) & ~state.done
@@ -452,20 +470,22 @@ def _next_logits(
         step_logits, step_cache = decode_step()
 
         def select(refilled: jax.Array, stepped: jax.Array) -> jax.Array:
-            # `ndim` is the number of axes after the batch axis B. `full` [B] is broadcast over these axes. Arrays with
-            # five axes are stacked over layers, [L, B, ..]; in other arrays B is the first axis.
+            # `ndim` is the number of axes after the batch axis B, over which the mask `full` [B] is broadcast. Arrays
+            # with five axes are stacked over layers, [L, B, ..]; in all other arrays B is the first axis.
             ndim = 3 if refilled.ndim == 5 else refilled.ndim - 1
             return jnp.where(full.reshape(-1, *[1] * ndim), refilled, stepped)
 
         return select(logits, step_logits), jax.tree.map(select, fresh, step_cache)
 
-    if settings.slots < cfg.context_length:  # the cache is never full, because it has room for all tokens of the call
+    # the KV cache is never full, because it has room for all tokens of the call
+    if settings.slots < cfg.context_length:
         return decode_step()
     return jax.lax.cond(full.any(), refill, decode_step)
 
 
 def _draw(state: _State, logits: jax.Array, key: jax.Array, stop: jax.Array, settings: _Settings) -> _State:
-    """Draws a token for each row, and appends it to the row unless the row has ended or the token is a stop token."""
+    """Draws a token for each row, and appends the token to the row unless the row has ended or the token is a stop
+    token."""
     rows = jnp.arange(len(logits))
     history = (state.seen,) if state.seen is not None else ()
     allowed = logits[:, : settings.drawable]

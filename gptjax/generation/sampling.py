@@ -5,9 +5,9 @@
 
 Calls with the same arguments return the same sampler or filter object, so that a compiled decoding loop is reused.
 
-A filter that depends on earlier tokens, such as `repetition_penalty`, has an attribute `history` that is True. Its last
-argument is `seen` [B, V] bool, which is True where the row already contains the token. The same holds for a chain that
-contains such a filter.
+A filter that depends on earlier tokens, such as `repetition_penalty`, has an attribute `history` that is True. The last
+argument of such a filter is `seen` [B, V] bool, which is True for each token that the row already contains. A chain
+that contains such a filter also has the attribute `history` and the argument `seen`.
 """
 
 from __future__ import annotations
@@ -22,31 +22,33 @@ import jax.numpy as jnp
 from gptjax.config import SampleConfig
 from gptjax.errors import UserError
 
-_ROUNDING = 1e-6  # tolerance of `top_p`: five tokens of probability 0.02 reach p = 0.1 despite float32 rounding
+_ROUNDING = 1e-6  # Tolerance of `top_p` for float32 rounding, so that five tokens of probability 0.02 reach p = 0.1.
 
 Filter = Callable[..., jax.Array]
 Sampler = Callable[..., jax.Array]
 
 
 def greedy(logits: jax.Array, key: jax.Array) -> jax.Array:
-    """Returns the most likely token; among tokens of equal probability, the one with the lowest id."""
+    """Returns the most likely token of each row; among tokens of equal probability, the token with the lowest id is
+    returned."""
     return logits.argmax(-1)
 
 
 def draw(logits: jax.Array, key: jax.Array) -> jax.Array:
-    """Samples tokens from softmax(logits)."""
+    """Samples a token of each row from the distribution softmax(logits)."""
     return jax.random.categorical(key, logits)
 
 
 @cache
 def temperature(t: float) -> Filter:
-    """Returns a filter that divides logits by t; t < 1 sharpens the distribution."""
+    """Returns a filter that divides the logits by the temperature t; t < 1 sharpens the distribution."""
     return lambda logits: logits / t
 
 
 @cache
 def top_k(k: int) -> Filter:
-    """Returns a filter that keeps the k most likely tokens (arXiv:1805.04833), and tokens as likely as the k-th."""
+    """Returns a filter that keeps the k most likely tokens (arXiv:1805.04833), and all tokens that are as likely as the
+    k-th token."""
 
     def keep(logits: jax.Array) -> jax.Array:
         last = jax.lax.top_k(logits, min(k, logits.shape[-1]))[0][..., -1:]
@@ -59,8 +61,8 @@ def top_k(k: int) -> Filter:
 def top_p(p: float) -> Filter:
     """Returns the filter of nucleus sampling (arXiv:1904.09751).
 
-    The filter keeps the smallest set of most likely tokens with total probability >= p, and at least one token. Among
-    tokens of equal probability, the filter keeps the tokens with the lowest ids.
+    The filter keeps the smallest set of most likely tokens whose total probability is at least p, and always keeps at
+    least one token. Among tokens of equal probability, the filter keeps the tokens with the lowest ids.
     """
 
     def keep(logits: jax.Array) -> jax.Array:
@@ -78,13 +80,14 @@ def top_p(p: float) -> Filter:
 
 @cache
 def min_p(p: float) -> Filter:
-    """Returns a filter that keeps tokens at least p times as likely as the most likely token (arXiv:2407.01082)."""
+    """Returns the filter of min-p sampling, which keeps the tokens that are at least p times as likely as the most
+    likely token (arXiv:2407.01082)."""
     return lambda logits: jnp.where(logits < logits.max(-1, keepdims=True) + jnp.log(p), -jnp.inf, logits)
 
 
 @dataclass(frozen=True)
 class RepetitionPenalty:
-    """Filter that penalises repeated tokens, see `repetition_penalty`."""
+    """Filter that penalises repeated tokens, as documented at `repetition_penalty`."""
 
     penalty: float
     history = True
@@ -95,9 +98,9 @@ class RepetitionPenalty:
 
 @cache
 def repetition_penalty(penalty: float) -> Filter:
-    """Returns a filter that penalises the tokens that the prompt and the continuation already have.
+    """Returns a filter that penalises tokens that already occur in the prompt or the continuation.
 
-    A positive logit of a repeated token is divided by `penalty`, and a negative logit is multiplied by it
+    A positive logit of a repeated token is divided by `penalty`, and a negative logit is multiplied by `penalty`
     (arXiv:1909.05858, section 4.1).
     """
     return RepetitionPenalty(penalty)
@@ -105,7 +108,7 @@ def repetition_penalty(penalty: float) -> Filter:
 
 @dataclass(frozen=True)
 class Chain:
-    """Sampler that applies `filters` and then `pick`, see `chain`."""
+    """Sampler that applies `filters` to the logits and then calls `pick`, as documented at `chain`."""
 
     filters: tuple[Filter, ...]
     pick: Sampler
@@ -123,11 +126,11 @@ class Chain:
 
 @cache
 def chain(*filters: Filter, pick: Sampler = draw) -> Sampler:
-    """Returns a sampler that applies the filters from left to right, and then `pick`.
+    """Returns a sampler that applies the filters to the logits from left to right, and then draws a token with `pick`.
 
     `pick` is itself a sampler, such as `draw` or `greedy`: a function that takes logits and a key, and returns tokens.
-    Calls with the same arguments return the same object. `generate` compiles once per sampler object, so that a sampler
-    that is a new lambda in each call costs seconds of compilation per call.
+    Calls of `chain` with the same arguments return the same object. `generate` is compiled once per sampler object, so
+    passing a new lambda as the sampler in each call costs seconds of compilation per call.
     """
     return Chain(filters, pick)
 

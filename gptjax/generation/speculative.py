@@ -1,4 +1,5 @@
-"""Speculative decoding: a cheap draft proposes a few tokens, and the target model verifies them in one forward pass."""
+"""Speculative decoding: a cheap draft model proposes a few tokens, and the target model verifies these tokens in one
+forward pass."""
 
 from __future__ import annotations
 
@@ -24,9 +25,10 @@ from gptjax.types import Params
 class Speculation(NamedTuple):
     """The result of `speculate`.
 
-    tokens    the new tokens of each prompt, without the stop token
-    rounds    number of forward passes of the target model after the prefill
-    accepted  proportion of accepted proposals; proposals for rows that have ended count as rejected
+    tokens: The new tokens of each prompt, without the stop token.
+    rounds: Number of forward passes of the target model after the prefill.
+    accepted: Proportion of the proposed tokens that were accepted; tokens proposed for rows that have already ended
+      count as rejected.
     """
 
     tokens: list[list[int]]
@@ -50,17 +52,19 @@ def speculate(
     vocab_size: int | None = None,
     cache_dtype: DTypeLike | None = None,
 ) -> Speculation:
-    """Samples from the model (params, cfg) as `generate` does, with fewer forward passes if proposals are accepted.
+    """Samples tokens from the model (params, cfg) like `generate`, but needs fewer forward passes if proposed tokens
+    are accepted.
 
-    A draft model (draft, draft_cfg) proposes tokens with the same sampler. With draft=None, tokens are proposed by
-    prompt lookup, which finds an earlier occurrence of the row's last tokens and proposes the tokens that followed it
-    (see `prompt_lookup`).
+    A draft model (draft, draft_cfg) proposes tokens with the sampler of the target model. With draft=None, tokens are
+    proposed by prompt lookup, which finds an earlier occurrence of the row's last tokens and proposes the tokens that
+    followed it (see `prompt_lookup`).
 
-    A proposal x is accepted with probability min(1, p(x) / q(x)), where p is the target model's distribution and q that
-    of the draft model. At the first rejection a token is drawn from max(p - q, 0), normalised; if no proposal is
-    rejected, a token is drawn from p. Every token therefore has the same distribution as in `generate`, at any
-    temperature, and `greedy` gives the same tokens. In each round, a row gains its accepted proposals and one token.
-    Sources: arXiv:2211.17192, algorithm 1; prompt lookup as in transformers and vLLM.
+    A proposed token x is accepted with probability min(1, p(x) / q(x)), where p is the distribution of the target model
+    and q is the distribution of the draft model. At the first rejection, a token is drawn from the normalised
+    distribution max(p - q, 0); if no proposal is rejected, a token is drawn from p. Every token therefore has the same
+    distribution as in `generate`, at any temperature, and `greedy` gives the same tokens. In each round, the accepted
+    proposals and one more token are appended to each row. Sources: arXiv:2211.17192, algorithm 1. Prompt lookup follows
+    transformers and vLLM.
 
     Args:
         ahead: number of tokens proposed per round.
@@ -126,13 +130,14 @@ def speculate(
 
 
 class _Settings(NamedTuple):
-    """Static arguments of the jitted function `_speculate`: new values compile the function again."""
+    """Static arguments of the jitted function `_speculate`, which jax compiles again for each new value."""
 
     cfg: ModelConfig
     draft_cfg: ModelConfig | None
     sampler: Sampler
-    slots: int  # capacity of each KV cache, in tokens per row
-    # N: space for new tokens in each row; it exceeds max_new_tokens, because the last round may draw too many tokens
+    slots: int  # Capacity of each KV cache, in tokens per row.
+    # Space N for new tokens in each row. N exceeds max_new_tokens, because the last round may draw more tokens than are
+    # needed.
     max_new: int
     ahead: int
     ngram: int
@@ -141,9 +146,9 @@ class _Settings(NamedTuple):
 
 
 class _State(NamedTuple):
-    tokens: jax.Array  # [B, P + N]: prompt, new tokens, padding
-    end: jax.Array  # [B]: number of tokens in each row; the last of them is not in the caches yet
-    done: jax.Array  # [B]: whether a stop token was drawn in the row
+    tokens: jax.Array  # Token ids of each row, [B, P + N]: the prompt, the new tokens, and padding.
+    end: jax.Array  # Number of tokens in each row, [B]; the last token of a row is not in the KV caches yet.
+    done: jax.Array  # True for each row in which a stop token was drawn, [B].
     cache: Cache
     draft: Cache | None
     rounds: jax.Array
@@ -173,10 +178,11 @@ def _speculate(
     done = (first[:, None] == stop).any(-1)
 
     def proposals(state: _State, key: jax.Array) -> tuple[jax.Array, jax.Array | None, Cache | None]:
-        """Returns (tokens, q, cache): each row's last token and its proposals, [B, ahead + 1], for the target model.
+        """Returns (tokens, q, cache). `tokens` [B, ahead + 1] holds the last token of each row and the proposed tokens,
+        which are the input of the target model.
 
-        q [B, ahead, drawable] are the distributions from which the draft model drew the proposals, and `cache` is its
-        new cache. Both are None for prompt lookup.
+        `q` [B, ahead, drawable] holds the distributions from which the draft model drew the proposals, and `cache` is
+        the new KV cache of the draft model. For prompt lookup, `q` and `cache` are None.
         """
         token = jnp.take_along_axis(state.tokens, state.end[:, None] - 1, 1)
         if draft is None or draft_cfg is None:
@@ -188,7 +194,8 @@ def _speculate(
             q = to_probs(logits[:, -1, :drawable])
             return (pick(q, key)[:, None], cache), (token[:, 0], q)
 
-        # the scan takes one step more than there are proposals, to add the last proposal to the draft's cache too
+        # The scan runs ahead + 1 steps for `ahead` proposals, so that the last proposal is also added to the draft
+        # model's KV cache.
         (_, cache), (read, q) = jax.lax.scan(propose, (token, state.draft), jax.random.split(key, ahead + 1))
         return read.T, q[:-1].transpose(1, 0, 2), cache
 
@@ -196,13 +203,13 @@ def _speculate(
         keys = jax.random.split(jax.random.fold_in(key, state.rounds + 1), 3)
         proposed, q, draft_cache = proposals(state, keys[0])
         logits, cache = extend(params, proposed, cfg, state.cache)
-        p = to_probs(logits[..., :drawable])  # [B, ahead + 1, drawable]: distribution after each input token
+        p = to_probs(logits[..., :drawable])  # distribution after each input token, [B, ahead + 1, drawable]
         ids = proposed[:, 1:, None]
         q_ids = 1.0 if q is None else jnp.take_along_axis(q, ids, 2)[..., 0]
         accept = jax.random.uniform(keys[1], (B, ahead)) * q_ids < jnp.take_along_axis(p[:, :-1], ids, 2)[..., 0]
         n_accepted = jnp.cumprod(accept, 1).sum(1)
         q = jax.nn.one_hot(proposed[:, 1:], drawable) if q is None else q
-        # with q = 0 after the last proposal, the next token is drawn from p itself if all proposals are accepted
+        # After the last proposal q is set to 0, so that the next token is drawn from p if all proposals are accepted.
         q = jnp.pad(q, ((0, 0), (0, 1), (0, 0)))
         p_next, q_next = (jnp.take_along_axis(a, n_accepted[:, None, None], 1)[:, 0] for a in (p, q))
         residual = jnp.maximum(p_next - q_next, 0)
@@ -235,16 +242,17 @@ def prompt_lookup(tokens: jax.Array, end: jax.Array, ahead: int, ngram: int) -> 
 
     `tokens` [B, W] are the rows, padded on the right, and `end` [B] are their lengths in tokens. A match is an earlier
     occurrence of the last n tokens of a row, with n <= `ngram`. The tokens that follow the match with the largest n are
-    proposed; if there are several such matches, the last of them counts. Fewer than `ahead` tokens are repeated
-    cyclically. If there is no match, the last token of the row is proposed `ahead` times.
+    proposed; among several matches with the same n, the last match in the row is used. If fewer than `ahead` tokens
+    follow the match, these tokens are repeated cyclically. If there is no match, the last token of the row is proposed
+    `ahead` times.
     """
     W = tokens.shape[1]
-    starts = jnp.arange(W)  # every position, as a candidate for the first token after a match
+    starts = jnp.arange(W)  # all positions are candidates for the first token after a match
     match = jnp.ones(tokens.shape, bool)
     match_length = jnp.zeros(tokens.shape, jnp.int32)
     for offset in range(1, ngram + 1):
         last = jnp.take_along_axis(tokens, jnp.maximum(end[:, None] - offset, 0), 1)
-        before = jnp.roll(tokens, offset, 1)  # the token `offset` positions before each start
+        before = jnp.roll(tokens, offset, 1)  # the token that is `offset` positions before each candidate position
         match &= (before == last) & (starts >= offset)
         match_length += match
     score = jnp.where((starts < end[:, None]) & (match_length > 0), match_length * W + starts, -1)

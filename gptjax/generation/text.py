@@ -1,9 +1,11 @@
 """Functions that encode prompts, decode generated tokens, and stop generation at stop strings.
 
-prompts = [prompt_ids(tokenizer, "Once upon a time")]
-until = stop_strings(tokenizer.decode, ["\\n\\n"])
-completions = complete(params, prompts, cfg, until=until, ..)
-texts = [cut(tokenizer.decode(c.tokens), ["\\n\\n"]) for c in completions]
+For example, this code ends each completion at the first empty line:
+
+    prompts = [prompt_ids(tokenizer, "Once upon a time")]
+    until = stop_strings(tokenizer.decode, ["\\n\\n"])
+    completions = complete(params, prompts, cfg, until=until, ..)
+    texts = [cut(tokenizer.decode(c.tokens), ["\\n\\n"]) for c in completions]
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from gptjax.errors import UserError
 from gptjax.tokenizers import Tokenizer, begin_id
 
 Until = Callable[[list[int]], bool]
-_INCOMPLETE = "\ufffd"  # Unicode replacement character, to which an incomplete UTF-8 sequence is decoded
+_INCOMPLETE = "\ufffd"  # An incomplete UTF-8 sequence is decoded to this Unicode replacement character.
 
 
 def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
@@ -39,7 +41,8 @@ def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
 
 
 def stop_strings(decode: Callable[[list[int]], str], strings: Sequence[str]) -> Until:
-    """Returns an `until` function for `generate`: it returns True once the generated text contains one of `strings`."""
+    """Returns a function for the argument `until` of `generate`, which ends a row once the generated text contains one
+    of `strings`."""
 
     def until(tokens: list[int]) -> bool:
         text = decode(tokens)
@@ -49,7 +52,8 @@ def stop_strings(decode: Callable[[list[int]], str], strings: Sequence[str]) -> 
 
 
 def cut(text: str, strings: Sequence[str]) -> str:
-    """Returns the text before the first occurrence of any of the strings, or the whole text if it contains none.
+    """Returns the text before the first occurrence of any of the strings, or the whole text if the text contains none
+    of the strings.
 
     Empty strings are ignored.
     """
@@ -59,11 +63,12 @@ def cut(text: str, strings: Sequence[str]) -> str:
 def text_chunks(
     tokens: Iterable[list[int]], decode: Callable[[list[int]], str], strings: Sequence[str] = ()
 ) -> Iterator[str]:
-    """Decodes a stream of tokens into chunks of text that can be printed at once, up to the first stop string.
+    """Decodes a stream of tokens, and yields chunks of text that can be printed immediately, up to the first stop
+    string.
 
     An incomplete UTF-8 character is held back until the next tokens complete it. Text that may be the beginning of a
-    stop string is held back until the next tokens show whether it is one. When a stop string is found, decoding stops;
-    if `tokens` is a generator, such as the result of `stream`, the generator is closed.
+    stop string is held back until the next tokens show whether the stop string continues. When a stop string is found,
+    decoding stops; if `tokens` is a generator, such as the result of `stream`, the generator is closed.
     """
     ids: list[int] = []
     shown = text = ""
@@ -76,7 +81,7 @@ def text_chunks(
             getattr(tokens, "close", lambda: None)()
             break
         partial = (n for string in strings for n in range(1, len(string)) if text.endswith(string[:n]))
-        ready = text[: len(text) - max(partial, default=0)]  # up to what may be the beginning of a stop string
+        ready = text[: len(text) - max(partial, default=0)]  # the text without a possible beginning of a stop string
         if len(ready) > len(shown):
             yield ready[len(shown) :]
             shown = ready

@@ -24,7 +24,7 @@ def test_pretrain_help_lists_every_setting_with_default_and_comment(capsys):
     assert all((f"  {key}=" in out) != (key in tuned) for key in schema())
     # the preset's values, not the defaults
     assert "model.arch=modern" in out and "optim.name=muon" in out and "train.max_steps=1200" in out
-    assert "Gradient accumulation: micro-batches per step" in out
+    assert "Gradient accumulation: number of micro-batches per optimizer step" in out
     main(["pretrain", "tiny-gpt2", "optim.lr=0.5", "--help"])
     out = capsys.readouterr().out
     assert "model.arch=gpt2" in out and "optim.lr=0.5" in out

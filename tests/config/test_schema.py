@@ -47,7 +47,7 @@ def test_every_setting_has_a_help_text():
     assert not short
     assert rows["train.accumulation"][1:] == (
         "int",
-        "Gradient accumulation: micro-batches per step; must divide batch_size.",
+        "Gradient accumulation: number of micro-batches per optimizer step; must divide batch_size.",
     )
 
 
