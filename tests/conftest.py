@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+FLAGS += " --xla_cpu_multi_thread_eigen=false"  # one test process per core
 # only for releases that know the flag: XLA aborts on an unknown one
 if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11):
     FLAGS += " --xla_cpu_use_fusion_emitters=false"  # compiles three times faster
