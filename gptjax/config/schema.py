@@ -334,8 +334,8 @@ class ModelConfig(Computation, Architecture):
         return replace(self, **{item.name: getattr(other, item.name) for item in fields(Computation)})
 
 
-# `CHECKS` holds functions that check a model config; the module `config.check` adds these functions to the dict when
-# this module is imported.
+# `CHECKS` holds functions that check a model config; the module `config.check` adds these functions to `CHECKS` when
+# `config.check` is imported.
 CHECKS: dict[str, Callable[[ModelConfig], None]] = {}
 # `CHECKED_LATER` is True while `load.build` constructs a config: ModelConfig then skips its checks, because
 # `load.build` runs these checks later.
@@ -994,7 +994,7 @@ class DistillConfig:
     )
     beta: float = setting(
         0.5,
-        "With divergence=js, the weight of the teacher in the mixture of the teacher's and the student's distributions.",
+        "With divergence=js, the weight of the teacher in the mixture of the distributions of teacher and student.",
         FRACTION,
     )
     temperature: float = setting(
