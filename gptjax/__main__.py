@@ -77,11 +77,11 @@ def _leave(code: int) -> None:
 
 
 def _explain(error: BaseException) -> int | None:
-    """Print the message of an expected error, such as a UserError, and return the exit code. For any other error, which
-    is a bug, return None."""
+    """Print the message of an expected error, such as a UserError, and return the exit code. For an unexpected error,
+    which is a bug, return None."""
     if isinstance(error, UserError):
         return _complain(str(error))
-    if isinstance(error, SystemExit):  # for example `Stopped`, which is raised if training ends before its last step
+    if isinstance(error, SystemExit):  # such as `Stopped`, which is raised if training ends before its last step
         return error.code if isinstance(error.code, int) else USER_ERROR
     if isinstance(error, BrokenPipeError):
         # A closed pipe, as in `gptjax presets ls | head -1`, is not an error. stdout is replaced so that Python does
@@ -137,7 +137,7 @@ PEERS = {
 
 
 def _complain(message: str) -> int:
-    # Each line of the message is an error, except for indented lines, which continue the error in the line above.
+    # Each line of `message` is an error, except for indented lines, which continue the error in the line above.
     many = sum(not line.startswith(" ") for line in message.splitlines()) > 1
     print(f"errors:\n{message}" if many else f"error: {message}", file=sys.stderr)
     return USER_ERROR

@@ -195,9 +195,9 @@ class _Finder:
 
 def install() -> None:
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        # This finder must come before Python's own finders: the old folder of a moved package may still exist, for
-        # example with a __pycache__ in the folder, and Python's own finders would import the folder as a namespace
-        # package.
+        # The import finder `_Finder` must come before Python's own finders: the old folder of a moved package may still
+        # exist, for example with a __pycache__ in the folder, and Python's own finders would import the folder as a
+        # namespace package.
         sys.meta_path.insert(0, _Finder())
 
 

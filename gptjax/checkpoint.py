@@ -10,10 +10,10 @@ are intact.
 
 Orbax does not detect flipped bits in array data, treats every folder whose name is a number as a checkpoint, never
 falls back to an older step, and leaves an incomplete checkpoint if the process is killed while Orbax deletes a
-checkpoint. For these reasons, `Checkpoints.save` writes a checkpoint to a temporary folder, and then renames the folder
-atomically. `Checkpoints.restore` checks that every file matches the manifest, that the name of the folder is the step
-in meta.json, and that every leaf matches its fingerprint. Before a checkpoint is deleted, its folder is renamed, so
-that a partially deleted folder does not count as a checkpoint.
+checkpoint. So that no incomplete checkpoint is read, `Checkpoints.save` writes a checkpoint to a temporary folder, and
+renames the complete folder atomically. `Checkpoints.restore` checks that every file matches the manifest, that the name
+of the folder is the step in meta.json, and that every leaf matches its fingerprint. Before a checkpoint is deleted, its
+folder is renamed, so that a partially deleted folder does not count as a checkpoint.
 """
 
 from __future__ import annotations
@@ -447,8 +447,8 @@ def _quiet() -> Iterator[None]:
     """Context manager that suppresses Orbax's log messages and, after a failure, the error messages of Orbax's
     background threads.
 
-    Without this context manager, Orbax logs several lines per checkpoint, and after a failure Orbax's background
-    threads print further errors.
+    Without the context manager `_quiet`, Orbax logs several lines per checkpoint, and after a failure Orbax's
+    background threads print further errors.
     """
     loggers, hook = [logging.getLogger(name) for name in ("absl", "asyncio")], sys.unraisablehook
     before = [logger.level for logger in loggers]

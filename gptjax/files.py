@@ -96,8 +96,8 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-# Maps the byte order mark of each encoding to the name of the encoding. UTF-32 comes first, because the byte order mark
-# of little-endian UTF-32 starts with that of little-endian UTF-16.
+# Maps the byte order mark of each encoding to the name of the encoding. In `MARKS`, UTF-32 precedes UTF-16, because the
+# byte order mark of little-endian UTF-32 starts with that of little-endian UTF-16.
 MARKS = {
     codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32", codecs.BOM_UTF16_LE: "UTF-16",
     codecs.BOM_UTF16_BE: "UTF-16",

@@ -1,7 +1,7 @@
 """The building blocks of a transformer as plain functions of arrays, which the notebooks use.
 
-The model in `gptjax.model` also has biases, query and key norms, RoPE and the KV cache. The tests compare the results
-of the model with the results of these functions.
+Unlike the functions in `from_scratch`, the model in `gptjax.model` has biases, query and key norms, RoPE and the KV
+cache. The tests compare the results of the model in `gptjax.model` with the results of the functions in `from_scratch`.
 """
 
 from __future__ import annotations

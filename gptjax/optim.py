@@ -41,16 +41,17 @@ def groups(params: Params) -> Params:
 def make_schedule(cfg: OptimConfig, max_steps: int) -> optax.Schedule:
     """Returns the learning-rate schedule, which is a function of the step.
 
-    The schedule returns the factor by which the peak learning rate is multiplied. The factor increases linearly from
-    initial_lr_ratio to 1 over warmup_steps. After the warmup, the factor depends on cfg.schedule:
+    The schedule returns the factor by which the peak learning rate is multiplied. The learning-rate factor increases
+    linearly from initial_lr_ratio to 1 over warmup_steps. After the warmup, the learning-rate factor depends on
+    cfg.schedule:
 
-    cosine: The factor decays to min_lr_ratio along a cosine over all remaining steps (arXiv:1608.03983).
-    linear: The factor decays linearly to min_lr_ratio over all remaining steps.
-    wsd: The factor stays 1, and then decays linearly to min_lr_ratio over the last decay_fraction of max_steps
-      (arXiv:2404.06395).
-    constant: The factor stays 1.
+    cosine: The learning-rate factor decays to min_lr_ratio along a cosine over all remaining steps (arXiv:1608.03983).
+    linear: The learning-rate factor decays linearly to min_lr_ratio over all remaining steps.
+    wsd: The learning-rate factor stays 1 after the warmup, and decays linearly to min_lr_ratio over the last
+      decay_fraction of max_steps (arXiv:2404.06395).
+    constant: The learning-rate factor stays 1.
 
-    The learning rates and warmup_steps in the config may be tracers, both in this function and in `make_optimizer`.
+    The learning rates and warmup_steps in the config may be tracers, both in `make_schedule` and in `make_optimizer`.
     """
     decay_steps = max(1, round(cfg.decay_fraction * max_steps))  # wsd
 
@@ -71,8 +72,9 @@ def decay_schedule(cfg: OptimConfig, max_steps: int) -> optax.Schedule:
     """Returns the schedule of the weight decay coefficient, which is a function of the step, as
     cfg.weight_decay_schedule selects it.
 
-    Each update subtracts learning rate * coefficient * parameter from the parameter. If weight_decay_schedule is "lr",
-    the weight decay is therefore proportional to the square of the learning rate's factor (AdamC, arXiv:2506.02285).
+    In each update, weight decay subtracts learning rate * coefficient * parameter from the parameter. If
+    weight_decay_schedule is "lr", the coefficient is proportional to the learning rate, so that the decay of the
+    parameters is proportional to the square of the learning rate's factor (AdamC, arXiv:2506.02285).
     """
     factors = {
         "constant": lambda step: 1.0, "lr": make_schedule(cfg, max_steps),
@@ -180,11 +182,11 @@ def per_neuron(beta: float, eps: float = 1e-10) -> optax.GradientTransformation:
     (NorMuon).
 
     The second moment nu of each neuron is an exponential moving average of the mean square of the neuron's updates,
-    with decay rate `beta`. Updates are divided by sqrt(nu) + eps, and each matrix is then scaled to the Frobenius norm
-    of an orthogonal matrix, sqrt(min(in, out)).
+    with decay rate `beta`. Updates are divided by sqrt(nu) + eps, where nu is the second moment of the neuron, and each
+    matrix is then scaled to the Frobenius norm of an orthogonal matrix, sqrt(min(in, out)).
 
     Source: arXiv:2510.05491, algorithm 1. With optim.muon_scale=rms, each update has a root mean square of 0.2, as in
-    this source.
+    NorMuon's paper.
     """
 
     def init(params):
@@ -208,9 +210,9 @@ def per_neuron(beta: float, eps: float = 1e-10) -> optax.GradientTransformation:
 def cautious(tx: optax.GradientTransformation) -> optax.GradientTransformation:
     """Wraps the optimizer `tx`: sets elements of an update to 0 if their sign differs from the sign of the gradient.
 
-    `tx` must return updates that have not been multiplied by the negative learning rate yet. The remaining elements are
-    divided by max(f, 1e-3), where f is the fraction of elements that are not set to 0, computed per layer for stacked
-    layers.
+    `tx` must return updates that have not been multiplied by the negative learning rate yet. Elements of an update that
+    are not set to 0 are divided by max(f, 1e-3), where f is the fraction of these elements, computed per layer for
+    stacked layers.
 
     Source: arXiv:2411.16085, algorithm 1, with the normalisation in the code of the paper's authors.
     """
@@ -279,10 +281,12 @@ def averaged(tx: optax.GradientTransformation, weight: optax.Schedule) -> optax.
     """Wraps the optimizer `tx` so that its state also holds an average of the params. The updates of `tx` are not
     changed.
 
-    After update n = 1, 2, .., the average becomes mean = (1 - w) * mean + w * params, where w = weight(n).
+    After update n = 1, 2, .., the average of the params becomes mean = (1 - w) * mean + w * params, where w =
+    weight(n).
 
-    With `ema_weight(0.999)`, the result is an exponential moving average. With `last_weight(900)`, the average equals
-    the params until update 900, and then the uniform average of the params after the updates 901, 902, ..
+    If `weight` is `ema_weight(0.999)`, the average is an exponential moving average of the params. If `weight` is
+    `last_weight(900)`, the average equals the params until update 900, and after update 900 the uniform average of the
+    params after the updates 901, 902, ..
     """
     inner = optax.with_extra_args_support(tx)
 

@@ -41,9 +41,9 @@ class Child:
         """Start a Python process with the import path and environment of this process, which calls `main()` of the
         module `name`.
 
-        Unlike the start method spawn of multiprocessing, this method does not import the program's main module again.
-        In the child process, JAX uses only the CPU, because the child process must not allocate memory on the parent's
-        accelerator.
+        Unlike the start method spawn of multiprocessing, `Child.module` does not import the program's main module
+        again. In the child process, JAX uses only the CPU, because the child process must not allocate memory on the
+        parent's accelerator.
         """
         program = f"import sys; sys.path[:] = sys.argv[1:]; import {name} as program; program.main()"
         command = [sys.executable, "-c", program, *(path or os.getcwd() for path in sys.path)]

@@ -3,9 +3,9 @@
 During the training loop, which polls `Signals.code` after every call of the training step, a signal only sets
 `Signals.code`. Outside the training loop, a signal raises KeyboardInterrupt or Terminated. Raising an exception can
 fail in two ways: Python ignores exceptions that are raised in a destructor or in a callback of the garbage collector
-(JAX has such a callback), and Python calls no signal handler while C code is running. Because of these two cases,
-`raise_if_any` is called between the stages of a run. In addition, `catch_signals(program=True)` starts a thread that
-ends the process if a signal has no effect within `GRACE_S` seconds.
+(JAX has such a callback), and Python calls no signal handler while C code is running. Because a signal handler's
+exception can be lost, `raise_if_any` is called between the stages of a run. `catch_signals(program=True)` starts a
+thread that ends the process if a signal has no effect within `GRACE_S` seconds.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ class Stopped(SystemExit):
 
     The exit code is 130 after Ctrl-C and 143 after SIGTERM; in both cases all finished steps are saved first. The exit
     code is 3 after train.max_nonfinite consecutive steps with a loss or gradient that is not finite. `Stopped` is a
-    subclass of SystemExit, so that a program that calls `train` ends with this exit code.
+    subclass of SystemExit, so that a program that calls `train` ends with the exit code of the `Stopped` that `train`
+    raises.
     """
 
     def __init__(self, code: int, why: str):
@@ -67,8 +68,8 @@ class Signals:
         callbacks = {getattr(callback, "__code__", None) for callback in gc.callbacks}
         while frame is not None:
             if frame.f_code in callbacks or frame.f_code.co_name == "__del__":
-                # No exception is raised here, because Python ignores exceptions in destructors and in callbacks of the
-                # garbage collector.
+                # The signal handler raises no exception here, because Python ignores exceptions in destructors and in
+                # callbacks of the garbage collector.
                 return
             frame = frame.f_back
         self.raise_if_any()
@@ -88,8 +89,8 @@ class Signals:
     def watch(self, wake: int) -> None:
         """Run in a thread, and end the process if a received signal has no effect within `GRACE_S` seconds.
 
-        `wake` is a file descriptor. Python writes the number of each received signal to this file descriptor as one
-        byte, and the thread reads these bytes.
+        `wake` is a file descriptor. Python writes the number of each received signal to the file descriptor `wake` as
+        one byte, and the thread that runs `watch` reads these bytes.
         """
         received: float | None = None
         number = 0

@@ -20,8 +20,8 @@ from gptjax._moved import moved_name
 from gptjax.errors import UserError
 
 T = TypeVar("T")
-# `_RANGES` matches a whole key in a pattern, such as [8-11] or [0-3,8-11]. Brackets without "-" and "," are a set of
-# characters, as in a shell glob.
+# `_RANGES` matches a whole key in a pattern, such as [8-11] or [0-3,8-11]. Brackets without "-" and "," in a pattern
+# are a set of characters, as in a shell glob.
 _RANGES = re.compile(r"(?<![^/])\[(?=[^]]*[-,])(\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*)\](?![^/])")
 
 

@@ -52,9 +52,9 @@ class Batch(NamedTuple):
 class RolloutBatch(NamedTuple):
     """A batch of rollouts in B rows, which are padded at the end. A rollout is a prompt with a sampled answer.
 
-    A row holds one rollout or, if `index` is given, a token tree of N rollouts with the same prompt. The last axis of
-    weights, old and reference has an element per token or, if `index` is given, an element for each of the up to A
-    targets of an answer.
+    A row holds one rollout or, if `index` is given, N rollouts with the same prompt, merged into a tree of tokens in
+    which the prompt occurs once. The last axis of weights, old and reference has an element per token or, if `index` is
+    given, an element for each of the up to A targets of an answer.
 
     tokens: The input ids, [B, T] int32.
     targets: The token after each input token, [B, T] int32.
@@ -70,7 +70,8 @@ class RolloutBatch(NamedTuple):
     index: The index in the row of each target of each answer, [B, N, A] int32, or None. If `index` is given, weights,
       old and reference have the shape [B, N, A], and advantages has the shape [B, N].
 
-    `old` and `reference` are used only where weights is 1. If a row has no answer, all of its weights are 0.
+    The log-probabilities `old` and `reference` are used only where `weights` is 1. If a row of a batch has no answer,
+    all loss weights of the row are 0.
     """
 
     tokens: Any

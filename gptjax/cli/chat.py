@@ -122,7 +122,7 @@ def talk(chat: Chat, terminal: bool, read: Callable[[str], str] = input) -> None
     ends."""
     if terminal:
         with suppress(ImportError):
-            importlib.import_module("readline")  # the import adds line editing and a history to `input`
+            importlib.import_module("readline")  # readline adds line editing and a history to `input`
         options.note(HELP)
     while True:
         try:
@@ -175,8 +175,8 @@ def _answer(chat: Chat, text: str) -> None:
         return
     wait_s, decode_s, n_decoded = first - started, time.monotonic() - first, chat.count - EVERY
     tokens = f"{chat.count} token{'' if chat.count == 1 else 's'}"
-    # The tokens per second do not count the tokens of the first screen update, because the time before this update
-    # includes the compilation and the prefill of the prompt.
+    # The printed tokens per second do not count the tokens of the first screen update, because the time before the
+    # first update includes the compilation and the prefill of the prompt.
     if n_decoded <= 0 or decode_s <= 0:
         options.note(f"[{tokens} after {wait_s + decode_s:.1f} s]")
     else:
@@ -200,7 +200,7 @@ class Waiting:
         self.end()
 
     def end(self) -> None:
-        """Erases the progress line. A second call of `end` does nothing."""
+        """Erases the progress line. If `end` is called twice, the second call does nothing."""
         if self._thread and not self._done.is_set():
             self._done.set()
             self._thread.join()

@@ -164,8 +164,8 @@ def _field(row: dict[str, Any], fields: tuple[str | None, str | None], name: str
 
     requested, trained = fields
     if requested:
-        # The rows of a .json or .jsonl file may have different columns, so that the first row of such a file may lack
-        # the requested column.
+        # The rows of one .json or .jsonl file may have different columns, so the first row may lack the column that
+        # text_field names.
         if requested not in row and not name.lower().endswith((".json", ".jsonl")):
             hint = did_you_mean(requested, map(str, row))
             raise UserError(f"{name}: no column {requested!r}; there are {', '.join(map(repr, row))}{hint}")
@@ -206,8 +206,8 @@ def _check(sources: Sequence[tuple[str, str]], fields: tuple[str | None, str | N
 
 
 def chunks(rows: Iterator[Row], size: int) -> Iterator[list[Row]]:
-    """Yields the rows in lists of up to `size` rows. If reading a row raises UserError, the rows that were read before
-    this row are yielded, and then the error is raised."""
+    """Groups the rows in lists of up to `size` rows, and yields the lists. If reading a row raises UserError, the rows
+    that were read before this row are yielded, and then the error is raised."""
     chunk: list[Row] = []
     try:
         for row in rows:

@@ -1,4 +1,4 @@
-"""`gptjax compare RUN [RUN ...]`: compares the answers of several runs to the same questions. The command prints
+"""`gptjax compare RUN [RUN ...]`: compares the answers of several runs to the same questions. `gptjax compare` prints
 metrics of the answers, and writes a table of the answers of all runs to a file."""
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ def run(args: list[str]) -> int:
         if i and "nats_per_token" in metrics and "nats_per_token" in results[0]:
             metrics["win_rate"] = win_rate(rows, runs[0])["win_rate"]
         results.append(metrics)
-    # The judge model is called last, because calls of the judge model may cost money, and the steps before may fail.
+    # The judge model is called after all other metrics are computed, because calls of the judge model may cost money,
+    # and computing the other metrics may fail.
     for metrics, rows in zip(results, runs if settings.get("judge") else (), strict=False):
         verdicts = judge(rows, settings["judge"], settings["judge_model"], log=note)
         if valid := [score for score in verdicts if score is not None]:

@@ -1,11 +1,11 @@
 """`gptjax completion bash|zsh|fish`: prints a script for the shell, which completes `gptjax` command lines.
 
-The script calls `gptjax completion --words WORD ...` with the words before the cursor. The last of these words is the
-word that the user is typing, and the command prints the possible completions of this word, one per line. The script
-passes the names of settings and presets to the command in an environment variable, because importing the modules that
-define these names would take most of the time of each completion.
+The shell script calls `gptjax completion --words WORD ...` with the words before the cursor. The last WORD is the word
+that the user is typing, and `gptjax completion --words` prints the possible completions of this word, one per line. The
+shell script passes the names of settings and presets to `gptjax completion` in an environment variable, because
+importing the modules that define these names would take most of the time of each completion.
 
-For example, the command prints these completions for the words after `--words`:
+`gptjax completion` prints these completions for the words after `--words`:
 
     --words pre                             pretrain, presets
     --words pretrain opt                    optim.
@@ -118,8 +118,8 @@ def run(args: list[str]) -> int:
 
 
 def script(shell: str) -> str:
-    # The shell scripts enclose the JSON text in single quotes. The JSON text contains no single quotes, so nothing in
-    # the text has to be escaped.
+    # The shell scripts enclose the JSON text of `names()` in single quotes. The JSON text of `names()` contains no
+    # single quotes, so nothing in the text has to be escaped.
     text = json.dumps(names(), separators=(",", ":"))
     return SCRIPTS[shell].replace("VARIABLE", VARIABLE).replace("NAMES", text)
 

@@ -47,7 +47,8 @@ def run(args: list[str]) -> int:
 
 def inspect_conversation(args: options.Args) -> int:
     """Prints the first conversation on which `gptjax finetune instruct` with the same arguments would train: its text,
-    in which the tokens that count in the loss are marked, or the branches of its token tree."""
+    in which the tokens that count in the loss are marked or, with instruct.branches=tree, the branches of the tree of
+    tokens into which the answers of the conversation are merged."""
     cfg, provenance = options.configure(args, "instruct", "data inspect", "instruct")
     from gptjax.tasks import instruct
     from gptjax.training.progress import without_colours

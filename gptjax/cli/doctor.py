@@ -101,7 +101,8 @@ def wanted_libtpu() -> str:
 
 def backend_problem(backend: str, tpu: bool, libtpu: str, wanted: str, held_by: list[str]) -> list[str]:
     """Returns a list with one error text, which names the most likely cause, if the machine has a TPU that jax does not
-    use; otherwise []. Without this error text, gptjax would compute on the CPU, and the user would not notice."""
+    use; otherwise []. If `gptjax doctor` did not report an unused TPU, gptjax would compute on the CPU, and the user
+    would not notice."""
     if not tpu or backend == "tpu":
         return []
     if not libtpu:

@@ -95,8 +95,8 @@ def configure(
 
         layers = [*file_layers(source), *leaves]
         n_micro = next((leaf.value for leaf in reversed(layers) if leaf.key == "train.accumulation"), 1)
-        # The batch size is not known yet, so the config is built with the smallest valid batch size, which is one row
-        # per micro-batch.
+        # With train.batch_size=auto, the batch size is not known yet, so the config is built with the smallest valid
+        # batch size, which is one row per micro-batch.
         one_row_each = [leaf._replace(value=n_micro) if leaf in auto else leaf for leaf in leaves]
         before, _ = uses.resolve(source, one_row_each, verb=verb, task=task, also=also)
         cfg = fitted(before)
@@ -198,8 +198,8 @@ def settings_help(cfg: Config, patterns: Sequence[str], section: str = "", width
 
 def values_help(page: Page, args: Sequence[str], width: int = 100) -> str:
     """Returns the list of settings on the help page of a command, with the values that result from the arguments
-    `args`. If `args` are invalid, the list shows the values of the command's default preset. For a command that takes
-    no preset, the list shows the default values."""
+    `args`. If `args` are invalid, the list of settings shows the values of the command's default preset. For a command
+    that takes no preset, the list of settings shows the default values."""
     patterns = page.settings or uses.USES[page.reads]
     if not page.preset:
         return f"Settings, with their defaults:\n\n{settings_help(Config(), patterns, page.section, width)}"

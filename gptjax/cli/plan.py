@@ -41,8 +41,8 @@ def run(args: list[str]) -> int:
             new_file(path, name)
     from gptjax.planning import slices
 
-    # The environment variables in `slices.ENVIRONMENT` must be set before jax is imported. The environment variables
-    # make jax use the CPU, and prevent libtpu from querying the network for TPU metadata.
+    # The environment variables in `slices.ENVIRONMENT` must be set before jax is imported. The environment variables in
+    # `slices.ENVIRONMENT` make jax use the CPU, and prevent libtpu from querying the network for TPU metadata.
     os.environ.update(slices.ENVIRONMENT)
     from gptjax.planning import report
     from gptjax.planning.plan import plan, search

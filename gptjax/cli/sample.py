@@ -64,8 +64,8 @@ def run(args: list[str]) -> int:
 
 
 def configure(source: str, leaves: list[Leaf]) -> tuple[Config, Provenance]:
-    """Merges the settings on the command line, in the run's config.yaml, and the defaults; this is also their order of
-    precedence. On the command line, the prefix `sample.` may be omitted: `prompt=` means `sample.prompt=`."""
+    """Merges the settings of `gptjax sample`: the command line overrides the run's config.yaml, which overrides the
+    defaults. On the command line, the prefix `sample.` may be omitted: `prompt=` means `sample.prompt=`."""
     file = Path(source) / "config.yaml"
     stored = from_yaml(read_text(file, "config"), str(file)) if file.exists() else []
     stored = [leaf for leaf in stored if leaf.key.startswith("sample.")]
@@ -154,8 +154,8 @@ def open_draft(settings: SampleConfig, tokenizer: Tokenizer) -> Model | None:
 
 
 def open_reward_model(settings: SampleConfig, tokenizer: Tokenizer) -> Model | None:
-    """Opens the reward model for sample.pick=reward, without reading its tensors. Returns None for any other value of
-    sample.pick.
+    """Opens the reward model for sample.pick=reward, without reading its tensors. Returns None if sample.pick is not
+    "reward".
 
     Raises:
         UserError: the reward model does not exist, is not a model with a head of one class, has another vocabulary
@@ -254,7 +254,7 @@ def write(
                 if row or i:
                     print("-" * 40)
                 # The prompt and the completion are decoded together, because a UTF-8 character may begin in the prompt
-                # and end in the completion. Stop strings are searched only in the completion.
+                # and end in the completion. Stop strings are searched only in the completion, not in the prompt.
                 whole = new if settings.chat else tokenizer.decode([*ids[row], *completion.tokens])
                 print(whole[: len(whole) - len(new) + len(text)], flush=True)
                 if settings.pick:
@@ -272,7 +272,8 @@ def _picker(
 
     A reward model scores a sequence that consists of the prompt, the completion and, if the completion has ended, the
     reward model's end-of-answer token. If `settings.chat` is True, the prompt is rendered with the chat template of the
-    reward model. If a completion ended at a stop string, its text without the stop string is encoded again.
+    reward model. If a completion ended at a stop string, its text without the stop string is encoded again for the
+    reward model.
     """
     from gptjax.generation import best_of_n, by_logprob, cut, majority, sequence_rewards
     from gptjax.tokenizers import stop_ids

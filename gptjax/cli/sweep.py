@@ -44,15 +44,15 @@ def run(args: list[str]) -> int:
     if parsed.dry_run:
         print("\n".join(report(configs, axes, folder)))
         return 0
-    # `_sweep` prints a command that repeats the best run of the sweep. `settings` are the settings in this command,
-    # without run_dir, so that the repeated run gets a new run directory.
+    # `_sweep` prints a command that repeats the best run of the sweep. `settings` holds the settings on the command
+    # line of the repeated run, without run_dir, so that the repeated run gets a new run directory.
     settings = [f"{leaf.key}={leaf.value}" for leaf in fixed if leaf.key != "run_dir"]
     return _sweep(configs, axes, folder, at_once, [source, *settings])
 
 
 def _refuse(cfg: Config, folder: Path) -> None:
     """Raises UserError if the sweep cannot start, because the run directory is in use, or because the data or base
-    model is missing. The error message lists all problems."""
+    model is missing. The message of the UserError lists all reasons why the sweep cannot start."""
     from gptjax.research.sweep import WRITING
     from gptjax.tasks import find
     from gptjax.training import run_dir
@@ -61,7 +61,7 @@ def _refuse(cfg: Config, folder: Path) -> None:
     if (folder / "sweep.json").exists():
         problems.append(f"{folder} holds a sweep already, and nothing was overwritten: choose another run_dir=FOLDER")
     else:
-        # The regular expression matches the names of the files of an interrupted sweep, which a new sweep may
+        # The regular expression `ours` matches the names of the files of an interrupted sweep, which a new sweep may
         # overwrite.
         ours = r"sweep\.(csv|png)" if (folder / WRITING).exists() else ""
         problems += complaints(run_dir.refuse_unwritable, folder) or complaints(run_dir.refuse_foreign, folder, ours)

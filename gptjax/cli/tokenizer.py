@@ -80,8 +80,8 @@ def _inspect(args: list[str]) -> None:
 
 def _load(args: list[str], action: str) -> tuple[Tokenizer, str | None]:
     """Loads the tokenizer that the first command-line argument names. Returns a pair (tokenizer, text), where `text` is
-    the second command-line argument, or None if there is only one argument. The second argument may contain `=`,
-    because the subcommands `encode` and `inspect` take no settings."""
+    the second command-line argument, or None if there is only one argument. The second command-line argument may
+    contain `=`, because `gptjax tokenizer encode` and `gptjax tokenizer inspect` take no settings."""
     if not 1 <= len(args) <= 2:
         raise UserError(f"expected: {USAGE[action]}")
     from gptjax import tokenizers

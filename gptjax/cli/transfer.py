@@ -54,7 +54,9 @@ def run_export(args: list[str]) -> int:
     form, source, target = words
     if form not in FORMATS:
         raise UserError(f"export {form}: expected {', '.join(FORMATS)}{did_you_mean(form, FORMATS)}")
-    path = Path(target)  # The target is checked before the model is read, because reading a model may take a long time.
+    # The target path of `gptjax export` is checked before the model is read, because reading a model may take a long
+    # time.
+    path = Path(target)
     if form == "gguf" or (path.exists() and not path.is_dir()):
         refuse_existing(path, "TARGET")
     elif path.is_dir() and any(path.iterdir()):
@@ -100,7 +102,7 @@ def _export_adapter(source: str, target: Path) -> int:
     native.verify(run)
     body = json.loads(read_text(folder / peft.CONFIG, "adapter config"))
     params, cfg = weights.load(run)
-    # The adapter is loaded only to check its files: `load_peft` raises UserError if the adapter is damaged.
+    # The LoRA adapter is loaded only to check its files: `load_peft` raises UserError if the adapter is damaged.
     weights.load_peft(folder, dataclasses.replace(cfg, n_classes=0, cls_bias=True))
     new_folder(target)
     try:

@@ -1,5 +1,6 @@
 """The configuration of a run. All settings are defined in one schema. The values of the settings are read from several
-layers, such as a preset and the command line, and are then validated together. No module of this package imports jax.
+layers, such as a preset and the command line, and are then validated together. No module of the package `gptjax.config`
+imports jax.
 
 schema: defines the settings as fields of dataclasses, each with a help text and a valid range
 leaves: reads YAML, arguments such as `a.b=c`, and dicts into leaves (key, value, and the place where the value was set)
@@ -9,7 +10,7 @@ aliases: writes error texts for unknown keys, which suggest the key of the corre
 uses: lists the settings that each command and task reads
 
 The attribute `gptjax.config.schema` is the function `schema`, not the module of the same name. To import from the
-module, write `from gptjax.config.schema import ..`.
+module `schema`, write `from gptjax.config.schema import ..`.
 """
 
 from gptjax.config.check import WITHOUT_EFFECT, validate

@@ -1,5 +1,5 @@
-"""Writes error texts for unknown keys of settings. An error text suggests the key of gptjax for a setting of another
-tool, or the key with the nearest spelling."""
+"""Writes error texts for unknown keys of settings. The error text for an unknown key suggests the key of gptjax for a
+setting of another tool, or the key with the nearest spelling."""
 
 from __future__ import annotations
 

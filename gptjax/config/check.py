@@ -45,7 +45,7 @@ def validate(cfg: Config) -> None:
 
 def validate_model(model: ModelConfig) -> None:
     """Checks the ranges of the settings of a model config, and the rules about combinations of these settings. Raises
-    one UserError that lists all problems."""
+    one UserError that lists all invalid values and combinations of the model config."""
     Problems(text for _, text in (*_ranges(flat(model, "model.")), *_broken(MODEL_RULES, model))).raise_if_any()
 
 
@@ -106,7 +106,7 @@ def shown(value: object) -> str:
     except (
         ValueError,
         RecursionError,
-    ):  # raised by `repr` for a very long integer or a recursive list
+    ):  # `repr` raises an error for a very long integer or a recursive list
         return "something very large"
     return text if len(text) <= 200 else f"{text[:40]}.. ({len(text):,} characters)"
 
@@ -352,9 +352,10 @@ RULES: tuple[Rule, ...] = (
     ),
 )  # fmt: skip
 
-# `WITHOUT_EFFECT` is a tuple of (keys or prefixes of keys, key of another setting, function). The function takes the
-# value of the other setting, and returns True if the settings with these keys have no effect because of this value. A
-# config is refused if a setting without effect was set on the command line or in the overrides of `load_config`.
+# `WITHOUT_EFFECT` is a tuple of (keys or prefixes of keys, key of another setting, function). The function in each
+# tuple takes the value of the other setting, and returns True if the settings with the keys in the tuple have no effect
+# at this value. A config is refused if a setting without effect was set on the command line or in the overrides of
+# `load_config`.
 WITHOUT_EFFECT: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] = (
     (
         ("optim.momentum", "optim.nesterov", "optim.preconditioning", "optim.muon_scale", "optim.normuon"),

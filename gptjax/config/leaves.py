@@ -106,9 +106,9 @@ def _refuse_large(root: yaml.Node, name: str) -> None:
     """Raises UserError if the aliases of a YAML document expand to too many values, or if an alias contains itself."""
     import yaml
 
-    # `sizes` maps the id of each YAML node to the number of values in the node after aliases are expanded. The number
-    # is 0 while the values of the node are being counted; if a node is reached again while its number is 0, the node
-    # contains itself.
+    # `sizes` maps the id of each YAML node to the number of values in the node after aliases are expanded. `sizes[id]`
+    # is 0 while the values of a node are being counted; if a YAML node is reached again while its number in `sizes` is
+    # 0, the node contains itself.
     sizes: dict[int, int] = {}
 
     def size(node: yaml.Node) -> int:
@@ -149,8 +149,8 @@ def _walk(
 
 def _plain(node: yaml.Node, location: str, problems: Problems) -> str | list[str] | None:
     """Returns the value of a YAML node: a string for a scalar, a list of strings for a sequence, or None for null.
-    `load.build` later converts these strings to the types of the settings, because a YAML parser would read 1e-3 as a
-    string and `on` as a bool."""
+    Scalars stay strings until `load.build` converts them to the types of the settings, because a YAML parser would read
+    1e-3 as a string and `on` as a bool."""
     import yaml
 
     if not node.tag.startswith("tag:yaml.org,2002:") or "python" in node.tag:
@@ -166,7 +166,7 @@ def _plain(node: yaml.Node, location: str, problems: Problems) -> str | list[str
 
 def from_args(args: Iterable[str], where: str = "command line", example: str = EXAMPLE) -> list[Leaf]:
     """Returns a leaf for each command-line argument of the form `a.b=c`, `--a.b=c` or `--a.b c`; key and value are
-    split at the first `=`. An argument of any other form raises UserError."""
+    split at the first `=`. A command-line argument of any other form raises UserError."""
     leaves, problems, rest = [], Problems(), list(args)
     while rest:
         arg = rest.pop(0)

@@ -227,9 +227,10 @@ def build(leaves: list[Leaf], run_dir: Optional[str] = None, problems: Iterable[
     return cfg, provenance
 
 
-# `RULED` is a tuple of pairs of settings (a, b). In each pair, b takes precedence over a, such as train.epochs over
-# train.max_steps, or b is only meaningful for a certain value of a, such as data.split for data.source. If a later
-# layer sets a, the value of b from an earlier layer is dropped, so that b has its default value again.
+# `RULED` is a tuple of pairs of settings (a, b). In each pair (a, b) of `RULED`, the setting b takes precedence over
+# the setting a, such as train.epochs over train.max_steps, or b is only meaningful for a certain value of a, such as
+# data.split for data.source. For each pair (a, b) in `RULED`: if a later layer sets a, the value of b from an earlier
+# layer is dropped, so that b has its default value again.
 RULED = (
     ("train.max_steps", "train.epochs"), ("data.source", "data.split"), ("data.source", "data.val_source"),
     ("data.split", "data.val_source"), ("data.val_fraction", "data.val_source"),
@@ -258,11 +259,12 @@ def _drop_overruled(leaves: list[Leaf], values: dict[str, Any], set_at: Provenan
 
 def _drop_base_settings(layers: list[str], values: dict[str, Any], set_at: Provenance) -> Iterator[str]:
     """Drops or refuses model and tokenizer settings if pretrain.base is set, because the model config and the tokenizer
-    of the base model are used. The settings in `Computation`, such as model.dtype, are kept.
+    of the base model are used. The settings in `Computation`, such as model.dtype, are kept even if pretrain.base is
+    set.
 
     Model and tokenizer settings are dropped if their layer comes before the layer that sets pretrain.base; otherwise an
-    error text is yielded. However, if a file sets pretrain.base and more than half of all settings, the model and
-    tokenizer settings in this file are kept without an error, because such a file was written by `to_yaml`.
+    error text is yielded. If a file sets pretrain.base and more than half of all settings, the model and tokenizer
+    settings in the file are kept without an error, because a file with so many settings was written by `to_yaml`.
     """
     if values.get("pretrain.base") is None:
         return

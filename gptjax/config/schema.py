@@ -297,10 +297,10 @@ class Computation:
 class ModelConfig(Computation, Architecture):
     """A decoder-only transformer: its architecture, and settings such as dropout, dtype and initialisation.
 
-    At construction, each field in `ARCHS` that is None is set to the value in `ARCHS[arch]`. If n_kv_head is None,
-    n_kv_head is set to n_head; if d_ff is None, d_ff is set to 4 * d_model. A printed `ModelConfig` therefore shows the
-    values that the model uses. `dataclasses.replace` computes these defaults again: for example,
-    replace(ModelConfig(d_model=32), d_model=64).d_ff is 256.
+    At construction of a `ModelConfig`, each field in `ARCHS` that is None is set to the value in `ARCHS[arch]`. If
+    n_kv_head is None, n_kv_head is set to n_head; if d_ff is None, d_ff is set to 4 * d_model. A printed `ModelConfig`
+    shows the default values that were set at construction. `dataclasses.replace` computes the defaults of fields that
+    were None again: for example, replace(ModelConfig(d_model=32), d_model=64).d_ff is 256.
 
     Raises:
         UserError: some values or combinations of values are invalid; the message lists all of them.
@@ -309,8 +309,8 @@ class ModelConfig(Computation, Architecture):
     def __new__(cls, *args: Any, **given: Any) -> "ModelConfig":
         self = object.__new__(cls)
         # `dataclasses.replace` passes two groups of fields to the constructor: first the fields that the caller
-        # changes, then the fields that are copied from the old config. `_derived` is the first field of the second
-        # group.
+        # changes, then the fields that are copied from the old config. `_derived` is the first of the fields that
+        # `dataclasses.replace` copies from the old config.
         names = list(given)
         copied = names[names.index("_derived") :] if "_derived" in given else ()
         object.__setattr__(self, "_copied", copied)
@@ -334,8 +334,8 @@ class ModelConfig(Computation, Architecture):
         return replace(self, **{item.name: getattr(other, item.name) for item in fields(Computation)})
 
 
-# `CHECKS` holds functions that check a model config; the module `config.check` adds these functions to the dict when
-# this module is imported.
+# `CHECKS` holds functions that check a model config; the module `config.check` adds these functions to `CHECKS` when
+# `config.check` is imported.
 CHECKS: dict[str, Callable[[ModelConfig], None]] = {}
 # `CHECKED_LATER` is True while `load.build` constructs a config: ModelConfig then skips its checks, because
 # `load.build` runs these checks later.
@@ -631,7 +631,7 @@ class SampleConfig:
     reward_model: Optional[str] = setting(
         None,
         "Reward model for pick=reward: a run of gptjax finetune reward_model, or another model with a head of one"
-        " class. The reward model must have the vocabulary of the model.",
+        " class. The reward model must have the vocabulary of the model that generates the continuations.",
     )
     temperature: float = setting(0.8, "Sampling temperature. 0: greedy decoding.")
     top_k: int = setting(0, "Top-k sampling: sample from the k most likely tokens. 0: off.")
@@ -748,8 +748,8 @@ class FinetuneConfig:
     )
     seeds: int = setting(
         1,
-        "Number of runs, with random seeds seed, seed + 1, and so on. Each run has a separate folder; seeds.json has"
-        " the mean scores of all runs.",
+        "Number of runs, with random seeds seed, seed + 1, and so on. Each seed has a separate run folder; seeds.json"
+        " has the mean scores over all seeds.",
         COUNT,
     )
     together: Optional[bool] = setting(
@@ -863,8 +863,8 @@ class PreferConfig:
     packing: Literal["packed", "padded"] = setting("packed", PACKING.format("pair"))
     context_length: int = setting(
         512,
-        "Number of tokens per row. Both answers of a pair, each with its own copy of the prompt, must fit in one row;"
-        " longer pairs are dropped, and the number of dropped pairs is reported.",
+        "Number of tokens per row. Both answers of a preference pair, each with its own copy of the prompt, must fit"
+        " in one row; longer pairs are dropped, and the number of dropped pairs is reported.",
         COUNT,
     )
     val_fraction: float = setting(0.05, VAL_FRACTION.format("pair"), FRACTION)
@@ -969,8 +969,8 @@ class RewardModelConfig:
     packing: Literal["packed", "padded"] = setting("packed", PACKING.format("pair"))
     context_length: int = setting(
         512,
-        "Number of tokens per row. Both answers of a pair, each with its own copy of the prompt, must fit in one row;"
-        " longer pairs are dropped, and the number of dropped pairs is reported.",
+        "Number of tokens per row. Both answers of a preference pair, each with its own copy of the prompt, must fit"
+        " in one row; longer pairs are dropped, and the number of dropped pairs is reported.",
         COUNT,
     )
     val_fraction: float = setting(0.05, VAL_FRACTION.format("pair"), FRACTION)
@@ -993,7 +993,9 @@ class DistillConfig:
         " js: generalised Jensen-Shannon divergence (arXiv:2306.13649).",
     )
     beta: float = setting(
-        0.5, "With divergence=js, the weight of the teacher in the mixture of both distributions.", FRACTION
+        0.5,
+        "With divergence=js, the weight of the teacher in the mixture of the distributions of teacher and student.",
+        FRACTION,
     )
     temperature: float = setting(
         1.0,
@@ -1002,7 +1004,10 @@ class DistillConfig:
         POSITIVE,
     )
     alpha: float = setting(
-        0.5, "Weight of the cross-entropy loss of the texts; the divergence has the weight 1 - alpha.", RATIO
+        0.5,
+        "Weight of the cross-entropy loss on the training texts; the divergence from the teacher has the weight"
+        " 1 - alpha.",
+        RATIO,
     )
     top_k: Optional[int] = setting(
         None,
@@ -1013,8 +1018,8 @@ class DistillConfig:
     on_policy: float = setting(
         0.0,
         "Fraction of the batches, drawn at random, that consist of answers that the student generates to the prompts"
-        " of the conversations (lambda in GKD, arXiv:2306.13649). The loss of these batches is the divergence alone."
-        " 0: train only on the given texts.",
+        " of the conversations (lambda in GKD, arXiv:2306.13649). The loss of batches of the student's answers is the"
+        " divergence alone. 0: train only on the given texts.",
         RATIO,
     )
     sampling_temperature: float = setting(

@@ -92,7 +92,8 @@ def resolve(
     groups: dict[str, set[str]] = {}
     for leaf in layers:
         groups.setdefault(layer(leaf.where), set()).add(leaf.key.partition(".")[0])
-    # only the oldest fine-tuning tasks: a config.yaml of an older run lacks newer tasks
+    # a file with settings of all three oldest fine-tuning tasks counts as the config.yaml of a run; older runs lack the
+    # newer tasks
     tunings = ("classify", "instruct", "prefer")
     complete_files = {name for name, names in groups.items() if names.issuperset(tunings)}
     user_leaves = [*(leaf for leaf in layers if layer(leaf.where) not in preset_files | complete_files), *leaves]

@@ -1,16 +1,17 @@
-"""A child process that runs reward functions. `workers.Scorer` starts this program to score answers, and
-`rewards.parse` starts this program to check the Python files of users.
+"""A program that runs reward functions in a child process. `workers.Scorer` starts the program `_scoring` to score
+answers, and `rewards.parse` starts the program `_scoring` to check the Python files of users.
 
-The program reads requests from its stdin, one JSON object per line, and writes one line of JSON to its stdout for each
-request:
+The program `_scoring` reads requests from its stdin, one JSON object per line, and writes one line of JSON to its
+stdout for each request:
 
     {"names": [..], "timeout_s": ..}                                    loads functions; a list of error messages
     {"k": .., "prompt": .., "answer": .., "example": .., "timeout_s": ..}   calls function k; its value, or a text that
                                                                         says how it failed
 
-Reward functions read an empty stdin, and text that they print is discarded. The parent process kills this process if a
-call exceeds the time limit. If the parent process itself has been killed, this process exits when it reaches the end of
-stdin. If a reward function then does not return, a watchdog ends this process 5 s after the time limit.
+Reward functions read an empty stdin, and text that they print is discarded. The parent process kills the child process
+if a call of a reward function exceeds the time limit. If the parent process itself has been killed, the child process
+exits when it reaches the end of its stdin. If the parent process has been killed during a call of a reward function
+that does not return, a watchdog ends the child process 5 s after the time limit.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ def main() -> None:
         faulthandler.cancel_dump_traceback_later()
     if hasattr(os, "killpg") and os.getpgrp() == os.getpid():
         with suppress(OSError):
-            os.killpg(0, signal.SIGKILL)  # The signal also ends child processes that reward functions have started.
+            os.killpg(0, signal.SIGKILL)  # SIGKILL also ends child processes that reward functions have started.
     os._exit(0)  # The process exits without waiting for threads that reward functions have started.
 
 

@@ -10,8 +10,8 @@ from gptjax.evaluation.intervals import interval
 
 
 def confusion(labels: np.ndarray, predicted: np.ndarray, n_classes: int) -> np.ndarray:
-    """Returns the confusion matrix [n_classes, n_classes] int64. The rows are the true classes, and the columns are the
-    predicted classes."""
+    """Returns the confusion matrix [n_classes, n_classes] int64. The rows of the confusion matrix are the true classes,
+    and the columns are the predicted classes."""
     table = np.zeros((n_classes, n_classes), np.int64)
     np.add.at(table, (labels, predicted), 1)
     return table

@@ -25,9 +25,9 @@ def _count(pattern: str, text: str) -> int:
     return len(re.findall(pattern, text))
 
 
-# `CONSTRAINTS` defines verifiable constraints on an answer, as in IFEval (arXiv:2311.07911, table 3). The dict maps the
-# kind of a constraint to the type of its value, and a function (answer, value) that returns True if the answer meets
-# the constraint.
+# `CONSTRAINTS` defines verifiable constraints on an answer, as in IFEval (arXiv:2311.07911, table 3). `CONSTRAINTS`
+# maps the kind of a constraint to the type of its value, and a function (answer, value) that returns True if the answer
+# meets the constraint.
 CONSTRAINTS: dict[str, tuple[type, Callable[[str, Any], bool]]] = {
     "min_words": (int, lambda text, n: len(text.split()) >= n),
     "max_words": (int, lambda text, n: len(text.split()) <= n),
@@ -159,7 +159,7 @@ def _mean_and_interval(name: str, wins: Sequence[float]) -> dict[str, Any]:
 def token_f1(answer: str, expected: str) -> float:
     """Returns the F1 score of the bag of words of the answer against the bag of words of the expected answer.
 
-    Case and punctuation are ignored in both answers.
+    Case and punctuation are ignored in the answer and in the expected answer.
     """
     actual, wanted = (
         Counter(text.casefold().translate(str.maketrans("", "", string.punctuation)).split())

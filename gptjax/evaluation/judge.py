@@ -37,8 +37,8 @@ def judge(
     model gives no valid score.
 
     The judge model replies at temperature 0. If a reply contains no valid score (see `number`), the judge model is
-    asked again; after three replies without a valid score, the score is None. The method follows chapter 7 of Raschka's
-    Build a Large Language Model (From Scratch).
+    asked again; after three replies without a valid score, the score is None. Scoring answers with a judge model
+    follows chapter 7 of Raschka's Build a Large Language Model (From Scratch).
 
     Args:
         rows: answers to score, with the keys prompt, expected and answer.

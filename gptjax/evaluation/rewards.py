@@ -1,9 +1,9 @@
 r"""Reward functions for reinforcement learning: `gptjax finetune reward` trains a model to maximise their weighted sum.
 
 A reward function is a plain function (prompt, answer, example) -> float. `prompt` is the prompt of the model, `answer`
-is the text that the model generated, and `example` is the row of the data file, a dict. Built-in functions read the
-expected answer, a text or a number, from the key `expected` of the example or, if this key is missing, from its key
-`answer`. The reward functions have these names:
+is the text that the model generated, and `example` is the row of the data file, a dict. Built-in reward functions read
+the expected answer, a text or a number, from the key `expected` of the example or, if this key is missing, from its key
+`answer`. The names of reward functions are:
 
     exact         1 if the answer equals the expected answer, ignoring leading and trailing whitespace, else 0
     normalised    like exact, but also ignoring case, differences in whitespace, and final full stops
@@ -22,8 +22,8 @@ expected answer, a text or a number, from the key `expected` of the example or, 
     path/to/mine.py:score
                   the function `score` of a Python file
 
-The reasoning of a model is not part of its answer: if the generated text contains </think>, all built-in functions
-except format and length read only the text after the last </think>.
+The reasoning of a model is not part of its answer: if the generated text contains </think>, all built-in reward
+functions except format and length read only the text after the last </think>.
 
 The value of a user's reward function must depend only on the function's arguments, because reward functions run in
 several processes, which are restarted after a failure (see `workers`). Before each call of a reward function, the
@@ -89,9 +89,10 @@ def number(prompt: str, answer: str, example: Example) -> float:
     r"""Returns 1 if the number in the answer equals the expected number, else 0.
 
     If the answer contains \boxed{..}, the content of the last \boxed{..} must be a single number, which a unit may
-    follow and "x =" may precede. Without \boxed, the last number of the answer counts. The expected number is read from
-    the expected answer by the same rules, but may also be given as an arithmetic expression such as 12 + 7. Arithmetic
-    expressions in the answer are not evaluated, because the model would otherwise learn to repeat the question.
+    follow and "x =" may precede. In an answer without \boxed{..}, the last number counts. The expected number is read
+    from the expected answer as the number in the answer is, but may also be given as an arithmetic expression such as
+    12 + 7. Arithmetic expressions in the answer are not evaluated, because the model would otherwise learn to repeat
+    the question.
 
     Numbers are compared exactly, as fractions: 0.5, .50, 1/2, \frac{1}{2} and 2/4 are equal, and 0.33 is not 1/3.
         1,234.5  -3  $5  1/2  1 1/2  \frac{1}{2}  6e3  50%  1{,}234     digits of ASCII only
@@ -109,10 +110,11 @@ def number(prompt: str, answer: str, example: Example) -> float:
 
 
 def reasoning_format(prompt: str, answer: str, example: Example) -> float:
-    """Returns 1 if the text consists of <think>, the reasoning, </think> and the answer, and each tag occurs once, else
-    0.
+    """Returns 1 if the generated text consists of <think>, the reasoning, </think> and the answer, and each tag occurs
+    once, else 0.
 
-    If the prompt already ends with <think>, as in some chat templates, the text must begin with the reasoning.
+    If the prompt already ends with <think>, as in some chat templates, the generated text must begin with the
+    reasoning, without <think>.
     """
     text = answer.strip()
     if not prompt.rstrip().endswith("<think>"):
@@ -180,7 +182,7 @@ def judged(address: str) -> RewardFunction:
     model, at, url = address.rpartition("@")
     if not (model and at and url):
         raise UserError("expected judge:MODEL@URL, as in judge:qwen2.5:7b@http://localhost:11434/v1")
-    judge([], url, model, log=print)  # the call checks the URL and the API key
+    judge([], url, model, log=print)  # called without answers, `judge` only checks the URL and the API key
 
     def score(prompt: str, answer: str, example: Example) -> float:
         row = {**example, "prompt": prompt, "expected": expected(example), "answer": final(answer)}
@@ -250,7 +252,7 @@ class Number(NamedTuple):
     percent: bool = False  # True if the number is followed by a percent sign, which is not included in `value`
 
 
-_SIGN = "[-\u2212\u2013]"  # A sign is a hyphen, a minus sign or an en dash.
+_SIGN = "[-\u2212\u2013]"  # The sign of a negative number is a hyphen, a minus sign or an en dash.
 # Possessive quantifiers, such as ++, never backtrack, so that matching takes linear time.
 NUMBER = re.compile(
     rf"""
@@ -271,8 +273,8 @@ def read_number(text: str) -> Number | None:
     r"""Returns the number in \boxed{..}, or the last number of the text if the text has no \boxed{..}. Returns None if
     there is no number.
 
-    None is also returned if \boxed{..} contains anything besides a single number with its unit, or if the number has
-    more than MAX_DIGITS characters.
+    Returns None if \boxed{..} contains anything besides a single number with its unit, or if the number has more than
+    MAX_DIGITS characters.
     """
     box = in_box(text)
     plain = _without_latex(text if box is None else box)
@@ -349,16 +351,16 @@ _OPERATORS: dict[type[ast.AST], Callable[..., Any]] = {
 }
 
 
-# The dict maps the code points of × · ÷, the minus sign and ^ to Python's operators.
+# `_SIGNS` maps the code points of × · ÷, the minus sign and ^ to Python's operators.
 _SIGNS = {0xD7: "*", 0xB7: "*", 0xF7: "/", 0x2212: "-", ord("^"): "**"}
 
 
 def evaluate(expression: str) -> Fraction:
     """Returns the exact value of an arithmetic expression such as 2 * (3 + 4) / 5, written as in Python.
 
-    The expression may contain decimal numbers, parentheses and the operators + - * / // % **. The characters ^ × · ÷
-    stand for the operators ** * * /. The expression is not executed as Python code, and evaluating any expression takes
-    little time and memory.
+    The argument `expression` may contain decimal numbers, parentheses and the operators + - * / // % **. The characters
+    ^ × · ÷ stand for the operators ** * * /. The argument `expression` is not executed as Python code, and evaluating
+    any expression takes little time and memory.
 
     Raises:
         ValueError: the text is not an arithmetic expression of at most MAX_EXPRESSION characters.
@@ -459,8 +461,8 @@ def check_rows(names: Sequence[str], rows: Iterable[tuple[str, Example]]) -> Non
 
 
 def load(name: str) -> RewardFunction:
-    """Returns the reward function that has the given name. If the name contains a path, this Python file is imported
-    into this process.
+    """Returns the reward function that has the given name. If the name of a reward function contains the path of a
+    Python file, the file is imported into the calling process.
 
     Raises:
         UserError: the name is unknown, its argument is missing or invalid, or a file or its function is missing or

@@ -5,9 +5,9 @@
         scores.check()
         scores.total      [n] float64, the weighted sum of the functions' values; nan if a function failed
 
-A call fails if the reward function raises an error, returns a value that is not a finite number, exceeds the time
-limit, or ends its process. The value of a failed call is nan, and all other calls are still made. Each child process
-runs the program `_scoring.py`, which does not import JAX.
+A call of a reward function fails if the function raises an error, returns a value that is not a finite number, exceeds
+the time limit, or ends its process. The value of a failed call of a reward function is nan, and all other calls are
+still made. Each child process runs the program `_scoring.py`, which does not import JAX.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ class Scores:
     """The rewards of n answers.
 
     total: Reward of each answer, [n] float64: the sum of weight * value over all reward functions with a weight other
-    than 0. The reward is nan if one of these functions failed.
+    than 0. The reward of an answer is nan if one of the reward functions with a weight other than 0 failed.
     parts: Dict that maps the name of each reward function to the function's values, [n] float64. A value is nan if the
-    call failed or was not made.
+      call of the reward function failed or was not made.
     failures: List of the calls that failed, in the order of the answers.
     """
 
@@ -141,8 +141,9 @@ class Scorer:
         """Calls every reward function for each of the n answers, and returns the scores.
 
         Each reward function is first called for FIRST_CALLS answers, which are spread evenly over all answers. If all
-        of these calls fail, and the reward function has never returned a value before, the reward function is not
-        called for the remaining answers, because a function that always exceeds the time limit would take hours.
+        FIRST_CALLS calls of a reward function fail, and the reward function has never returned a value before, the
+        reward function is not called for the remaining answers, because a function that always exceeds the time limit
+        would take hours.
 
         Raises:
             UserError: a process could not be started again.

@@ -14,7 +14,7 @@ allocated, so that an invalid file raises an error. The tensor data is read, not
 would be killed if another process truncated a memory-mapped file.
 
 Sources: the file format is specified in docs/gguf.md of ggml, and the block layouts are defined in ggml-quants.c of
-ggml. The dequantised values are bit-identical to those of the package gguf-py.
+ggml. The dequantised values of GGUF tensors are bit-identical to those of the package gguf-py.
 """
 
 from __future__ import annotations
@@ -334,8 +334,8 @@ def _alignment(metadata: Mapping[str, Any]) -> int:
 
 
 def _wrong(entry: _Entry, start: int, alignment: int, size: int) -> Iterator[str]:
-    """Yields one error message if an entry of the tensor list is invalid; only the first problem of the entry is
-    reported."""
+    """Yields one error message if an entry of a GGUF file's tensor list is invalid; only the first problem of the entry
+    is reported."""
     name, kind = _quote(entry.name), _BY_ID.get(entry.type_id)
     if not all(entry.shape):
         yield f"{name} has shape {list(entry.shape)}: every dimension must be positive"
@@ -506,7 +506,7 @@ def _decode(read: Callable[[int, int], Any], kind: _Type, shape: tuple[int, ...]
         if len(data) != n * n_bytes:
             raise UserError("the file has become shorter")
         values = chunk if out.dtype == np.float32 else scratch[: len(chunk)]
-        with np.errstate(invalid="ignore"):  # numpy would otherwise warn about infinite or NaN scales
+        with np.errstate(invalid="ignore"):  # suppresses numpy's warning about infinite or NaN scales
             kind.decode(np.frombuffer(data, kind.layout), values.reshape(n, kind.block))
             if values is not chunk:
                 chunk[:] = values
@@ -589,7 +589,7 @@ def _decode_q4_k(b: np.ndarray, out: np.ndarray) -> None:
 
 def _decode_q5_k(b: np.ndarray, out: np.ndarray) -> None:
     _nibbles(b["q"], 32, out)
-    # Bit g of byte i in b["high"] is the fifth bit of value i in group g.
+    # In a Q5_K block, bit g of byte i in b["high"] is the fifth bit of value i in group g.
     high = (b["high"][:, None] >> np.arange(8, dtype=np.uint8)[:, None]) & 1
     out += high.reshape(out.shape) << 4
     _scale_groups(b, out)
@@ -611,8 +611,8 @@ def _column(halves: np.ndarray) -> np.ndarray:
 def _nibbles(packed: np.ndarray, width: int, out: np.ndarray) -> None:
     """Unpack the 4-bit values in `packed` into `out`.
 
-    Each run of `width` bytes holds 2 * width values: the low nibbles hold the first `width` values, and the high
-    nibbles hold the last `width` values.
+    Each run of `width` bytes in `packed` holds 2 * width values: the low nibbles hold the first `width` values, and the
+    high nibbles hold the last `width` values.
     """
     packed = packed.reshape(len(packed), -1, width)
     halves = out.reshape(len(packed), -1, 2, width)
@@ -624,7 +624,8 @@ def _scale_groups(b: np.ndarray, out: np.ndarray) -> None:
     """Multiply each group of values in `out` by its scale, and subtract its minimum, in place, for the types Q4_K and
     Q5_K.
 
-    A block has 8 groups of 32 values. The scale and the minimum of each group have 6 bits, packed in 12 bytes:
+    A Q4_K or Q5_K block has 8 groups of 32 values. The scales and minima of the 8 groups, with 6 bits each, are packed
+    in 12 bytes:
 
         byte  0..3   low 6 bits: scales 0..3; top 2 bits: the upper 2 bits of scales 4..7
               4..7   low 6 bits: minima 0..3; top 2 bits: the upper 2 bits of minima 4..7
@@ -661,7 +662,7 @@ def _encode_q8_0(x: np.ndarray) -> np.ndarray:
     inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale >= np.finfo(np.float32).tiny)
     x = x * inverse
     whole = np.trunc(x)
-    # Values are rounded to the nearest integer, with ties away from zero, as in ggml.
+    # Q8_0 values are rounded to the nearest integer, with ties away from zero, as in ggml.
     blocks["q"] = whole + np.trunc(2 * (x - whole))
     return blocks
 

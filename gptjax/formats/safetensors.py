@@ -117,8 +117,9 @@ def open_file(path: str | os.PathLike[str]) -> File:
             length = int.from_bytes(head[:8], "little")
             if len(head) < 8 or length > min(size - 8, MAX_HEADER):
                 # The first 8 bytes of a safetensors file are the length of its header; by chance these 8 bytes may
-                # begin with the magic bytes of another format. If byte 8 is "{", with which the JSON header begins, the
-                # file is therefore reported as a damaged safetensors file.
+                # begin with the magic bytes of another format. If byte 8 of an unreadable file is "{", with which a
+                # JSON header begins, the file is reported as a damaged safetensors file, even if its first bytes are
+                # the magic bytes of another format.
                 kinds = [kind for magic, kind in _MAGIC.items() if head.startswith(magic) and head[8:9] != b"{"]
                 what = f"a safetensors file but {kinds[0]}" if kinds else "a whole safetensors file"
                 raise UserError(
@@ -142,7 +143,7 @@ def open_file(path: str | os.PathLike[str]) -> File:
 
 def _entry(name: str, body: Any, start: int, problems: list[str]) -> Entry | None:
     shown = f"{name!r:.80}"
-    if not name.isprintable():  # not printable: the name contains NUL, an escape sequence or a lone surrogate
+    if not name.isprintable():  # a name with NUL, an escape sequence or a lone surrogate is not printable
         problems.append(f"{shown}: the name of a tensor must be printable")
         return None
     if not isinstance(body, dict) or set(body) != {"dtype", "shape", "data_offsets"}:
@@ -253,7 +254,7 @@ def save(
     """Write tensors to the file `model.safetensors`, or to several shards with an index if their total size exceeds
     `shard_bytes`.
 
-    Only one tensor is in memory at a time.
+    While the tensors are written, only one tensor is in memory at a time.
     """
     folder, dtype = Path(folder), np.dtype(dtype)
     shards: list[list[Out]] = [[]]
@@ -296,8 +297,8 @@ def write_file(path: Path, tensors: list[Out], dtype: np.dtype) -> None:
 def _bytes(tensor: Out, dtype: np.dtype) -> memoryview:
     """Returns the bytes of the values of one tensor.
 
-    This code is in a separate function, so that no local variable keeps the tensor's array alive while the array of the
-    next tensor is computed.
+    `_bytes` is a separate function, so that no local variable of `write_file` keeps a tensor's array alive while the
+    array of the next tensor is computed.
     """
     array = tensor.array()
     if array.shape != tuple(tensor.shape):

@@ -87,8 +87,8 @@ def _jsonl(path: Path, source: str) -> Records:
 
 
 def _csv(path: Path, source: str) -> Records:
-    """Yields (location, record) for each row of a .csv file. All values in a record are strings, even NA, null and
-    numbers."""
+    """Yields (location, record) for each row of a .csv file. All values in a record of a .csv file are strings, even
+    NA, null and numbers."""
     columns: list[str] = []
     for number, row in delimited(lines(path), strict=True):
         location = f"{source}:{number}"
@@ -106,8 +106,8 @@ def tsv(source: str, quoted: bool = False) -> Records:
     """Yields (location, record) for each row of a .tsv file; in place of an invalid row, the function yields a
     UserError.
 
-    The first row of the file counts as a header if it contains a name from TEXT and a name from LABEL. A file without a
-    header must have two columns, label and text.
+    The first row of a .tsv file counts as a header if it contains a name from TEXT and a name from LABEL. A .tsv file
+    without a header must have two columns, label and text.
 
     Args:
         quoted: True: a cell that begins with a quote ends at the closing quote, which may be on a later line, as in
@@ -144,7 +144,8 @@ def _hub_records(source: str) -> Records:
     repo, config, split = hub_name(source)
     try:
         records = list(hub(repo, config, split))
-    # Every error is converted to a UserError, because the user can fix most errors, such as an unknown dataset name.
+    # Every error of the library `datasets` is converted to a UserError, because the user can fix most of these errors,
+    # such as an unknown dataset name.
     except Exception as error:
         raise UserError(
             f"{source}: {type(error).__name__}: {first_line(error)}\n"
@@ -160,8 +161,8 @@ def _hub_records(source: str) -> Records:
 def lines(path: Path) -> Iterator[str]:
     """Yields the lines of a text file; each line includes its line end.
 
-    The file is split at line feeds only, because str.splitlines would also split at characters such as U+2028. A file
-    without line feeds is split at carriage returns, the line ends of classic Mac OS.
+    A text file is split at line feeds only, not with str.splitlines, which splits at characters such as U+2028 too. A
+    file without line feeds is split at carriage returns, the line ends of classic Mac OS.
     """
     offset = 0
     with open(path, "rb") as file:
@@ -295,9 +296,9 @@ def names(keys: Iterable[object]) -> str:
     """Returns text for an error message: up to 20 keys or column names, separated by commas, and the number of names
     that are left out.
 
-    A name is quoted if it is empty, starts or ends with whitespace, or contains a comma or an unprintable character. If
-    there is a single name, and this name contains a semicolon or a tab, the text asks whether this character is the
-    separator of the file.
+    A key or column name is quoted if it is empty, starts or ends with whitespace, or contains a comma or an unprintable
+    character. If there is only one column name, and it contains a semicolon or a tab, the error message asks whether
+    this character is the separator of the file.
     """
     keys = list(keys)
     if len(keys) == 1 and (separator := next((c for c in ";\t" if c in str(keys[0])), "")):

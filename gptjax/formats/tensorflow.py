@@ -7,13 +7,13 @@
 A LevelDB table consists of blocks of sorted (key, value) pairs, an index block with the locations of these blocks, and
 a footer of 48 bytes with the location of the index block. In each block of a LevelDB table, keys are prefix-compressed:
 a key is stored as the length of the prefix that it shares with the previous key, and the key's remaining bytes. Each
-block is followed by a compression byte and a checksum. The values in the index file are protocol buffers. Every length
-in a file is checked, and the checksum of every block and tensor is verified. Only one tensor is in memory at a time.
-The tensor data is read, not memory-mapped, because this process would be killed if another process truncated a
-memory-mapped file.
+block of a LevelDB table is followed by a compression byte and a checksum. The values in the index file of a TensorFlow
+checkpoint are protocol buffers. Every length in a file is checked, and the checksum of every block and tensor is
+verified. While a TensorFlow checkpoint is read, only one tensor is in memory at a time. The tensor data is read, not
+memory-mapped, because this process would be killed if another process truncated a memory-mapped file.
 
-Sources: LevelDB's table_format.txt specifies tables, TensorFlow's tensor_bundle.proto specifies their values, and RFC
-3720, appendix B.4, specifies the checksum.
+Sources: LevelDB's table_format.txt specifies LevelDB tables, TensorFlow's tensor_bundle.proto specifies the values in
+the table of a checkpoint, and RFC 3720, appendix B.4, specifies the checksum CRC-32C.
 """
 
 from __future__ import annotations
@@ -183,7 +183,7 @@ def _block(data: bytes, offset: int, size: int) -> bytes:
 def _pairs(block: bytes) -> Iterator[tuple[bytes, bytes]]:
     """Yields the (key, value) pairs of a table block in order.
 
-    The restart points at the end of the block are skipped, because they are needed only for binary search.
+    The restart points at the end of a LevelDB table block are skipped, because they are needed only for binary search.
     """
     end = len(block) - 4 * (1 + int.from_bytes(block[-4:], "little"))
     if end <= 0:
@@ -304,16 +304,17 @@ def _varint(data: bytes, pos: int) -> tuple[int, int]:
 
 # ---------------------------------------------------------------- the checksum
 
-# The CRC of a message is linear (over GF(2)) in each of the 32-bit words w0, w1, .. of the message. Pairs of words can
-# therefore be combined independently of each other, so that numpy combines all pairs in one vectorised operation. Let
-# A_k(x) be the CRC state after processing 2^k zero words, beginning from the CRC state x. The first operation replaces
-# the words w0 and w1 with A_0(w0) ^ w1, the words w2 and w3 with A_0(w2) ^ w3, and so on, so that n/2 of the n words
-# are left. The next operation combines pairs of the n/2 words with A_1 in the same way, so that n/4 words are left, and
-# so on until one word is left. The function A_k is stored as lookup tables [4, 256], one for each of the four bytes of
-# a word; applying A_k twice gives A_{k+1}.
+# The CRC of a message is linear (over GF(2)) in each of the 32-bit words w0, w1, .. of the message. Because the CRC is
+# linear, each pair of adjacent 32-bit words of the message can be combined into one word independently of all other
+# pairs, so that numpy combines all pairs in one vectorised operation. Let A_k(x) be the CRC state after processing 2^k
+# zero words of 32 bits, beginning from the CRC state x. The first vectorised operation of the CRC replaces the message
+# words w0 and w1 with A_0(w0) ^ w1, the words w2 and w3 with A_0(w2) ^ w3, and so on, so that n/2 of the n words are
+# left. The second vectorised operation of the CRC combines pairs of the n/2 words with A_1 in the same way, so that n/4
+# words are left, and so on until one word is left. The function A_k, which advances a CRC state by 2^k zero words, is
+# stored as lookup tables [4, 256], one for each of the four bytes of a word; applying A_k twice gives A_{k+1}.
 
 _CHUNK = 1 << 18  # Number of bytes that are processed at once, so that intermediate results fit in the CPU cache.
-_SHORT = 1000  # The CRC of up to this number of bytes is computed byte by byte, which is then faster.
+_SHORT = 1000  # Maximum length in bytes of data whose CRC is computed byte by byte, as is faster for short data.
 
 
 def crc32c(data: bytes, crc: int = 0) -> int:
@@ -330,7 +331,7 @@ def crc32c(data: bytes, crc: int = 0) -> int:
         words[0] ^= np.uint32(state)
         level = 0
         while len(words) > 1:
-            odd = len(words) % 2  # 1 if the number of words is odd: the first word is then left as it is
+            odd = len(words) % 2  # 1 if the number of words is odd, in which case the first word is not combined
             joined = _apply(tables[level], words[odd::2]) ^ words[odd + 1 :: 2]
             words = np.concatenate([words[:odd], joined])
             level += 1

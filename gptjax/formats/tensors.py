@@ -14,7 +14,7 @@ Shape = tuple[int, ...]
 class Stored(ABC):
     """Base class for file formats that store tensors in row-major order.
 
-    Subclasses set the attribute `entries` and define the method `_read`.
+    Subclasses of `Stored` set the attribute `entries` and define the method `_read`.
     """
 
     # `entries` maps the name of each tensor to an object with the attributes shape, offset and size_bytes.
@@ -29,7 +29,8 @@ class Stored(ABC):
         return {name: entry.shape for name, entry in self.entries.items()}
 
     def array(self, name: str) -> np.ndarray:
-        """Read one tensor, and return an array with the dtype in the file. The file is not memory-mapped.
+        """Read one tensor, and return an array with the dtype in the file. The tensor is read into memory; the file is
+        not memory-mapped.
 
         Raises:
             UserError: the tensor's bytes cannot be read, or the file was changed or damaged.

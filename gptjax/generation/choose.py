@@ -39,7 +39,8 @@ class Pick(NamedTuple):
 
 
 def best_of_n(completions: Sequence[Any], rewards: Sequence[float] | np.ndarray) -> Pick:
-    """Chooses the completion with the largest reward (best-of-n sampling). The score of the `Pick` is this reward.
+    """Chooses the completion with the largest reward (best-of-n sampling). The score of the returned `Pick` is the
+    reward of the chosen completion.
 
     Args:
         completions: the completions of one prompt, of any type.
@@ -57,9 +58,9 @@ def best_of_n(completions: Sequence[Any], rewards: Sequence[float] | np.ndarray)
 
 
 def majority(answers: Sequence[str], weights: Sequence[float] | np.ndarray | None = None) -> Pick:
-    """Chooses the most frequent answer (self-consistency). With weights, chooses the answer whose equal answers have
-    the largest sum of weights. The score of the `Pick` is the fraction of all answers, or of the sum of all weights,
-    that belongs to answers equal to the chosen answer.
+    """Chooses the most frequent answer (self-consistency). With weights, the weights of equal answers are added, and
+    the answer with the largest sum is chosen. The score of the returned `Pick` is the fraction of all answers, or of
+    the sum of all weights, that belongs to answers equal to the chosen answer.
 
     The comparison of answers ignores case, differences in whitespace, and final full stops. If the completions contain
     reasoning, pass only their final answers as `answers`.
@@ -87,11 +88,11 @@ def majority(answers: Sequence[str], weights: Sequence[float] | np.ndarray | Non
 
 
 def by_logprob(completions: Sequence[Completion]) -> Pick:
-    """Chooses the completion with the largest mean log-probability per token. The score of the `Pick` is this mean, in
-    nats.
+    """Chooses the completion with the largest mean log-probability per token. The score of the returned `Pick` is the
+    mean log-probability per token, in nats.
 
     The completions must have log-probabilities (`complete(.., logprobs=0)`). The log-probability of the stop token is
-    not included in the mean. A completion without tokens has the score -inf.
+    not included in the mean log-probability of a completion. A completion without tokens has the score -inf.
 
     Raises:
         UserError: there is no completion, or completions have no log-probabilities.

@@ -7,11 +7,11 @@
 The rows of a batch are independent: a prompt gets the same tokens in a batch as in a call with this prompt alone, even
 if the prompts of the batch differ in length. The lengths of prompts and continuations are rounded up to a bucket size
 (16, 24, 32, 48, 64, ..), so that prompts of different lengths reuse the same compiled programs; `programs()` returns
-the number of these programs.
+the number of compiled programs.
 
 When the KV cache of a row is full, the last half of the row's context is prefilled again from position 0, and decoding
-continues. After this refill, each new token depends on the last `cfg.context_length` / 2 to `cfg.context_length`
-tokens.
+continues. After the KV cache of a row has been refilled, each new token depends on the last `cfg.context_length` / 2 to
+`cfg.context_length` tokens.
 """
 
 from __future__ import annotations
@@ -295,8 +295,8 @@ class _Run:
         tokens, self.start = right_padded(prompts, cfg)
         self.start = np.repeat(self.start, n)
         max_new = bucket(max_new_tokens)
-        # The width is rounded up to a power of two, so that the decoding loop, which compiles slowly, is compiled for
-        # few widths.
+        # The width of the array of token ids is rounded up to a power of two, so that the decoding loop, which compiles
+        # slowly, is compiled for few widths.
         width = 1 << (tokens.shape[1] + max_new - 1).bit_length()
         top = None if logprobs is None else min(logprobs, drawable)
         self.settings = _Settings(
@@ -334,8 +334,8 @@ class _Run:
                 end[row], done[row], ended[row] = self.start[row] + stop_size, True, True
             self.checked[row] = len(new)
         self.done = done
-        # The state is updated on the device to keep its sharding, because a different sharding would recompile the
-        # decoding loop.
+        # The decoding state is updated on the device to keep its sharding, because a different sharding would recompile
+        # the decoding loop.
         removed = jnp.asarray(end - before)
         self.state = self.state._replace(
             end=self.state.end + removed,
@@ -369,7 +369,7 @@ def has_room(params: Params) -> bool:
     """Returns True if device memory has room for a second copy of the parameters, which `for_decoding` makes.
 
     On a GPU, a copy of up to 1 GiB is assumed to fit, and a larger copy is assumed to fit if it takes at most 70 % of
-    the free memory. On a CPU or TPU the function always returns True.
+    the free memory. On a CPU or TPU, `has_room` always returns True.
     """
     if device.platform() != "gpu":
         return True
@@ -471,7 +471,8 @@ def _next_logits(
 
         def select(refilled: jax.Array, stepped: jax.Array) -> jax.Array:
             # `ndim` is the number of axes after the batch axis B, over which the mask `full` [B] is broadcast. Arrays
-            # with five axes are stacked over layers, [L, B, ..]; in all other arrays B is the first axis.
+            # of the KV cache with five axes are stacked over layers, [L, B, ..]; in all other arrays the batch axis B
+            # is the first axis.
             ndim = 3 if refilled.ndim == 5 else refilled.ndim - 1
             return jnp.where(full.reshape(-1, *[1] * ndim), refilled, stepped)
 

@@ -3,11 +3,13 @@
     sampler = chain(temperature(0.8), top_k(50), top_p(0.95))
     sampler = chain(repetition_penalty(1.2), pick=greedy)
 
-Calls with the same arguments return the same sampler or filter object, so that a compiled decoding loop is reused.
+Calls of `chain`, `top_k` and the other functions with the same arguments return the same sampler or filter object, so
+that a compiled decoding loop is reused.
 
 A filter that depends on earlier tokens, such as `repetition_penalty`, has an attribute `history` that is True. The last
-argument of such a filter is `seen` [B, V] bool, which is True for each token that the row already contains. A chain
-that contains such a filter also has the attribute `history` and the argument `seen`.
+argument of a filter with `history` is `seen` [B, V] bool, which is True for each token that the row already contains. A
+`chain` that contains a filter with the attribute `history` and the argument `seen` has this attribute and this argument
+too.
 """
 
 from __future__ import annotations
@@ -61,8 +63,9 @@ def top_k(k: int) -> Filter:
 def top_p(p: float) -> Filter:
     """Returns the filter of nucleus sampling (arXiv:1904.09751).
 
-    The filter keeps the smallest set of most likely tokens whose total probability is at least p, and always keeps at
-    least one token. Among tokens of equal probability, the filter keeps the tokens with the lowest ids.
+    The filter `top_p(p)` keeps the smallest set of most likely tokens whose total probability is at least p, and always
+    keeps at least one token. Among tokens of equal probability, the filter `top_p(p)` keeps the tokens with the lowest
+    ids.
     """
 
     def keep(logits: jax.Array) -> jax.Array:

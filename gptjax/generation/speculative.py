@@ -61,10 +61,10 @@ def speculate(
 
     A proposed token x is accepted with probability min(1, p(x) / q(x)), where p is the distribution of the target model
     and q is the distribution of the draft model. At the first rejection, a token is drawn from the normalised
-    distribution max(p - q, 0); if no proposal is rejected, a token is drawn from p. Every token therefore has the same
-    distribution as in `generate`, at any temperature, and `greedy` gives the same tokens. In each round, the accepted
-    proposals and one more token are appended to each row. Sources: arXiv:2211.17192, algorithm 1. Prompt lookup follows
-    transformers and vLLM.
+    distribution max(p - q, 0); if no proposal is rejected, a token is drawn from p. With speculative decoding, every
+    token has the same distribution as in `generate`, at any temperature, and `greedy` gives the same tokens. In each
+    round of speculative decoding, the accepted proposals and one more token are appended to each row. Sources:
+    arXiv:2211.17192, algorithm 1. Prompt lookup is implemented as in the libraries transformers and vLLM.
 
     Args:
         ahead: number of tokens proposed per round.
@@ -136,8 +136,8 @@ class _Settings(NamedTuple):
     draft_cfg: ModelConfig | None
     sampler: Sampler
     slots: int  # Capacity of each KV cache, in tokens per row.
-    # Space N for new tokens in each row. N exceeds max_new_tokens, because the last round may draw more tokens than are
-    # needed.
+    # Space N for new tokens in each row. The space N exceeds max_new_tokens, because the last round of speculative
+    # decoding may draw more tokens than are needed.
     max_new: int
     ahead: int
     ngram: int
@@ -194,8 +194,8 @@ def _speculate(
             q = to_probs(logits[:, -1, :drawable])
             return (pick(q, key)[:, None], cache), (token[:, 0], q)
 
-        # The scan runs ahead + 1 steps for `ahead` proposals, so that the last proposal is also added to the draft
-        # model's KV cache.
+        # The scan over the draft model's decoding steps runs ahead + 1 steps for `ahead` proposals, so that the last
+        # proposal is also added to the draft model's KV cache.
         (_, cache), (read, q) = jax.lax.scan(propose, (token, state.draft), jax.random.split(key, ahead + 1))
         return read.T, q[:-1].transpose(1, 0, 2), cache
 
@@ -203,13 +203,14 @@ def _speculate(
         keys = jax.random.split(jax.random.fold_in(key, state.rounds + 1), 3)
         proposed, q, draft_cache = proposals(state, keys[0])
         logits, cache = extend(params, proposed, cfg, state.cache)
-        p = to_probs(logits[..., :drawable])  # distribution after each input token, [B, ahead + 1, drawable]
+        p = to_probs(logits[..., :drawable])  # target distribution after each input token, [B, ahead + 1, drawable]
         ids = proposed[:, 1:, None]
         q_ids = 1.0 if q is None else jnp.take_along_axis(q, ids, 2)[..., 0]
         accept = jax.random.uniform(keys[1], (B, ahead)) * q_ids < jnp.take_along_axis(p[:, :-1], ids, 2)[..., 0]
         n_accepted = jnp.cumprod(accept, 1).sum(1)
         q = jax.nn.one_hot(proposed[:, 1:], drawable) if q is None else q
-        # After the last proposal q is set to 0, so that the next token is drawn from p if all proposals are accepted.
+        # After the last proposal, the draft model's distribution q is set to 0, so that the next token is drawn from
+        # the target model's distribution p if all proposals are accepted.
         q = jnp.pad(q, ((0, 0), (0, 1), (0, 0)))
         p_next, q_next = (jnp.take_along_axis(a, n_accepted[:, None, None], 1)[:, 0] for a in (p, q))
         residual = jnp.maximum(p_next - q_next, 0)
@@ -243,8 +244,8 @@ def prompt_lookup(tokens: jax.Array, end: jax.Array, ahead: int, ngram: int) -> 
     `tokens` [B, W] are the rows, padded on the right, and `end` [B] are their lengths in tokens. A match is an earlier
     occurrence of the last n tokens of a row, with n <= `ngram`. The tokens that follow the match with the largest n are
     proposed; among several matches with the same n, the last match in the row is used. If fewer than `ahead` tokens
-    follow the match, these tokens are repeated cyclically. If there is no match, the last token of the row is proposed
-    `ahead` times.
+    follow the match, the tokens after the match are repeated cyclically. If not even the last token of a row occurs
+    earlier in the row, the last token is proposed `ahead` times.
     """
     W = tokens.shape[1]
     starts = jnp.arange(W)  # all positions are candidates for the first token after a match

@@ -1,6 +1,6 @@
 """Functions that encode prompts, decode generated tokens, and stop generation at stop strings.
 
-For example, this code ends each completion at the first empty line:
+For example, `stop_strings` can end each completion at its first empty line:
 
     prompts = [prompt_ids(tokenizer, "Once upon a time")]
     until = stop_strings(tokenizer.decode, ["\\n\\n"])
