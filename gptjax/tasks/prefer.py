@@ -79,8 +79,8 @@ def summary(scores: dict[str, Any]) -> str:
 def pairs(cfg: Config, notes: list[str] | None = None, special: Collection[str] = ()) -> Splits[Pair]:
     """Reads pairs of answers, and splits the pairs into training, validation and test pairs.
 
-    Without a data source, the pairs are synthetic. The rejected answer of a synthetic pair is a wrong answer to the
-    same question if the task is reward_model, and an answer to another question if the task is prefer.
+    Without a data source, the pairs of answers are synthetic. The rejected answer of a synthetic pair is a wrong answer
+    to the same question if the task is reward_model, and an answer to another question if the task is prefer.
 
     Args:
         notes: a list to which a line of text is appended that names the ignored keys of the file. None: the line is
@@ -200,7 +200,7 @@ def plan(cfg: Config) -> list[str]:
 def plan_pairs(cfg: Config, base: weights.Model, model: ModelConfig) -> list[str]:
     """Returns the lines of text about the data, the base model and the number of steps that --dry-run prints.
 
-    The tasks prefer and reward_model share this function.
+    The tasks prefer and reward_model share the function `plan_pairs`.
     """
     _, rows, lines = encoded_pairs(cfg, base)
     n, size = len(rows[0].tokens), cfg.train.batch_size

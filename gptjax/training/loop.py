@@ -112,7 +112,8 @@ def _run(
         with distributed.synchronise_errors():
             if writes:
                 stack.enter_context(dir.locked())
-            # The run directory is checked again, because `refuse` checked the directory without holding the lock.
+            # The run directory is checked again, because `refuse` checked the directory without holding the directory's
+            # lock.
             dir.check(resolved)
         to_log_file = Progress(lambda line: dir.append("log.txt", line), log, dir.touch)
         with to_log_file if writes else Progress(log=log) as progress:

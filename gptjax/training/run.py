@@ -71,7 +71,7 @@ class Counters:
 
 @dataclasses.dataclass
 class Run:
-    """One training run. The attributes `state`, `step` and `counters` change during training.
+    """One training run. The attributes `state`, `step` and `counters` of a `Run` change during training.
 
     Attributes:
         cfg: the config, with the values that depend on the data filled in.

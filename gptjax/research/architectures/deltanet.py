@@ -5,7 +5,7 @@ Each attention head has one state matrix S, which maps keys to values:
     o_t = S_t q_t
 
 The queries q, keys k and values v pass through a short causal convolution and SiLU, and q and k are L2-normalised. With
-the input x and the learned parameters A, d and W, a Gated DeltaNet layer computes the decay exp(-A softplus(x W_a +
+the learned parameters A, d and W, a Gated DeltaNet layer computes from its input x the decay exp(-A softplus(x W_a +
 d)), the write strength sigmoid(x W_b) and, from the product o of state matrix and query, the output norm(o) silu(x W_g)
 W_O. Gated DeltaNet is described in arXiv:2412.06464, equation 10, section 3.4 and figure 1.
 """

@@ -53,8 +53,7 @@ class Config:
 def init(key: jax.Array, cfg: Config) -> Params:
     """Initialises the kernels of the router, [D, E], and of E experts of hidden size F.
 
-    Stacked over the E experts, the kernels `up` and `gate` have the shape [E, D, F], and `down` has the shape [E, F,
-    D].
+    The stacked kernels of all E experts are `up` and `gate`, [E, D, F], and `down`, [E, F, D].
     """
     D, F, E = cfg.d_model, cfg.d_ff, cfg.n_expert
     return kernels(key, {"router": (D, E), "up": (E, D, F), "gate": (E, D, F), "down": (E, F, D)})

@@ -254,7 +254,7 @@ def _prepare(configs: Sequence[Config], runs: Sequence[int], progress: Progress)
             ready_cfg, task, _ = prepare(with_hyperparameters(first, changes), progress)
             frozen = frozen if tasks else task.frozen
             ready[variant] = len(tasks), ready_cfg
-            tasks.append(task._replace(frozen=None))  # The variable `frozen` holds the base model that all tasks share.
+            tasks.append(task._replace(frozen=None))  # The variable `frozen` holds the base model for all runs.
         task_of[i], ready_cfg = ready[variant]
         values = config.flat(cfg)
         resolved[i] = with_hyperparameters(ready_cfg, {key: values[key] for key in keys} | {"run_dir": cfg.run_dir})
