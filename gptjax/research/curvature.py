@@ -30,7 +30,7 @@ from gptjax.types import Params
 # The type of a function that takes params and returns the loss, a float32 scalar.
 Scalar = Callable[[Any], jax.Array]
 
-# Dot products are computed in full float32 on GPUs and TPUs too, because in TF32 or bfloat16 the Lanczos vectors would
+# Dot products are computed in full float32 even on GPUs and TPUs, because in TF32 or bfloat16 the Lanczos vectors would
 # lose their orthogonality.
 _dot = partial(jnp.dot, precision="highest")
 

@@ -198,9 +198,9 @@ def probabilities(params: Params, cfg: ModelConfig, examples: classification.Exa
 def score(result: TrainResult, splits: LabelledSplits) -> dict[str, Any]:
     """Returns the scores of the classifier on the test texts, and the accuracies of two baselines.
 
-    The scores are computed by `evaluation.classification.report`. Two baselines, the most common class and naive Bayes,
-    are fitted to the training texts. The entry "leaked" of the scores is the number of validation and test texts that
-    are also training texts.
+    The scores of the classifier are computed by `evaluation.classification.report`. Two baselines, the most common
+    class and naive Bayes, are fitted to the training texts. The entry "leaked" of the scores is the number of
+    validation and test texts that are also training texts.
     """
     settings, cfg = read_labels(Path(result.run_dir) / "final"), result.cfg.model
     test = classification.encode(splits.test, result.tokenizer, settings["max_length"], settings["prompt"])

@@ -298,7 +298,7 @@ def prepare(cfg: Config, progress: Progress) -> Ready:
 def is_own(cfg: Config, step: int) -> bool:
     """Returns whether the batch of a training step consists of the student's answers.
 
-    The result is True with probability distill.on_policy, and depends only on the seed and the step.
+    The function `is_own` returns True with probability distill.on_policy, and depends only on the seed and the step.
     """
     return np.random.default_rng((cfg.seed, step)).random() < cfg.distill.on_policy
 
@@ -463,10 +463,10 @@ def _opened(path: Path, kind: np.dtype, n: int) -> np.ndarray | None:
 def evaluate(result: TrainResult, test: Rows | None, say: Callable[[str], None]) -> None:
     """Evaluates the student on the held-out tokens, and writes the scores to test.json.
 
-    The scores are the student's loss, the teacher's loss, the divergence between the predictions of both models, and
-    the fraction of tokens for which both models have the same most probable token. The scores are computed from the
-    teacher's probabilities of all tokens, even if distill.top_k is set. If test.json exists already, the scores are not
-    computed again, and a summary of the scores in test.json is printed.
+    The scores of distillation are the student's loss, the teacher's loss, the divergence between the predictions of
+    both models, and the fraction of tokens for which both models have the same most probable token. The divergence is
+    computed from the teacher's probabilities of all tokens, even if distill.top_k is set. If test.json exists already,
+    the scores are not computed again, and a summary of the scores in test.json is printed.
 
     Args:
         test: the test rows. None: the test rows are read again.

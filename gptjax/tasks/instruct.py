@@ -43,8 +43,8 @@ CHUNK = 256
 def evaluate(result: TrainResult, talks: Sequence[Conversation] | None, say: Callable[[str], None]) -> None:
     """Generates the model's answers to the held-out questions, and scores the answers.
 
-    The answers are written to responses.jsonl and the scores to test.json. If test.json exists already, no answers are
-    generated, and a summary of the scores in test.json is printed.
+    The model's answers are written to responses.jsonl, and their scores to test.json. If test.json exists already, no
+    answers are generated, and a summary of the scores in test.json is printed.
 
     Args:
         talks: the test conversations. None: the test conversations are read again.

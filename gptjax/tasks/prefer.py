@@ -50,8 +50,9 @@ class HeldOut(NamedTuple):
 def evaluate(result: TrainResult, held_out: HeldOut | None, say: Callable[[str], None]) -> None:
     """Evaluates the model on the held-out pairs, and writes the scores to test.json.
 
-    The scores are the loss, the accuracy (how often the chosen answer has the larger reward) and the reward margin. If
-    test.json exists already, the scores are not computed again, and a summary of the scores in test.json is printed.
+    The scores of preference tuning are the loss, the accuracy (how often the chosen answer has the larger reward) and
+    the reward margin. If test.json exists already, the scores are not computed again, and a summary of the scores in
+    test.json is printed.
 
     Args:
         held_out: the test pairs. None: this function reads the data again, and computes the reference

@@ -421,7 +421,8 @@ class Watch:
     def _compare(self, step: int, size: int) -> None:
         """Compares the mean metrics of the last `size` rollouts with the mean metrics of the first `size` rollouts.
 
-        The mean reward is also compared with the highest mean reward so far. A collapse adds a warning.
+        The mean reward of the last `size` rollouts is compared with the highest mean reward so far. A collapse adds a
+        warning.
         """
         (before, recent), (entropy_before, entropy), (length_before, length), (ended_before, ended) = (
             (_mean(values[:size]), _mean(values[-size:]))
@@ -496,8 +497,8 @@ def _validation(
 def evaluate(result: TrainResult, talks: Sequence[Conversation] | None, say: Callable[[str], None]) -> None:
     """Generates greedy answers to the test questions, and computes the rewards of the answers.
 
-    The answers are written to responses.jsonl and the mean rewards to test.json. If test.json exists already, no
-    answers are generated, and a summary of the scores in test.json is printed.
+    The model's answers are written to responses.jsonl, and the mean rewards to test.json. If test.json exists already,
+    no answers are generated, and a summary of the scores in test.json is printed.
 
     Args:
         talks: the test conversations. None: the test conversations are read again.

@@ -41,7 +41,7 @@ def evaluator(meter: Meter) -> Callable[[Run], None]:
         """Yields the validation batches, and records the time at which each batch is requested.
 
         The function `mean_over` waits for the loss of a batch before it requests the next batch, so the difference
-        between two successive times is the duration of the evaluation of one batch.
+        between the times of two successive requests is the duration of the evaluation of one batch.
         """
         requested.clear()
         for batch in run.task.validation.batches(run.step == 0):

@@ -185,7 +185,7 @@ def _until_done(run: Run, meter: Meter, call: Callable, hooks: Sequence[Hook]) -
     """
     steps = run.cfg.train.max_steps
     while True:
-        # The first hook evaluates the model. After the evaluation, train.patience may end the run.
+        # The first of the `hooks` evaluates the model. After the evaluation, train.patience may end the run.
         for every, hook in hooks:
             if run.step % every == 0 or run.done:
                 hook(run)

@@ -113,7 +113,8 @@ class Run:
     def both(self) -> tuple[Any, Any]:
         """The pair (trained params, frozen params).
 
-        If train.ema or train.average_last is set, the average of the trained params replaces the trained params.
+        If train.ema or train.average_last is set, the pair contains the average of the trained params instead of the
+        trained params.
         """
         return average_of(self.state.params, self.state.opt_state), self.state.frozen
 

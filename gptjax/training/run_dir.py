@@ -285,8 +285,8 @@ def _refuse_owner(path: Path, lock: TextIO) -> None:
     except (ValueError, RecursionError):
         owner = {}
     owner = owner if isinstance(owner, dict) else {}
-    # The operating system releases the lock of a process on this machine when the process ends. If the process runs on
-    # another machine, only the age of the lock file shows whether the process has ended.
+    # The operating system releases the lock of a process on this machine when the process ends. If the process that
+    # holds a lock runs on another machine, only the age of the lock file shows whether the process has ended.
     other_host = bool(owner) and (not fcntl or owner.get("host") != socket.gethostname())
     if held or (other_host and time.time() - os.fstat(lock.fileno()).st_mtime < LOCK_STALE_S):
         process = f"process {owner.get('pid', '?')} on {owner.get('host', '?')}"

@@ -136,7 +136,7 @@ class Task(NamedTuple):
     def functions(self, cfg: Config) -> StepFunctions:
         """Returns the `StepFunctions` for a config.
 
-        If train.ema or train.average_last is set, the optimizer also averages the trained params.
+        If train.ema or train.average_last is set, the optimizer not only updates but also averages the trained params.
         """
         functions = self.build(cfg)
         return functions._replace(optimizer=with_average(functions.optimizer, cfg))

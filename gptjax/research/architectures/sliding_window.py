@@ -50,9 +50,9 @@ def init_cache(cfg: Config, batch: int, length: int = 0) -> Cache:
 def extend(params: Params, x: jax.Array, cfg: Config, cache: Cache) -> tuple[jax.Array, Cache]:
     """Applies sliding-window attention to the next T tokens x [B, T, D], and updates the KV cache.
 
-    The cache holds the keys and values of the last window - 1 tokens in order, left-aligned; older tokens are dropped.
-    The attribute `length` of the KV cache counts all tokens read so far, including tokens whose keys and values have
-    been dropped.
+    The KV cache holds the keys and values of the last window - 1 tokens in order, left-aligned; older tokens are
+    dropped. The attribute `length` of the KV cache counts all tokens read so far, including tokens whose keys and
+    values have been dropped.
     """
     T, n_slots = x.shape[1], cfg.window - 1
     filled = jnp.minimum(cache.length, n_slots)

@@ -77,8 +77,8 @@ def backdoor_trigger(
     """Tests whether a trigger phrase raises the log-probability of a payload more than control phrases do.
 
     The log-probability of the payload is computed after the trigger phrase and after every control phrase, in the same
-    contexts. The p-value is computed from the rank of `phrase` among the control phrases. The p-value is exact if the
-    function `phrases` drew `phrase` and the control phrases from the same distribution.
+    contexts. The p-value of the trigger test is computed from the rank of `phrase` among the control phrases. The
+    p-value is exact if the function `phrases` drew `phrase` and the control phrases from the same distribution.
     """
     texts = [
         (truncate_prompt(encode(f"{context}{candidate}"), payload_ids, cfg), payload_ids)

@@ -114,7 +114,7 @@ class Scored(NamedTuple):
 def score(params: Params, cfg: ModelConfig, batch: Batch) -> Scored:
     """Computes the log-probability of every target of a batch.
 
-    The rows are processed in chunks, so that the logits of a chunk take at most `CHUNK_BYTES` bytes.
+    The rows of the batch are processed in chunks, so that the logits of a chunk take at most `CHUNK_BYTES` bytes.
     """
     size = max(1, CHUNK_BYTES // (4 * batch.tokens.shape[1] * cfg.vocab_size))
     return Scored(*in_chunks(lambda chunk: _score(params, chunk, cfg), batch, size))
