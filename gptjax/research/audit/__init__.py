@@ -1,7 +1,6 @@
 """Audits a model for memorised training text and for data poisoning.
 
-The function `audit` runs all checks for memorisation and poisoning. Each check of an audit can also be called as a
-function:
+The function `audit` runs all checks of an audit. Each check of an audit can also be called as a function:
 
     outlier_scores    how similar a row's gradient is to the most similar gradients of other rows: finds poisoned rows
                       and duplicates
