@@ -7,8 +7,8 @@
     losses = curvature.linear_interpolation(value, first, second, jnp.linspace(0, 1, 21))
     soup   = curvature.mix(result.states[0][1].params, jnp.full(8, 1 / 8))     the average of a sweep's eight runs
 
-All functions of this module are pure and take pytrees. All functions except `greedy_soup` work under jit and vmap. To
-study a LoRA adapter instead of the whole model, pass `lora.bind(loss, params, cfg)` to `loss_on_batch`.
+All functions of this module are pure and take pytrees. All functions of this module except `greedy_soup` work under jit
+and vmap. To study a LoRA adapter instead of the whole model, pass `lora.bind(loss, params, cfg)` to `loss_on_batch`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from gptjax.types import Params
 # The type of a function that takes params and returns the loss, a float32 scalar.
 Scalar = Callable[[Any], jax.Array]
 
-# Dot products are computed in full float32 on GPUs and TPUs too, because in TF32 or bfloat16 the Lanczos vectors would
+# Dot products are computed in full float32 even on GPUs and TPUs, because in TF32 or bfloat16 the Lanczos vectors would
 # lose their orthogonality.
 _dot = partial(jnp.dot, precision="highest")
 
@@ -46,9 +46,9 @@ def loss_on_batch(loss: Loss, batch: Any, key: jax.Array | None = None) -> Scala
 def hvp(loss: Scalar, params: Any, vector: Any) -> Any:
     """Returns the Hessian-vector product H v, a tree like `params`, where H is the Hessian of `loss` at `params`.
 
-    The product H v is computed as the forward-mode derivative of the gradient in the direction `vector`. The Hessian is
-    never stored, and one Hessian-vector product costs about as much as two gradients. The computation is described in
-    Pearlmutter 1994, "Fast exact multiplication by the Hessian", eq. 3.
+    The Hessian-vector product is computed as the forward-mode derivative of the gradient in the direction `vector`. The
+    Hessian is never stored, and one Hessian-vector product costs about as much as two gradients. The computation of
+    Hessian-vector products is described in Pearlmutter 1994, "Fast exact multiplication by the Hessian", eq. 3.
     """
     return jax.jvp(jax.grad(loss), (params,), (vector,))[1]
 
@@ -115,13 +115,14 @@ def lanczos(
 
     Every new basis vector is reorthogonalised twice against all previous vectors, because in float32 the three-term
     recurrence of Lanczos alone loses orthogonality after a few steps. If the basis spans an invariant subspace, the
-    Lanczos iteration restarts with a random orthogonal vector and the matrix T becomes block diagonal.
+    Lanczos iteration restarts with a random orthogonal vector, and the tridiagonal matrix T becomes block diagonal.
 
     Returns:
         (diagonal of T [steps], off-diagonal of T [steps], basis [steps, size]), float32. The last element of the
         off-diagonal is not part of T, but the norm of the residual after the last step.
 
-    The algorithm is described in Golub and Van Loan, "Matrix Computations", 4th edition, sections 10.1 and 10.3.1.
+    The Lanczos algorithm is described in Golub and Van Loan, "Matrix Computations", 4th edition, sections 10.1 and
+    10.3.1.
     """
 
     def orthogonal(v: jax.Array, basis: jax.Array) -> jax.Array:
@@ -153,10 +154,11 @@ def lanczos(
 def sam(rho: float | jax.Array = 0.05) -> Callable[[Gradient], Gradient]:
     """Returns the gradient transform of sharpness-aware minimisation (SAM), for use in a train step.
 
-    The transform is passed to the train step as `make_train_step(.., transform=sam(0.05))`. The transform replaces the
-    gradient g at the params w by the gradient at w + e, where e = rho g / |g| is treated as a constant. The loss and
-    the metrics are computed at w, and both gradients use the same dropout mask. A training step with SAM computes two
-    gradients instead of one. SAM is defined in arXiv:2010.01412, eq. 2 with p = 2, and eq. 3.
+    The gradient transform of SAM is passed to the train step as `make_train_step(.., transform=sam(0.05))`. SAM
+    replaces the gradient g at the params w by the gradient at w + e, where e = `rho` g / |g| is treated as a constant.
+    With SAM, the loss and the metrics are computed at the unperturbed params, and both gradients of a step use the same
+    dropout mask. A training step with SAM computes two gradients instead of one. SAM is defined in arXiv:2010.01412,
+    eq. 2 with p = 2, and eq. 3.
     """
 
     def transform(gradient: Gradient) -> Gradient:
@@ -223,8 +225,8 @@ def linear_interpolation(
 def greedy_soup(loss: Scalar, stacked: Any, n: int) -> tuple[list[int], Any]:
     """Builds a greedy model soup, which is the average of the params of selected models (arXiv:2203.05482, recipe 1).
 
-    The n models are considered in order of increasing loss. A model is added to the soup if adding the model does not
-    raise the loss of the soup.
+    The models are considered for the soup in order of increasing loss. A model is added to the soup if adding the model
+    does not raise the loss of the soup.
 
     Args:
         loss: function that takes params and returns the loss on held-out data.

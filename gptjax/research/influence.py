@@ -10,9 +10,9 @@ sum and the sum of the weights. All leaves of a batch have shape [B, ..]; an exa
 
 By default, gradients are taken with respect to all parameters. To differentiate with respect to some parameters only,
 pass these parameters as `params` and the remaining parameters as `frozen`, together with a function
-`combine(params, frozen)` that returns the params of the whole model for the loss. For a LoRA adapter, pass
-`combine=lambda adapter, base: lora.attach(base, adapter, cfg)`. For parameters selected with `tree.split`, pass
-`combine=tree.join`.
+`combine(params, frozen)` that returns the params of the whole model for the loss. To differentiate with respect to a
+LoRA adapter, pass `combine=lambda adapter, base: lora.attach(base, adapter, cfg)`. To differentiate with respect to
+parameters selected with `tree.split`, pass `combine=tree.join`.
 """
 
 from __future__ import annotations
@@ -74,10 +74,11 @@ def example_gradients(
 def sketch(gradient: Any, dims: int, seed: int = 0) -> jax.Array:
     """Returns a count sketch (random projection) of a gradient tree, [dims] float32.
 
-    The inner product of two sketches is an unbiased estimate of the inner product of the two gradients. Every element
-    of a gradient is added, with a random sign, to one random entry of its sketch, so that no projection matrix is
-    stored. The error of the estimated inner product of two unit vectors is about 1 / sqrt(dims). The count sketch is
-    defined in arXiv:0902.2206, eq. 2; lemma 2 gives the error.
+    The inner product of two gradients' count sketches is an unbiased estimate of the inner product of the two
+    gradients. Every element of a gradient is added, with a random sign, to one random entry of the gradient's count
+    sketch, so that no projection matrix is stored. The error of the inner product of two unit vectors, estimated from
+    their count sketches, is about 1 / sqrt(dims). The count sketch is defined in arXiv:0902.2206, eq. 2; lemma 2 of the
+    paper gives the error of the sketch.
     """
     out = jnp.zeros(dims)
     for path, leaf in tree.flatten(gradient).items():
@@ -92,8 +93,8 @@ def gradient_features(
 ) -> Features:
     """Returns a function `features(params, examples, frozen=None)` that computes the gradient features of n examples.
 
-    The features of an example are a count sketch of the example's gradient (`sketch`). The returned function computes
-    an array [n, dims] float32.
+    The features of an example are a count sketch of the example's gradient (`sketch`). The returned function `features`
+    computes an array [n, dims] float32.
 
     Args:
         dims: size of the sketches. None: gradients are not sketched; the features of an example are its whole gradient
@@ -219,8 +220,9 @@ class Noise(NamedTuple):
 def noise_scale(small: float, big: float, *, n_small: int, n_big: int) -> Noise:
     """Estimates the gradient noise scale from mean squared gradient norms at two batch sizes.
 
-    `trace` and `square_norm` are unbiased estimates, but the quotient of `trace` and `square_norm` is biased. To
-    combine several training steps, average `trace` and `square_norm` over the steps, then divide the averages.
+    The attributes `trace` and `square_norm` of the result are unbiased estimates, but their quotient, the gradient
+    noise scale, is biased. To estimate the gradient noise scale from several training steps, average `trace` and
+    `square_norm` over the steps, then divide the averages.
 
     Args:
         small: squared norm of the mean gradient of n_small examples, averaged over batches of this size.

@@ -5,8 +5,8 @@ The function `private` wraps a loss so that `make_train_step` computes the clipp
     step  = make_train_step(private(loss, clip=1.0, noise=1.1, batch_size=64), tx, combine=pair)
     spent = epsilon(noise=1.1, rate=64 / 1045, steps=500, delta=1e-5)
 
-The loss, the frozen parameters and the function `combine` are described in `gptjax.research.influence`. The gradients
-are clipped by `gptjax.research.influence.clipped_sum`.
+The arguments for the loss, the frozen parameters and the function `combine` are described in
+`gptjax.research.influence`. The gradients of DP-SGD are clipped by `gptjax.research.influence.clipped_sum`.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ from gptjax.research.influence import Combine, clipped_sum, identity
 from gptjax.training.step import Loss
 from gptjax.types import Mean, Metrics
 
-# _ORDERS lists the orders at which the Renyi accountant computes the Renyi divergence. All orders are integers, because
-# the accountant's sums have finitely many terms for integer orders.
+# _ORDERS lists the orders at which the Renyi privacy accountant computes the Renyi divergence. All orders of the Renyi
+# divergence are integers, because the sums that the Renyi privacy accountant computes have finitely many terms for
+# integer orders.
 _ORDERS = (*range(2, 65), 96, 128, 256, 512)
 
 
@@ -51,11 +52,11 @@ def private(
 ) -> Loss:
     """Wraps a loss for DP-SGD: the returned loss has the value of the original loss, but a clipped and noised gradient.
 
-    The gradients are clipped per example and summed over the batch. Gaussian noise is added to the sum, and the result
-    is divided by `batch_size` (arXiv:1607.00133, algorithm 1).
+    The gradients are clipped per example and summed over the batch. Gaussian noise is added to the sum of the clipped
+    gradients, and the noisy sum is divided by `batch_size` (arXiv:1607.00133, algorithm 1).
 
-    The params of the returned loss are the pair (trained, frozen), because gradients are computed and clipped only for
-    the trained parameters. The returned loss is used in a train step as follows:
+    The params of the loss that `private` returns are the pair (trained, frozen), because gradients are computed and
+    clipped only for the trained parameters. The loss that `private` returns is used in a train step as follows:
 
         step = make_train_step(private(loss, clip=1.0, noise=1.1, batch_size=64), tx, combine=pair)
 
@@ -141,8 +142,8 @@ def epsilon(*, noise: float, rate: float, steps: int, delta: float) -> float:
     """Returns the privacy loss epsilon of training with DP-SGD for `steps` steps.
 
     Epsilon bounds how much adding or removing one training row can change the distribution of the trained model. The
-    accountant assumes that the loss is wrapped by `private`, and that batches are drawn by `poisson_sample`. Epsilon is
-    computed from privacy loss distributions (arXiv:2106.02848) with Google's package dp-accounting.
+    privacy accountant assumes that the loss is wrapped by `private`, and that batches are drawn by `poisson_sample`.
+    Epsilon is computed from privacy loss distributions (arXiv:2106.02848) with Google's package dp-accounting.
 
     Raises:
         UserError: the package dp-accounting is not installed.
@@ -154,11 +155,11 @@ def epsilon(*, noise: float, rate: float, steps: int, delta: float) -> float:
 def noise_for(epsilon: float, *, rate: float, steps: int, delta: float) -> float:
     """Returns the smallest noise multiplier for which training with DP-SGD is (epsilon, delta)-differentially private.
 
-    The accountant assumes that training takes `steps` steps, that the loss is wrapped by `private`, and that batches
-    are drawn by `poisson_sample`. The noise multiplier is accurate to 0.001.
+    The privacy accountant assumes that training takes `steps` steps, that the loss is wrapped by `private`, and that
+    batches are drawn by `poisson_sample`. The noise multiplier is accurate to 0.001.
 
-    The noise multiplier is computed with a Renyi accountant (arXiv:1908.10530), which is faster than the accountant of
-    the function `epsilon` and slightly more conservative.
+    The noise multiplier is computed with a Renyi privacy accountant (arXiv:1908.10530), which is faster than the
+    accountant of the function `epsilon` and slightly more conservative.
     """
     accounting = _accounting()
     return float(

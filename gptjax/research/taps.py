@@ -5,11 +5,11 @@
     grid = patching_grid(params, clean, corrupted, cfg, metric)              activation patching
     text = generate(params, prompts, cfg, patches=steering(v, 12), ..)       steer generation
 
-The module `gptjax.model.activations` lists the paths of the activations. All functions work under jit, grad and vmap.
-The argument `params` may contain adapters and quantised weights. A metric is any function that takes logits [B, V]
-float32 and returns a scalar. In shapes, L is the number of layers, B the number of rows, T the number of tokens per
-row, D the size of the residual stream, N the number of attention heads, H the size of a head, and V the size of the
-vocabulary.
+The module `gptjax.model.activations` lists the paths of the activations. All functions of this module work under jit,
+grad and vmap. The argument `params` may contain adapters and quantised weights. A metric is any function that takes
+logits [B, V] float32 and returns a scalar. In shapes, L is the number of layers, B the number of rows, T the number of
+tokens per row, D the size of the residual stream, N the number of attention heads, H the size of a head, and V the size
+of the vocabulary.
 """
 
 from __future__ import annotations
@@ -37,8 +37,9 @@ __all__ = [
 Metric = Callable[[jax.Array], jax.Array]
 Axis = Literal["position", "head"]
 
-# Activations have shape [L, B, ..], stacked over layers. By default, axis 2 is the position axis and axis 3 is the head
-# axis; _AXES lists the activations with other axes. The position of an attention weight is the query's position.
+# Activations have shape [L, B, ..], stacked over layers. In an activation [L, B, ..], axis 2 is the position axis and
+# axis 3 is the head axis, unless _AXES lists other axes for the activation. The position of an attention weight is the
+# query's position.
 _AXES: dict[str, dict[str, int]] = {"attn/weights": {"position": 3, "head": 2}}
 _WITH_HEADS = ("attn/q", "attn/k", "attn/v", "attn/heads", "attn/weights")
 
@@ -138,9 +139,10 @@ def _grid(
 ) -> jax.Array:
     """Computes a metric for every cell of a grid, in which each cell stands for one layer and one position or head.
 
-    For each cell, a forward pass is run in which the activation of the cell's layer, at the cell's position or head or
-    both, is replaced by `value`. The argument `shape` is the shape [L, B, ..] of the activation at `path`, stacked over
-    layers. The axes of the grid are the layers, followed by `axes`.
+    For each cell of the grid, a forward pass is run in which the activation of the cell's layer, at the cell's position
+    or head or both, is replaced by `value`. The argument `shape` is the shape [L, B, ..] of the activation at `path`,
+    stacked over layers. The first axis of the grid of metric values is the layer, and the following axes are those
+    named in `axes`.
     """
     site = path.removeprefix("blocks/*/")
     known = _AXES.get(site, {"position": 2} | ({"head": 3} if site in _WITH_HEADS else {}))
@@ -166,7 +168,8 @@ def _grid(
     run_bytes = 4 * B * (T * width + cfg.vocab_size)
     groups = -(-n // max(1, memory_bytes // run_bytes))
     size = -(-n // groups)
-    # The last group of grid cells is padded with copies of the last cell; the results of the copies are dropped.
+    # The last group of vmapped forward passes is padded with copies of its last forward pass; the results of the copies
+    # are dropped.
     cells = jnp.minimum(jnp.arange(groups * size), n - 1).reshape(groups, size)
     return jax.lax.map(jax.vmap(run), cells).reshape(-1)[:n].reshape(sizes)
 
@@ -175,8 +178,8 @@ def logit_lens(params: Params, tokens: jax.Array, cfg: ModelConfig, **context: A
     """Computes the logit lens: logits decoded from the embedding and from the residual stream after every block.
 
     The final norm and the LM head are applied to the embedding and to the output of each of the L blocks. The last
-    entry of the result equals the logits of `forward`. The logit lens is described in arXiv:2303.08112, eq. 2, and in
-    the blog post "interpreting GPT: the logit lens" by nostalgebraist (2020).
+    entry of the logit lens equals the logits of `forward`. The logit lens is described in arXiv:2303.08112, eq. 2, and
+    in the blog post "interpreting GPT: the logit lens" by nostalgebraist (2020).
 
     Args:
         context: further arguments of `tapped`, such as `positions` or `patches`.
@@ -193,7 +196,7 @@ def logit_lens(params: Params, tokens: jax.Array, cfg: ModelConfig, **context: A
 def attention_maps(params: Params, tokens: jax.Array, cfg: ModelConfig, **context: Any) -> jax.Array:
     """Returns the attention weights of all layers and heads, [L, B, N, T, T] float32.
 
-    The last two axes of the result are queries and keys. The attention weights of each query sum to 1.
+    The last two axes of the attention weights are queries and keys. The attention weights of each query sum to 1.
 
     Args:
         context: further arguments of `tapped`, such as `positions` or `patches`.
@@ -226,7 +229,7 @@ def steering_vector(
 def steering(vector: jax.Array, layer: int, strength: ArrayLike = 1.0) -> dict[str, Patch]:
     """Returns patches that add strength * vector to the residual stream after the block `layer`, at every token.
 
-    The returned patches are passed to `forward`, `extend` or `generate` as the argument `patches`. The vector [D] and
-    the strength are traced arrays, so that new values cause no recompilation.
+    The returned patches are passed to `forward`, `extend` or `generate` as the argument `patches`. The arguments
+    `vector` [D] and `strength` are traced arrays, so that new values cause no recompilation.
     """
     return {f"blocks/{layer}/resid": add(strength * vector)}

@@ -13,8 +13,8 @@ Each task is a Python module that defines the following functions:
     plan(cfg)                         returns lines of text that summarise the run, for --dry-run; only fine-tuning
                                       tasks have this function
 
-To add a task, write a module with the functions above, add the module to `TASKS`, and add the dataclass of the task's
-settings to `Config`.
+To add a task, write a module with the functions that the docstring of `gptjax.tasks` lists, add the module to `TASKS`,
+and add the dataclass of the task's settings to `Config`.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def train(cfg: Config, *, log: Callable[[str], None] | None = None, hooks: Seque
 
 
 def finetune(cfg: Config, *, log: Callable[[str], None] | None = None, hooks: Sequence[Hook] = ()) -> TrainResult:
-    """Fine-tunes the model that `cfg` describes, as `train` does.
+    """Fine-tunes the model that `cfg` describes: calls `train`, but refuses the task pretrain.
 
     Raises:
         UserError: the task is pretrain, or `train` raises a UserError.

@@ -47,9 +47,9 @@ BATCH_TOKENS = 2048
 def evaluate(result: TrainResult, splits: LabelledSplits | None, say: Callable[[str], None]) -> None:
     """Evaluates the classifier on the test texts; writes the scores to test.json, and a plot to confusion.png.
 
-    The scores are the accuracy with its confidence interval, the F1 score, the confusion matrix, the calibration error
-    and the accuracies of two baselines. If test.json exists already, the scores are not computed again, and a summary
-    of the scores in test.json is printed.
+    The scores of the classifier are the accuracy with its confidence interval, the F1 score, the confusion matrix, the
+    calibration error and the accuracies of two baselines. If test.json exists already, the scores are not computed
+    again, and a summary of the scores in test.json is printed.
 
     Args:
         splits: the training, validation and test texts with their labels. None: the texts are read again.
@@ -177,8 +177,8 @@ def plan(cfg: Config) -> list[str]:
 def new_head(key: jax.Array, cfg: ModelConfig) -> Params:
     """Returns the params of a new classification head, initialised by the method `cfg.init`.
 
-    The params of the head are {"kernel": [D, n_classes], "bias": [n_classes]}. If cfg.cls_bias is false, the head has
-    no bias.
+    The params of the classification head are {"kernel": [D, n_classes], "bias": [n_classes]}. If cfg.cls_bias is false,
+    the classification head has no bias.
     """
     small = dataclasses.replace(cfg, n_layer=1, vocab_size=2, d_ff=2)
     return init_params(key, small)["cls_head"]
@@ -198,9 +198,9 @@ def probabilities(params: Params, cfg: ModelConfig, examples: classification.Exa
 def score(result: TrainResult, splits: LabelledSplits) -> dict[str, Any]:
     """Returns the scores of the classifier on the test texts, and the accuracies of two baselines.
 
-    The scores are computed by `evaluation.classification.report`. The baselines, the most common class and naive Bayes,
-    are fitted to the training texts. The entry "leaked" is the number of validation and test texts that are also
-    training texts.
+    The scores of the classifier are computed by `evaluation.classification.report`. Two baselines, the most common
+    class and naive Bayes, are fitted to the training texts. The entry "leaked" of the scores is the number of
+    validation and test texts that are also training texts.
     """
     settings, cfg = read_labels(Path(result.run_dir) / "final"), result.cfg.model
     test = classification.encode(splits.test, result.tokenizer, settings["max_length"], settings["prompt"])

@@ -1,17 +1,19 @@
 """Knowledge distillation: a student learns the next-token probabilities of a larger model, the teacher.
 
-By default, the teacher runs in every training step. If distill.top_k is set, the teacher runs once before training, and
-the log-probabilities of its most probable tokens are written to a file in the cache, from which training reads them:
+By default, the forward pass of the teacher runs in every training step. If distill.top_k is set, the teacher runs once
+before training, and the log-probabilities of its most probable tokens are written to a file in the cache, from which
+training reads them:
 
     teachers/KEY.npy     one record per token in the loss: ids [K] int32, log_probs [K + 1] float32
 
-The file name KEY is a hash of the teacher's weights, the data and the settings on which the log-probabilities depend.
+In the file name KEY.npy, KEY is a hash of the teacher's weights, the data and the settings on which the
+log-probabilities depend.
 
 If distill.on_policy is set, some batches consist of answers that the student has just generated from the prompts of the
 conversations (GKD, arXiv:2306.13649). A random number that depends on the seed and the step determines whether the
 batch of a step consists of the student's answers or of conversations from the data. Every batch has one conversation
-per row. If all prompts leave room for an answer, the student answers the prompts of the same conversations that the
-step would otherwise train on.
+per row. If all prompts leave room for an answer, the student answers, in an on-policy step, the prompts of the same
+conversations on which the step would train without distill.on_policy.
 """
 
 from __future__ import annotations
@@ -49,14 +51,14 @@ from gptjax.types import Batch, Params
 
 __all__ = ["evaluate", "loss", "plan", "prepare", "refuse_missing", "student"]
 RESULTS = "test.json"
-VERSION = 1  # The version of the format of the cache files.
+VERSION = 1  # The version of the file format in which the teacher's log-probabilities are cached.
 # Two tokenizers are compared by encoding a text that consists of the texts of at most PROBE token ids.
 PROBE = 4000
 BECAUSE = " (distill.context_length, or less if the context of student or teacher is shorter)"
 
 
 class Data(NamedTuple):
-    """The student, the teacher and the data of a distillation run. The tensors of both models are not read yet.
+    """The student, the teacher and the data of a distillation run. `Data` holds no tensors of the two models.
 
     Attributes:
         base: base model of the student.
@@ -124,9 +126,9 @@ def teacher_config(cfg: Config) -> ModelConfig:
 def _refuse_other_tokenizer(cfg: Config, student: Tokenizer, teacher: Tokenizer) -> None:
     """Checks that the tokenizers of the student and the teacher have the same ids for the same text.
 
-    The function compares the texts of all token ids. The function also encodes one text, which consists of the texts of
-    at most `PROBE` token ids, with both tokenizers, and compares the resulting ids. The names and the chat templates of
-    the tokenizers may differ.
+    For every token id, the texts of the id in the two tokenizers are compared. A text that consists of the texts of at
+    most `PROBE` token ids is encoded with both tokenizers, and the resulting ids are compared. The names and the chat
+    templates of the tokenizers may differ.
 
     Raises:
         UserError: the tokenizers differ.
@@ -220,7 +222,7 @@ def _texts(cfg: Config, tokenizer: Tokenizer, width: int) -> list[Encoded]:
 
 
 def _encoded(cfg: Config, talks: Splits[Conversation], tokenizer: Tokenizer, width: int) -> list[Encoded]:
-    """Encodes conversations as training examples, without token trees.
+    """Encodes conversations as training examples, each a plain token sequence instead of a token tree.
 
     If the chat template renders earlier turns of a conversation differently after later turns, the conversation is
     encoded as one example per answer.
@@ -296,7 +298,7 @@ def prepare(cfg: Config, progress: Progress) -> Ready:
 def is_own(cfg: Config, step: int) -> bool:
     """Returns whether the batch of a training step consists of the student's answers.
 
-    The result is True with probability distill.on_policy, and depends only on the seed and the step.
+    The function `is_own` returns True with probability distill.on_policy, and depends only on the seed and the step.
     """
     return np.random.default_rng((cfg.seed, step)).random() < cfg.distill.on_policy
 
@@ -400,8 +402,8 @@ def plan(cfg: Config) -> list[str]:
 def _places(*subsets: Rows) -> np.ndarray:
     """Returns the index of each token's record in the cache file, [n, T].
 
-    The records are stored in the order of the tokens in the loss. A token that is not in the loss has no record, and
-    its index is arbitrary.
+    The records of the cache file are in the order of the tokens in the loss. A token that is not in the loss has no
+    record in the cache file, so the index returned for the token is arbitrary.
     """
     in_loss = np.concatenate([rows.weights for rows in subsets]) != 0
     return np.maximum(np.cumsum(in_loss).reshape(in_loss.shape) - 1, 0)
@@ -461,10 +463,10 @@ def _opened(path: Path, kind: np.dtype, n: int) -> np.ndarray | None:
 def evaluate(result: TrainResult, test: Rows | None, say: Callable[[str], None]) -> None:
     """Evaluates the student on the held-out tokens, and writes the scores to test.json.
 
-    The scores are the student's loss, the teacher's loss, the divergence between the predictions of both models, and
-    the fraction of tokens for which both models have the same most probable token. The scores are computed from the
-    teacher's probabilities of all tokens, even if distill.top_k is set. If test.json exists already, the scores are not
-    computed again, and a summary of the scores in test.json is printed.
+    The scores of distillation are the student's loss, the teacher's loss, the divergence between the predictions of
+    both models, and the fraction of tokens for which both models have the same most probable token. The divergence is
+    computed from the teacher's probabilities of all tokens, even if distill.top_k is set. If test.json exists already,
+    the scores are not computed again, and a summary of the scores in test.json is printed.
 
     Args:
         test: the test rows. None: the test rows are read again.

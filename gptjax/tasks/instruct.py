@@ -31,19 +31,20 @@ from gptjax.types import Batch, Params
 
 RESPONSES, BEFORE, RESULTS = "responses.jsonl", "responses-before.jsonl", "test.json"
 __all__ = ["answers", "conversations", "evaluate", "loss", "plan", "prepare", "refuse_missing"]
-# The function `inspect` looks for a conversation with branches among the first INSPECTED conversations.
+# The function `inspect` searches the first INSPECTED conversations for a conversation with branches, in which the chat
+# template renders earlier turns differently after later turns.
 INSPECTED = 200
 TURNS = 8  # The maximum number of questions in a synthetic training conversation.
-# With LoRA, the loss is computed in chunks of 256 tokens, so that only the logits of one chunk are in memory. Small
-# chunks slow down training only if the LM head is trained. With LoRA, the LM head is frozen.
+# With LoRA, the loss is computed in chunks of 256 tokens, so that only the logits of one chunk are in memory. Computing
+# the loss in small chunks slows down training only if the LM head is trained, and with LoRA, the LM head is frozen.
 CHUNK = 256
 
 
 def evaluate(result: TrainResult, talks: Sequence[Conversation] | None, say: Callable[[str], None]) -> None:
     """Generates the model's answers to the held-out questions, and scores the answers.
 
-    The answers are written to responses.jsonl and the scores to test.json. If test.json exists already, no answers are
-    generated, and a summary of the scores in test.json is printed.
+    The model's answers are written to responses.jsonl, and their scores to test.json. If test.json exists already, no
+    answers are generated, and a summary of the scores in test.json is printed.
 
     Args:
         talks: the test conversations. None: the test conversations are read again.
@@ -108,8 +109,8 @@ def conversations(cfg: Config, notes: list[str] | None = None) -> Splits[Convers
 def skills(n: int, seed: int, held_out: bool = False) -> list[Conversation]:
     """Returns synthetic conversations, with n questions in total.
 
-    A training conversation has up to `TURNS` questions, so that a system prompt in the chat template occurs once per
-    conversation instead of once per question. A held-out conversation has one question.
+    A synthetic training conversation has up to `TURNS` questions, so that a system prompt in the chat template occurs
+    once per conversation instead of once per question. A synthetic held-out conversation has one question.
     """
     return synthetic.skills(n, seed, held_out, turns=1 if held_out else TURNS)
 
@@ -167,7 +168,8 @@ def prepare(cfg: Config, progress: Progress) -> Ready:
 def inspect(cfg: Config) -> list[str]:
     """Returns lines of text that show which tokens of one training conversation are in the loss.
 
-    The function shows the first conversation with branches, or the first conversation if no conversation has branches.
+    A conversation has branches if the chat template renders its earlier turns differently after later turns. The first
+    conversation with branches is shown, or the first conversation if no conversation has branches.
     """
     base = tuning.base_model(cfg)
     tokenizer, style_lines = tuning.styled(base, cfg.instruct.style)
@@ -190,7 +192,7 @@ def inspect(cfg: Config) -> list[str]:
 
 
 def token_trees(cfg: Config, model: ModelConfig) -> bool:
-    """Returns whether conversations with branches are encoded as token trees, as set by instruct.branches.
+    """Returns whether conversations are encoded as token trees, which hold common prefixes once (instruct.branches).
 
     Raises:
         UserError: instruct.branches=tree, but the model does not support token trees.
@@ -310,7 +312,7 @@ def _scoring_batch(prompts: list[list[int]], expected: list[list[int]], size: in
 def row_of(talk: Conversation, answer: str) -> dict[str, Any]:
     """Returns a dict with the prompt, the expected answer and the model's answer to a conversation's last question.
 
-    The dict has the keys that `answers` describes, except nats and tokens.
+    The dict has the keys of the dicts that the function `answers` returns, except nats and tokens.
     """
     *before, question, expected = talk.messages
     row = {"where": talk.where, "prompt": _message_text(question), "expected": expected["content"], "answer": answer}

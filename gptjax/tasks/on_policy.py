@@ -1,6 +1,6 @@
 """Functions for on-policy training, in which the model generates the answers that it is trained on.
 
-The tasks reward and distill share these functions.
+The tasks reward and distill share the functions of this module.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def sample_answers(
 ) -> list[Completion]:
     """Samples n answers to each question at the temperature `at`.
 
-    Each answer has the log-probabilities of its tokens under the sampling distribution.
+    Each sampled answer has the log-probabilities of its tokens under the sampling distribution.
 
     Args:
         params: the parameters as `model.gpt.for_decoding` returns them.
@@ -87,7 +87,7 @@ def rollout(question: Question, answer: Completion) -> Rollout:
 def to_batch(made: Sequence[Rollout], advantages: np.ndarray, longest: int) -> RolloutBatch:
     """Returns a batch of rollouts, padded to a common length of at most `longest` tokens.
 
-    The common length is rounded up, so that XLA compiles programs for only a few lengths.
+    The common length of the rollouts is rounded up, so that XLA compiles programs for only a few lengths.
     """
     needed = max(len(rollout.prompt) + len(rollout.tokens) for rollout in made)
     return rollouts.rollout_batch(made, advantages, min(bucket(needed), longest))

@@ -50,8 +50,9 @@ class HeldOut(NamedTuple):
 def evaluate(result: TrainResult, held_out: HeldOut | None, say: Callable[[str], None]) -> None:
     """Evaluates the model on the held-out pairs, and writes the scores to test.json.
 
-    The scores are the loss, the accuracy (how often the chosen answer has the larger reward) and the reward margin. If
-    test.json exists already, the scores are not computed again, and a summary of the scores in test.json is printed.
+    The scores of preference tuning are the loss, the accuracy (how often the chosen answer has the larger reward) and
+    the reward margin. If test.json exists already, the scores are not computed again, and a summary of the scores in
+    test.json is printed.
 
     Args:
         held_out: the test pairs. None: this function reads the data again, and computes the reference
@@ -79,8 +80,8 @@ def summary(scores: dict[str, Any]) -> str:
 def pairs(cfg: Config, notes: list[str] | None = None, special: Collection[str] = ()) -> Splits[Pair]:
     """Reads pairs of answers, and splits the pairs into training, validation and test pairs.
 
-    Without a data source, the pairs are synthetic. The rejected answer of a synthetic pair is a wrong answer to the
-    same question if the task is reward_model, and an answer to another question if the task is prefer.
+    Without a data source, the pairs of answers are synthetic. The rejected answer of a synthetic pair is a wrong answer
+    to the same question if the task is reward_model, and an answer to another question if the task is prefer.
 
     Args:
         notes: a list to which a line of text is appended that names the ignored keys of the file. None: the line is
@@ -200,7 +201,7 @@ def plan(cfg: Config) -> list[str]:
 def plan_pairs(cfg: Config, base: weights.Model, model: ModelConfig) -> list[str]:
     """Returns the lines of text about the data, the base model and the number of steps that --dry-run prints.
 
-    The tasks prefer and reward_model share this function.
+    The tasks prefer and reward_model share the function `plan_pairs`.
     """
     _, rows, lines = encoded_pairs(cfg, base)
     n, size = len(rows[0].tokens), cfg.train.batch_size

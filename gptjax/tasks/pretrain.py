@@ -120,8 +120,8 @@ def _task(cfg: Config, ready: data.Prepared, base: weights.Model | None) -> Task
 
     rows = max(settings.batch_size // settings.accumulation, EVAL_TOKENS // cfg.window)
     n_batches = -(-(len(val) - 1) // (rows * cfg.window))
-    # The first evaluation uses at least two batches. The time per batch is measured without the first batch, because
-    # the time of the first batch includes compilation.
+    # The evaluation before the first training step uses at least two batches. The evaluation time per batch is measured
+    # without the first batch, because the time of the first batch includes compilation.
     first_batches = min(n_batches, max(2, FIRST_EVAL_TOKENS // (rows * cfg.window)))
 
     def eval_batches(first: bool) -> Iterator[Batch]:
@@ -182,7 +182,7 @@ def _task(cfg: Config, ready: data.Prepared, base: weights.Model | None) -> Task
 def sampling(cfg: Config, tokenizer: Tokenizer, prompts: list[list[int]]) -> Callable[[Params], list[str]]:
     """Returns a function that takes params, and generates a continuation of each prompt with the settings `cfg.sample`.
 
-    The function returns one text per prompt. Each generated text begins with its prompt.
+    The returned function generates one text per prompt. Each generated text begins with its prompt.
     """
     settings = cfg.sample
 

@@ -1,6 +1,6 @@
 """Reward tuning (GRPO and similar losses): trains a model to give answers with higher rewards.
 
-In each step, the model generates answers to questions, and reward functions score the answers.
+In reward tuning, the model generates answers to questions in each step, and reward functions score the answers.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def conversations(cfg: Config, notes: list[str] | None = None) -> Splits[Convers
 def _questions(
     cfg: Config, model: ModelConfig, talks: Sequence[Conversation], tokenizer: Tokenizer
 ) -> tuple[list[Question], int]:
-    """Selects the questions that leave room for an answer in a row.
+    """Selects the questions that leave room for an answer in a row of the batch.
 
     Returns:
         (the selected questions, number of questions that were dropped because they are too long).
@@ -93,7 +93,7 @@ def row_length(cfg: Config, kept: Sequence[Question], trees: bool) -> int:
 
 
 def token_trees(cfg: Config, model: ModelConfig, kept: Sequence[Question]) -> bool:
-    """Returns whether the answers to a question are trained as one token tree, as set by reward.branches.
+    """Returns whether all answers to a question are one token tree, which holds the prompt once (reward.branches).
 
     Raises:
         UserError: reward.branches=tree, but the rows would be too long, or other settings do not allow token trees.
@@ -279,9 +279,9 @@ def _roller(
         return losses.of_answers(log_probs, batch).reshape(batch.old.shape)
 
     def to_batch(groups: Sequence[Group], advantages: np.ndarray) -> RolloutBatch:
-        """Returns a batch of the groups' answers, padded to a common length.
+        """Returns a batch of the answers to several questions, padded to a common length.
 
-        The common length is rounded up, so that XLA compiles programs for only a few lengths.
+        The common length of the answers is rounded up, so that XLA compiles programs for only a few lengths.
         """
         made = [[on_policy.rollout(group.question, answer) for answer in group.completions] for group in groups]
         if trees:
@@ -311,7 +311,7 @@ def _roller(
 
     def roll(trained: Params, frozen: Params, step: int, k: int) -> Rollouts:
         nonlocal start
-        if start is not None:  # On a mesh, the reference params are sharded like the trained params.
+        if start is not None:  # On a mesh, the reference model is sharded like the trained params.
             start = jax.device_put(start, jax.tree.map(lambda leaf: leaf.sharding, trained))
         began = time.monotonic()
         params, key = combine(trained, frozen), jax.random.fold_in(jax.random.key(cfg.seed), step)
@@ -341,7 +341,7 @@ def _roller(
 
 
 def measures(groups: Sequence[Group]) -> dict[str, float]:
-    """Computes metrics of the answers in several groups.
+    """Computes metrics of the answers to several questions, with one group of answers per question.
 
     Returns:
         A dict with the metrics of `on_policy.measures` and the following metrics:
@@ -370,9 +370,9 @@ def _mean(values: np.ndarray) -> float:
 
 
 def _rows(group: Group, advantages: np.ndarray | None) -> list[dict[str, Any]]:
-    """Returns the rows of the file rollouts.jsonl for the answers of a group.
+    """Returns the rows of the file rollouts.jsonl for a group of answers to one question.
 
-    The advantage of an answer is null in rollouts.jsonl if the model is not trained on the group.
+    The advantage of an answer is null in rollouts.jsonl if the model is not trained on the answers to its question.
     """
 
     def number(value: float) -> float | None:
@@ -421,7 +421,8 @@ class Watch:
     def _compare(self, step: int, size: int) -> None:
         """Compares the mean metrics of the last `size` rollouts with the mean metrics of the first `size` rollouts.
 
-        The mean reward is also compared with the highest mean reward so far. A collapse adds a warning.
+        The mean reward of the last `size` rollouts is compared with the highest mean reward so far. A collapse adds a
+        warning.
         """
         (before, recent), (entropy_before, entropy), (length_before, length), (ended_before, ended) = (
             (_mean(values[:size]), _mean(values[-size:]))
@@ -449,7 +450,7 @@ class Watch:
             self.best = recent, step
 
     def resume(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Restores the metrics of the rollouts before a run was interrupted, without repeating earlier warnings.
+        """Restores the rollout metrics from before an interruption of the run, without repeating earlier warnings.
 
         Args:
             rows: rows of the run's file metrics.jsonl.
@@ -496,8 +497,8 @@ def _validation(
 def evaluate(result: TrainResult, talks: Sequence[Conversation] | None, say: Callable[[str], None]) -> None:
     """Generates greedy answers to the test questions, and computes the rewards of the answers.
 
-    The answers are written to responses.jsonl and the mean rewards to test.json. If test.json exists already, no
-    answers are generated, and a summary of the scores in test.json is printed.
+    The model's answers are written to responses.jsonl, and the mean rewards to test.json. If test.json exists already,
+    no answers are generated, and a summary of the scores in test.json is printed.
 
     Args:
         talks: the test conversations. None: the test conversations are read again.

@@ -33,9 +33,9 @@ RESULTS = "test.json"
 def evaluate(result: TrainResult, held_out: PairRows | None, say: Callable[[str], None]) -> None:
     """Evaluates the reward model on the held-out pairs, and writes the scores to test.json.
 
-    The scores are the loss, the accuracy (how often the chosen answer has the larger reward) with its 95 % confidence
-    interval, and the mean reward margin. If test.json exists already, the scores are not computed again, and a summary
-    of the scores in test.json is printed.
+    The scores of the reward model are the loss, the accuracy (how often the chosen answer has the larger reward) with
+    its 95 % confidence interval, and the mean reward margin. If test.json exists already, the scores are not computed
+    again, and a summary of the scores in test.json is printed.
 
     Args:
         held_out: the test pairs. None: the test pairs are read again.

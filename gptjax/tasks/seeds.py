@@ -66,8 +66,8 @@ def refuse(cfg: Config) -> bool:
         refuse_foreign(folder.path, allowed=r"seed-\d+|seeds\.json")
     if is_vmapped(cfg):
         return resume.refuse(cfg, missing)
-    # The results are collected in a list, so that all seeds are checked. With a generator, `all` would stop at the
-    # first run that has not finished.
+    # The results of `resume.refuse` are collected in a list, so that all seeds are checked. With a generator in place
+    # of the list, `all` would stop at the first run that has not finished, without checking the later seeds.
     finished = [resume.refuse(_seed_config(cfg, seed), missing) for seed in _seeds(cfg)]
     return all(finished)
 
@@ -149,7 +149,8 @@ def stacked(cfg: Config, prepare: Prepare, progress: Progress) -> Ready:
 
     def write(folder: Path, trained: Any, frozen: Any, files: dict[str, str]) -> None:
         runs = [(i, folder.parent / f"seed-{resolved.seed}" / folder.name) for i, resolved in enumerate(configs)]
-        # The shared folder is written last, because its existence means that the folders of all seeds are complete.
+        # The folder that all seeds share is written last, because its existence means that the folders of all seeds are
+        # complete.
         for i, run_folder in [*runs, (0, folder)]:
             params = jax.tree.map(lambda leaf, i=i: leaf[i], trained)
             write_fns[i](run_folder, params, frozen, files | {"config.yaml": config.to_yaml(configs[i])})

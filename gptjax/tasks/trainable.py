@@ -53,7 +53,7 @@ def partition(
 ) -> Trainable:
     """Partitions the params of a model into trained and frozen params, as set by cfg.finetune.trainable.
 
-    This function can be traced by JAX.
+    The function `partition` can be traced by JAX.
 
     Args:
         params: the params of the base model.
@@ -144,7 +144,8 @@ def optimizer(cfg: Config) -> optax.GradientTransformation:
 def _split(cfg: Config, whole: Params, heads: Params, model: ModelConfig) -> tuple[Params, Params]:
     """Splits the params of the whole model into (trained, frozen) by the pattern in finetune.trainable.
 
-    If the pattern names a single layer, such as blocks/11/*, the stacked layers are unstacked first.
+    If the pattern in finetune.trainable names a single layer, such as blocks/11/*, the stacked layers are unstacked
+    first.
     """
     pattern = " | ".join([cfg.finetune.trainable, *(f"{name}/*" for name in heads)])
     if re.search(r"\bblocks/\d", pattern):
@@ -177,14 +178,15 @@ def _adapted(
         adapter, config = trained["adapter"], settings
         if start is not None:
             adapter = lora.to_lora(adapter, start)
-            # The adapter that `to_lora` returns has twice the rank of the trained adapter. The scale depends on alpha
-            # and the rank, so alpha is multiplied by the factor that keeps the scale unchanged.
+            # The adapter that `to_lora` returns has twice the rank of the trained adapter. An adapter's scale depends
+            # on alpha and the rank, so alpha is multiplied by the factor that keeps the scale unchanged when the rank
+            # is doubled.
             scaling = {"alpha/r": 2, "alpha/sqrt(r)": 2**0.5, "alpha": 1}
             alpha = settings.alpha * scaling[settings.scaling]
             config = dataclasses.replace(settings, init="lora", rank=2 * settings.rank, alpha=alpha)
         head = trained.get("cls_head")
         if head and "bias" in head:
-            head = None  # The head is not exported, because peft's format does not support heads with a bias.
+            head = None  # A head with a bias is not exported, because peft's format does not support it.
         weights.export_peft(folder, adapter, config, body, head=head, base=fingerprint, base_name=cfg.finetune.base)
 
     # The adapter is exported only if `fits` is True, which means that peft's format can represent the adapter.

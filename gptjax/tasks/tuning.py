@@ -62,7 +62,7 @@ def base_model(cfg: Config) -> weights.Model:
 def styled(base: weights.Model, style: chat.Style | None) -> tuple[Tokenizer, list[str]]:
     """Returns the base model's tokenizer with the chat template of `style`, and lines of text that describe the style.
 
-    The lines of text are made by `chat.describe_style`.
+    The lines of text that describe the chat style are made by `chat.describe_style`.
     """
     tokenizer = base.tokenizer()
     return chat.styled(tokenizer, style), chat.describe_style(tokenizer, style)
@@ -176,8 +176,8 @@ def make_task(
 def _base_reference(cfg: Config, fingerprint: str) -> dict[str, Any] | None:
     """Returns a dict that is saved with an adapter to identify the adapter's base model.
 
-    The dict has the fields of `weights.native.Base`. The function returns None if the run saves all weights of the
-    model instead of an adapter.
+    The dict that identifies the base model has the fields of `weights.native.Base`. The function returns None if the
+    run saves all weights of the model instead of an adapter.
     """
     name, save_merged = cfg.finetune.base, cfg.finetune.save_merged
     if cfg.finetune.trainable != "lora" or cfg.lora.init != "lora" or save_merged:

@@ -32,10 +32,10 @@ def steps_per_call(cfg: Config, n_params: int, start: int = 0, hooks: Sequence[i
     Evaluations, checkpoints and hooks run only between two compiled calls. The number of steps per call must divide
     max_steps and all intervals shorter than max_steps: eval_every, checkpoint_every, log_every and the intervals of the
     hooks. If train.steps_per_call is None, the number of steps per call is 1 for models with more than 20 million
-    parameters. For smaller models, the default number of steps per call is the largest number up to 10 that divides
-    `start`, max_steps and every interval shorter than max_steps. In reward tuning, the number of steps per call is
-    reward.updates, the number of steps on the same rollouts. If distill.on_policy is set, the number of steps per call
-    is 1.
+    parameters. For models with at most 20 million parameters, the default number of steps per call is the largest
+    number up to 10 that divides `start`, max_steps and every interval shorter than max_steps. In reward tuning, the
+    number of steps per call is reward.updates, the number of steps on the same rollouts. If distill.on_policy is set,
+    the number of steps per call is 1.
 
     Args:
         start: the step from which the run is resumed.
@@ -77,7 +77,8 @@ def make_call(run: Run) -> Callable[[TrainState, Any], tuple[TrainState, Metrics
 def first_call(run: Run, call: Callable[[TrainState, Any], tuple[TrainState, Metrics]], batch: Any) -> Metrics:
     """Calls the jitted training step for the first time, which compiles the step, and returns the metrics of the call.
 
-    The call runs in a thread, so that a signal can end the process while XLA compiles the step.
+    The first call of the training step runs in a thread, so that a signal can end the process while XLA compiles the
+    step.
     """
     start, result = time.monotonic(), []
     run.progress.say("compiling the training step ...")
@@ -106,8 +107,9 @@ def first_call(run: Run, call: Callable[[TrainState, Any], tuple[TrainState, Met
 def _leave(run: Run) -> None:
     """Ends the process after a signal during compilation, because compilation by XLA cannot be interrupted.
 
-    In a notebook, the function raises `Stopped` instead of ending the process. No training steps are lost: compilation
-    precedes the first step of this process, so the last checkpoint is still up to date.
+    In a notebook, the function raises `Stopped` instead of ending the process. Ending the process during compilation
+    loses no training steps, because compilation precedes the first step of the process, so the last checkpoint is still
+    up to date.
 
     Raises:
         Stopped: the process runs in a notebook.

@@ -26,9 +26,9 @@ PLOT_EVERY_S = 20.0
 def evaluator(meter: Meter) -> Callable[[Run], None]:
     """Returns the hook that evaluates the model.
 
-    The hook computes the loss on the validation set, saves the best model, writes text samples and plots the loss
-    curve. Before the first training step, the hook only computes the validation loss. In pretraining, the loss before
-    the first step is computed on the first batches of the validation set.
+    The evaluation hook computes the loss on the validation set, saves the best model, writes text samples and plots the
+    loss curve. Before the first training step, the evaluation hook only computes the validation loss. In pretraining,
+    the validation loss before the first training step is computed on the first batches of the validation set.
     """
     loss, combine, _ = meter.run.rules
     eval_loss = jit_on(lambda params, batch, key: loss(combine(*params), batch, key), meter.run.mesh)
@@ -41,7 +41,7 @@ def evaluator(meter: Meter) -> Callable[[Run], None]:
         """Yields the validation batches, and records the time at which each batch is requested.
 
         The function `mean_over` waits for the loss of a batch before it requests the next batch, so the difference
-        between two successive times is the duration of the evaluation of one batch.
+        between the times of two successive requests is the duration of the evaluation of one batch.
         """
         requested.clear()
         for batch in run.task.validation.batches(run.step == 0):

@@ -26,8 +26,8 @@ class Logger(Protocol):
 class JsonLines:
     """Writes metrics to the file metrics.jsonl, with one JSON object per line.
 
-    The method `log` passes each line to the operating system immediately. The method `sync` calls fsync, which writes
-    all lines to the disk.
+    The method `log` passes each line of metrics.jsonl to the operating system immediately. The method `sync` calls
+    fsync, which writes all lines of metrics.jsonl to the disk.
     """
 
     def __init__(self, path: Path):

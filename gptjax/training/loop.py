@@ -112,7 +112,8 @@ def _run(
         with distributed.synchronise_errors():
             if writes:
                 stack.enter_context(dir.locked())
-            # The run directory is checked again, because `refuse` checked the directory without holding the lock.
+            # The run directory is checked again, because `refuse` checked the directory without holding the directory's
+            # lock.
             dir.check(resolved)
         to_log_file = Progress(lambda line: dir.append("log.txt", line), log, dir.touch)
         with to_log_file if writes else Progress(log=log) as progress:
@@ -184,7 +185,7 @@ def _until_done(run: Run, meter: Meter, call: Callable, hooks: Sequence[Hook]) -
     """
     steps = run.cfg.train.max_steps
     while True:
-        # The first hook evaluates the model. After the evaluation, train.patience may end the run.
+        # The first of the `hooks` evaluates the model. After the evaluation, train.patience may end the run.
         for every, hook in hooks:
             if run.step % every == 0 or run.done:
                 hook(run)

@@ -11,12 +11,13 @@ GIB = 2**30
 Remat = Literal["none", "dots", "full", "offload"]
 # SMALLER_REMAT maps each value of model.remat to the values of model.remat that keep fewer activations.
 SMALLER_REMAT: dict[Remat, tuple[Remat, ...]] = {"none": ("dots", "full"), "dots": ("full",)}
-# A change of the config is proposed only if it shrinks the activations to at most _MAX_SHARE of their size.
+# To save memory, a change of the config is proposed only if it shrinks the activations to at most _MAX_SHARE of their
+# size.
 _MAX_SHARE = 0.75
 # The estimated memory of a training step may fill at most the fraction MARGIN of the device's memory.
 MARGIN = 0.85
-# The loss is computed in chunks of tokens. WORKSPACE_BYTES is the memory for the logits of one chunk, their
-# exponentials and their gradients.
+# The loss is computed in chunks of tokens. WORKSPACE_BYTES is the memory for the logits of one chunk of tokens, the
+# exponentials of these logits and their gradients.
 WORKSPACE_BYTES = 2**30
 _PROGRAM_BYTES = 2**28
 # The numbers of bytes per trained parameter of the weight, the gradient and AdamW's two moments, all in float32.
@@ -31,7 +32,8 @@ Shape = tuple[int, int, int, int]
 def memory_bytes(cfg: Config, n_params: int, vocab_size: int) -> dict[str, int]:
     """Returns a rough estimate of the memory of a training step in bytes, by category.
 
-    For five configurations on a CPU, the estimate differed by at most about 20 % from the memory that XLA reports.
+    For five configurations on a CPU, the memory estimate differed by at most about 20 % from the memory that XLA
+    reports.
 
     Returns:
         A dict with three categories:
@@ -53,8 +55,8 @@ def memory_bytes(cfg: Config, n_params: int, vocab_size: int) -> dict[str, int]:
 def chip_bytes(cfg: Config, n_params: int, width: int, shape: Shape) -> float:
     """Estimates the memory of a training step on one chip of a device mesh, in bytes.
 
-    Attention is assumed to run in a fused kernel. If AdamW trains all weights, the estimate differs by at most about 20
-    % from the memory that the TPU compiler reports. The estimate is the sum of the following terms:
+    Attention is assumed to run in a fused kernel. If AdamW trains all weights, the memory estimate differs by at most
+    about 20 % from the memory that the TPU compiler reports. The memory estimate is the sum of the following terms:
 
         state        `param_bytes` per parameter, divided by fsdp x tensor
         head         the LM head's matrix in bfloat16 and its gradient in float32, both unsharded; on several chips, two

@@ -58,8 +58,9 @@ class Meter:
     def start(self) -> None:
         """Records the time at which a compiled call is started.
 
-        If the device is still busy with the previous call, this method records nothing, because the new call begins on
-        the device only when the previous call ends. The method `_read` records the time at which a call ends.
+        If the device is still busy with the previous compiled call, the method `start` records nothing, because the new
+        call begins on the device only when the previous call ends. The method `_read` records the time at which a
+        compiled call ends.
         """
         if self.pending is None:
             self.mark = time.monotonic()
@@ -76,7 +77,7 @@ class Meter:
             self._read(*before)
 
     def drain(self) -> None:
-        """Waits until the last compiled call has finished, and reads the metrics of this call."""
+        """Waits until the last compiled call has finished, and reads the call's metrics."""
         before, self.pending = self.pending, None
         if before:
             self._read(*before)

@@ -48,7 +48,7 @@ def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
 def draw_confusion(table: np.ndarray, names: Sequence[str], path: Path) -> None:
     """Plots a confusion matrix [C, C] of counts, with one row per true class.
 
-    The colour of a cell shows the count in the cell as a fraction of the row's total.
+    The colour of a cell of the confusion matrix shows the count in the cell as a fraction of the row's total.
     """
     size = 2.5 + 0.7 * len(names)
     figure, axes = _figure(size + 0.8, size)
@@ -74,10 +74,10 @@ def draw_sweep(
     """Plots the validation losses and the training losses of a sweep in two panels.
 
     The left panel plots the validation loss against the first setting in `names` that has at least two different values
-    and only numbers as values. Each run is a dot. For each combination of the remaining settings, a line connects the
-    losses averaged over the seeds, and error bars show the 95 % confidence intervals of the averages. The right panel
-    plots the training loss against the step, smoothed and averaged over the seeds, with one curve for each combination
-    of all settings.
+    and only numbers as values. Each run is a dot. For each combination of the settings that are not on the horizontal
+    axis, a line connects the losses averaged over the seeds, and error bars show the 95 % confidence intervals of the
+    averages. The right panel plots the training loss against the step, smoothed and averaged over the seeds, with one
+    curve for each combination of all settings.
 
     Args:
         rows: a dict per run, with its settings and losses.

@@ -38,10 +38,10 @@ def keep_buffers() -> bool:
 def ask_for_huge_pages() -> None:
     """Makes glibc use transparent huge pages, if Linux is configured for "madvise" mode.
 
-    In "madvise" mode, Linux gives huge pages only to programs that request huge pages. To enable huge pages, the
-    program is restarted in the same process (exec), because glibc reads its tunables only when a process starts. The
-    function `ask_for_huge_pages` must be called at the very start of a training program, because everything before the
-    call runs twice.
+    In "madvise" mode, Linux gives huge pages only to programs that request huge pages. To enable huge pages in glibc,
+    the program is restarted in the same process (exec), because glibc reads its tunables only when a process starts.
+    The function `ask_for_huge_pages` must be called at the very start of a training program, because everything before
+    the call runs twice.
 
     XLA's CPU backend allocates new temporary buffers at every training step. In a LoRA training step of a model with
     135 million parameters, the page faults for 2 GB of buffers in pages of 4 KiB took 0.4 s of the step's 2.2 s.
@@ -49,7 +49,7 @@ def ask_for_huge_pages() -> None:
     tunables = os.environ.get("GLIBC_TUNABLES", "")
     if TUNABLE not in tunables and HUGE_PAGES.exists() and "[madvise]" in HUGE_PAGES.read_text():
         os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, (tunables, f"{TUNABLE}=1")))
-        # Signals that arrive during the restart stay pending until `gptjax.__main__` unblocks them.
+        # Signals that arrive during the restart of the program stay pending until `gptjax.__main__` unblocks them.
         signal.pthread_sigmask(signal.SIG_BLOCK, HEARD)
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 

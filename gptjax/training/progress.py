@@ -84,8 +84,9 @@ class Progress:
                 self._bar.start()
             self._bar.update(self._task, completed=step, description=line)
         elif (now := time.monotonic()) - self._told >= LINE_EVERY_S:
-            # The interval is measured from the last progress line instead of the last heartbeat line, because the
-            # frequent heartbeat lines of a slow run would otherwise suppress the run's progress lines.
+            # The interval between progress lines is measured from the last progress line, not from the last heartbeat
+            # line, because the frequent heartbeat lines of a slow run would otherwise suppress the run's progress
+            # lines.
             self._told = now
             self.say(line)
 
@@ -114,7 +115,7 @@ class Progress:
 def without_colours(text: str) -> str:
     """Removes the terminal's escape sequences for colours from a text, so that the text can be written to a file.
 
-    Text that is green on the terminal is put between « and » instead.
+    Text that is green on the terminal is put between « and » in the returned text.
     """
     text = re.sub(r"\x1b\[32m(.*?)\x1b\[0m", r"«\1»", text, flags=re.DOTALL)
     return re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", text)

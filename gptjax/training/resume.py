@@ -35,7 +35,7 @@ from gptjax.weights.native import recover_folder
 def refuse(written: Config, missing: Callable[[Config], None]) -> bool:
     """Checks a config and its run directory, without reading data or writing files.
 
-    The checks take about a second.
+    Checking a config and its run directory takes about a second.
 
     Args:
         written: the config as the user wrote it, without the values that depend on the data.
@@ -217,7 +217,7 @@ def meta_config(meta: dict[str, Any]) -> Config:
     try:
         _counters(meta["counters"])
         return config.from_yaml(meta["config"], "its settings")
-    except (TypeError, ValueError, OverflowError) as error:  # UserError, a subclass of ValueError, is caught too.
+    except (TypeError, ValueError, OverflowError) as error:  # ValueError includes its subclass UserError.
         raise Damaged(f"meta.json: {error}") from error
 
 

@@ -15,9 +15,10 @@ from gptjax.training.run import Run
 def roll(run: Run, meter: Meter) -> Any:
     """Generates answers, and returns the batches of the next compiled call, which trains the model on the answers.
 
-    The leaves of the batches have shape [k, B, ..], or [B, ..] if k is 1. The answers are appended to rollouts.jsonl.
-    The metrics of the answers, if there are any, are appended to metrics.jsonl. The rows in both files have the number
-    of the first step that trains the model on the answers.
+    The leaves of the batches for a call of k training steps have shape [k, B, ..], or [B, ..] if k is 1. The generated
+    answers are appended to rollouts.jsonl. The metrics of the generated answers, if there are any, are appended to
+    metrics.jsonl. The rows in rollouts.jsonl and metrics.jsonl have the number of the first step that trains the model
+    on the answers.
     """
     assert run.task.rollouts is not None
     with run.progress.phase("generating answers"):

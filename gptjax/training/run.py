@@ -71,7 +71,7 @@ class Counters:
 
 @dataclasses.dataclass
 class Run:
-    """One training run. The attributes `state`, `step` and `counters` change during training.
+    """One training run. The attributes `state`, `step` and `counters` of a `Run` change during training.
 
     Attributes:
         cfg: the config, with the values that depend on the data filled in.
@@ -113,7 +113,8 @@ class Run:
     def both(self) -> tuple[Any, Any]:
         """The pair (trained params, frozen params).
 
-        If train.ema or train.average_last is set, the average of the trained params replaces the trained params.
+        If train.ema or train.average_last is set, the pair contains the average of the trained params instead of the
+        trained params.
         """
         return average_of(self.state.params, self.state.opt_state), self.state.frozen
 

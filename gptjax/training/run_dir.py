@@ -43,8 +43,8 @@ except ImportError:
 
 # The files that contain the test results of a fine-tuned model.
 OF_THE_END = ("test.json", "responses.jsonl", "confusion.png")
-# A lock file that has not been modified for LOCK_STALE_S seconds counts as abandoned. The process that holds the lock
-# updates the file's modification time at least every 10 s.
+# A lock file that has not been modified for LOCK_STALE_S seconds counts as abandoned. The process that trains in a run
+# directory updates the modification time of its lock file at least every 10 s.
 LOCK_STALE_S = 180
 
 # The following settings may differ when a run is resumed, because they do not affect the trained weights.
@@ -58,7 +58,7 @@ MAY_CHANGE = (
 class RunDir:
     """The paths and files of one training run.
 
-    The method `check` must be called before files are written. Files may be written only inside
+    The method `check` must be called before files of the run are written. Files of the run may be written only inside
     `with run_dir.locked():`.
     """
 
@@ -138,7 +138,7 @@ class RunDir:
         """
         try:
             return config.from_yaml(self.config.read_text(encoding="utf-8"), str(self.config))
-        except (OSError, ValueError) as error:  # UserError, a subclass of ValueError, is caught too.
+        except (OSError, ValueError) as error:  # ValueError includes its subclass UserError.
             details = "\n".join(f"  {line}" for line in str(error).splitlines())
             raise UserError(
                 f"run_dir={self.path} is taken: its config.yaml was not written by gptjax, or is damaged; "
@@ -189,8 +189,8 @@ class RunDir:
     def begin(self, cfg: Config, environment: dict[str, Any]) -> None:
         """Writes environment.json, and writes config.yaml if the file does not exist.
 
-        If `cfg` has more steps than the stored config, the numbers of steps and epochs in config.yaml are updated. If
-        the run had ended before, the test results of the shorter run are deleted.
+        If `cfg` has more steps than the stored config, the numbers of steps and epochs in config.yaml are updated. If a
+        run that had ended is trained further, the test results of the shorter run are deleted.
         """
         stored = self.stored() if self.config.exists() else None
         if stored is None:
@@ -205,7 +205,8 @@ class RunDir:
     def cut_metrics(self, step: int, say: Callable[[str], None]) -> None:
         """Removes the rows of all steps after `step` from metrics.jsonl and rollouts.jsonl.
 
-        An incomplete last line of a file is removed too. Damaged lines are removed with a warning.
+        An incomplete last line of metrics.jsonl or rollouts.jsonl is removed. Damaged lines of the two files are
+        removed with a warning.
         """
         for file in filter(Path.exists, (self.metrics, self.rollouts)):
             lines, damaged = _lines(file)
@@ -243,8 +244,8 @@ def refuse_unwritable(path: Path) -> None:
 def refuse_foreign(path: Path, allowed: str = "") -> None:
     """Checks that a directory without a run contains no files of other programs.
 
-    A lock file and temporary files are allowed, because a run that was killed during its start may have left such
-    files.
+    A directory without a run may contain a lock file and temporary files, left by a run that was killed during its
+    start.
 
     Args:
         allowed: regular expression that matches the names of further files that the directory may hold.
@@ -278,14 +279,14 @@ def _refuse_owner(path: Path, lock: TextIO) -> None:
         except BlockingIOError:
             held = True
         except OSError:
-            pass  # The file system does not support locks.
+            pass  # An OSError means that the file system does not support locks.
     try:
         owner = json.loads(lock.read() or "{}")
     except (ValueError, RecursionError):
         owner = {}
     owner = owner if isinstance(owner, dict) else {}
-    # The operating system releases the lock of a process on this machine when the process ends. If the process runs on
-    # another machine, only the age of the lock file shows whether the process has ended.
+    # The operating system releases the lock of a process on this machine when the process ends. If the process that
+    # holds a lock runs on another machine, only the age of the lock file shows whether the process has ended.
     other_host = bool(owner) and (not fcntl or owner.get("host") != socket.gethostname())
     if held or (other_host and time.time() - os.fstat(lock.fileno()).st_mtime < LOCK_STALE_S):
         process = f"process {owner.get('pid', '?')} on {owner.get('host', '?')}"
@@ -299,7 +300,8 @@ def _refuse_owner(path: Path, lock: TextIO) -> None:
 def read_metrics(run_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """Reads the file metrics.jsonl of a run directory, and returns its rows as dicts.
 
-    An incomplete last line of the file is left out. Damaged lines are left out with a Python warning.
+    An incomplete last line of metrics.jsonl is left out. Damaged lines of metrics.jsonl are left out with a Python
+    warning.
     """
     path = Path(run_dir) / "metrics.jsonl"
     if not path.exists():
@@ -313,7 +315,7 @@ def read_metrics(run_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
 def _lines(path: Path) -> tuple[list[tuple[bytes, dict[str, Any]]], int]:
     """Reads the valid lines of a metrics.jsonl file, and counts the damaged lines.
 
-    An incomplete last line of the file is neither returned nor counted as damaged.
+    An incomplete last line of a metrics.jsonl file is neither returned nor counted as damaged.
 
     Returns:
         (list of pairs (line, row parsed from the line), number of damaged lines).
@@ -370,7 +372,7 @@ def _resolve_like(stored: Config, written: Config) -> Config:
     """Returns the config `written`, in which values that depend on the data or the base model come from `stored`."""
     model, train = written.model, written.train
     pretrain, tokenizer = written.pretrain, written.tokenizer
-    if written.task != "pretrain" or pretrain.base is not None:  # The base model determines the architecture.
+    if written.task != "pretrain" or pretrain.base is not None:  # A base model determines the architecture.
         model = stored.model.computed_as(model)
     elif not model.vocab_size:
         model = dataclasses.replace(model, vocab_size=stored.model.vocab_size)
@@ -408,7 +410,8 @@ def environment() -> dict[str, Any]:
     }
 
 
-# A resumed run is bitwise equal to an uninterrupted run only if none of these entries of environment.json has changed.
+# BITWISE lists the entries of environment.json that must not change for a resumed run to be bitwise equal to an
+# uninterrupted run.
 BITWISE = ("versions", "backend", "device", "devices", "XLA_FLAGS")
 
 

@@ -154,16 +154,18 @@ def make_train_step(
         finite = jnp.isfinite(mean.total) & jnp.isfinite(norm)
 
         def update(operands):
-            # The gradients are scaled inside this function, so that XLA fuses the scaling with the optimizer's update.
+            # The gradients are scaled inside the function `update`, so that XLA fuses the scaling with the optimizer's
+            # update.
             grads, scale, norm, params, opt_state = operands
             grads = jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
             updates, opt_state = tx.update(grads, opt_state, params, grad_norm=norm)
             return optax.apply_updates(params, updates), opt_state
 
         operands = (grads, scale, norm, state.params, state.opt_state)
-        # On a GPU, jnp.where is used, because lax.cond would copy the whole state and make the host wait for `finite`.
-        # If the optimizer state is in host memory (optim.offload), lax.cond is used on a GPU too, because arrays in
-        # host memory can only be copied, so that jnp.where does not work on such arrays.
+        # On a GPU, jnp.where selects the new or the old state, because lax.cond would copy the whole state and make the
+        # host wait for `finite`. If the optimizer state is in the host memory of a GPU machine (optim.offload),
+        # lax.cond selects the new or the old state, because arrays in host memory can only be copied, which rules out
+        # jnp.where.
         spaces = (str(getattr(jax.typeof(m), "memory_space", "")).lower() for m in jax.tree.leaves(state.opt_state))
         if platform() == "gpu" and not any("host" in space for space in spaces):
             params, opt_state = jax.tree.map(
@@ -208,9 +210,9 @@ def make_multi_step(step: Callable) -> Callable[[TrainState, Any], tuple[TrainSt
 def evaluate(loss: Loss, params: Any, batches: Iterable[Any]) -> tuple[Mean, Metrics]:
     """Sums the totals and the weights of the loss, and of each metric that is a `Mean`, over all batches.
 
-    The sums are computed on the host in float64. The method `Mean.value` divides the summed total by the summed weight,
-    which gives the weighted mean over the targets of all batches. In the weighted mean, a short last batch counts less
-    than a full batch. The caller should jit the function `loss`.
+    The sums of the loss and the metrics are computed on the host in float64. The method `Mean.value` divides the summed
+    total by the summed weight, which gives the weighted mean over the targets of all batches. In the weighted mean, a
+    short last batch counts less than a full batch. The caller should jit the function `loss`.
 
     Returns:
         (loss, metrics): the `Mean` of the loss over all batches, and a dict with the `Mean` of each metric over all

@@ -136,7 +136,7 @@ class Task(NamedTuple):
     def functions(self, cfg: Config) -> StepFunctions:
         """Returns the `StepFunctions` for a config.
 
-        If train.ema or train.average_last is set, the optimizer also averages the trained params.
+        If train.ema or train.average_last is set, the optimizer not only updates but also averages the trained params.
         """
         functions = self.build(cfg)
         return functions._replace(optimizer=with_average(functions.optimizer, cfg))
@@ -167,7 +167,8 @@ def short_run(cfg: Config) -> str:
     """Returns a warning if all steps of a run are in the learning rate's warmup, or "" if the run has more steps.
 
     If `train.epochs` is not set, `config.check` refuses a run whose steps are all in the warmup. If `train.epochs` is
-    set, `config.check` cannot refuse the run, because the number of steps depends on the size of the data.
+    set, `config.check` cannot refuse a run whose steps are all in the warmup, because the number of steps depends on
+    the size of the data.
     """
     steps, warmup = cfg.train.max_steps, cfg.optim.warmup_steps
     if warmup < steps:

@@ -1,6 +1,7 @@
 """Trains N runs in one compiled program.
 
-The training step of `make_train_step`, the loss and the initial state are vmapped over the runs:
+To train N runs in one program, the training step of `make_train_step`, the loss and the initial state are vmapped over
+the runs:
 
     states = create(init, lambda hparams: build(hparams).optimizer, seeds, hparams)     a TrainState of leaves [N, ..]
     step   = jax.jit(make_step(build))
@@ -17,9 +18,9 @@ steps. Sweeps and the training of many adapters use `make_step`.
 
 The function `as_one` makes N runs look like one run to the training loop, with one step counter and one checkpoint.
 Fine-tuning with several seeds uses `as_one`. The loss function of `as_one` returns the sum of the mean losses of the
-runs, with weight N. The training step therefore divides the gradients by N, and the optimizer of `as_one` multiplies
-the gradients by N again. The dropout keys of all runs are split from one key. If the loss or gradient of one run is not
-finite, all runs skip the training step.
+runs, with weight N. The training step divides the gradients by the weight of the loss of `as_one`, N, and the optimizer
+of `as_one` multiplies the gradients by N again. With `as_one`, the dropout keys of all runs are split from one key.
+With `as_one`, all runs skip a training step in which the loss or gradient of one run is not finite.
 """
 
 from __future__ import annotations
@@ -111,8 +112,9 @@ def as_one(functions: StepFunctions, n: int) -> StepFunctions:
         trained, frozen = params
         mean, metrics = losses(trained, None, frozen, batch, None if key is None else jax.random.split(key, n))
         metrics = {k: Mean(v.total.sum(), v.weight.sum()) for k, v in metrics.items() if isinstance(v, Mean)}
-        # During validation, `key` is None. The caller sums the totals and the weights over all batches and then divides
-        # the summed total by the summed weight, so the total of one batch must not be divided here.
+        # During validation, `key` is None. The total of one validation batch must not be divided by its weight in
+        # `loss`, because the caller sums the totals and the weights over all batches and divides the summed total by
+        # the summed weight.
         if key is None:
             return Mean(mean.total.sum(), mean.weight.sum()), metrics
         return Mean((mean.total / jnp.maximum(mean.weight, 1e-9)).sum(), jnp.float32(n)), metrics
@@ -133,8 +135,8 @@ def as_one(functions: StepFunctions, n: int) -> StepFunctions:
 def stack(batches: Sequence[Any], axis: int = 0) -> Any:
     """Stacks the batches of N runs along a new axis.
 
-    A leaf that differs in size between the batches is padded with zeros to the largest size. In the batches of all
-    tasks, zeros stand for padding.
+    A leaf whose size differs between the batches is padded with zeros to the largest size. In the batches of all tasks,
+    zeros stand for padding.
     """
 
     def padded(*leaves: np.ndarray) -> np.ndarray:

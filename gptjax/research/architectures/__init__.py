@@ -14,10 +14,11 @@ Each architecture is a module that defines four functions, `init`, `apply`, `ini
     deltanet         gated DeltaNet: caches one matrix per head, whose size does not depend on the sequence length
     costs            formulas for cache bytes, numbers of parameters and FLOPs; no architecture
 
-The functions are pure. A sequence may be split anywhere: calls of `extend` on its consecutive parts return the same
-outputs as one call of `apply` on the whole sequence. All rows of a batch have the same length; for rows of different
-lengths, use `jax.vmap` over the rows. The params of a layer are a plain nested dict, so `jax.grad`, `jax.vmap`, optax
-optimizers and `gptjax.lora` (targets="*/kernel") accept the params.
+The functions are pure. A sequence of inputs may be split anywhere: calls of a layer's function `extend` on consecutive
+parts of the sequence return the same outputs as one call of the layer's function `apply` on the whole sequence. All
+rows of a batch have the same length; for rows of different lengths, use `jax.vmap` over the rows. The params of a layer
+are a plain nested dict, so `jax.grad`, `jax.vmap`, optax optimizers and `gptjax.lora` (targets="*/kernel") accept the
+params.
 """
 
 from __future__ import annotations

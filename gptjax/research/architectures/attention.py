@@ -54,7 +54,8 @@ class Config:
 class Cache(NamedTuple):
     """KV cache with S slots per row: keys and values [B, K, S, H] float32.
 
-    The integer `length` (int32) is the number of filled slots; the filled slots come first.
+    The attribute `length` (int32) of a KV cache is the number of filled slots; the filled slots precede the empty
+    slots.
     """
 
     k: jax.Array

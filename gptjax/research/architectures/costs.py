@@ -1,6 +1,7 @@
 """Formulas for the bytes of a KV cache, the parameters of a mixture of experts, and the FLOPs of a decoder.
 
-The functions count `itemsize` bytes per cached element (2 for bfloat16), without any overhead. 1 GB is 10^9 bytes.
+The formulas for caches count `itemsize` bytes per cached element (2 for bfloat16), and no overhead. One GB is 10^9
+bytes.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from gptjax.research.architectures import deltanet, mla, moe
 def kv_cache_bytes(cfg: ModelConfig, batch: int = 1, itemsize: int = 2) -> int:
     """Returns the size in bytes of the KV caches of all layers for `cfg.context_length` tokens.
 
-    Sliding-window layers, marked S in cfg.window_pattern, are counted with a cache of cfg.sliding_window tokens. The
-    cache of the GPT model, `gptjax.model.cache`, is larger: it allocates context_length slots in every layer, including
-    sliding-window layers. Multi-head, grouped-query and multi-query attention differ only in cfg.n_kv_head, the number
-    of key/value heads.
+    Sliding-window layers, marked S in cfg.window_pattern, are counted with a cache of cfg.sliding_window tokens. If a
+    model has sliding-window layers, the returned size is smaller than the cache of `gptjax.model.cache`, which
+    allocates context_length slots in every layer. Multi-head, grouped-query and multi-query attention differ only in
+    cfg.n_kv_head, the number of key/value heads.
     """
     slots = sum(min(window or cfg.context_length, cfg.context_length) for window in cfg.windows)
     return batch * slots * 2 * cfg.n_kv_head * cfg.head_dim * itemsize
@@ -26,7 +27,8 @@ def kv_cache_bytes(cfg: ModelConfig, batch: int = 1, itemsize: int = 2) -> int:
 def mla_cache_bytes(cfg: mla.Config, n_layer: int, length: int, batch: int = 1, itemsize: int = 2) -> int:
     """Returns the size in bytes of the caches of `n_layer` layers of multi-head latent attention, for `length` tokens.
 
-    The cache of a layer holds one latent vector and one shared RoPE key per token.
+    The cache of a multi-head latent attention layer holds one latent vector and one RoPE key, shared by all heads, per
+    token.
 
     Source: arXiv:2405.04434, table 1.
     """
@@ -36,8 +38,8 @@ def mla_cache_bytes(cfg: mla.Config, n_layer: int, length: int, batch: int = 1, 
 def deltanet_state_bytes(cfg: deltanet.Config, n_layer: int, batch: int = 1, itemsize: int = 2) -> int:
     """Returns the size in bytes of the caches of `n_layer` Gated DeltaNet layers.
 
-    The cache of a layer holds the state matrices and the last inputs of the convolution. The size of the cache does not
-    depend on the sequence length.
+    The cache of a Gated DeltaNet layer holds the state matrices and the last inputs of the convolution. The size of a
+    Gated DeltaNet cache does not depend on the sequence length.
     """
     tail = (cfg.conv_width - 1) * 3 * cfg.n_head * cfg.d_head
     return batch * n_layer * (cfg.n_head * cfg.d_head**2 + tail) * itemsize

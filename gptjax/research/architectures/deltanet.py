@@ -4,9 +4,10 @@ Each attention head has one state matrix S, which maps keys to values:
     S_t = a_t S_t-1 (I - b_t k_t k_t^T) + b_t v_t k_t^T     decay by a_t, then replace the value stored for k_t by v_t
     o_t = S_t q_t
 
-The queries q, keys k and values v pass through a short causal convolution and SiLU, and q and k are L2-normalised. The
-decay is a = exp(-A softplus(x W_a + d)), the write strength is b = sigmoid(x W_b), and the output of the layer is
-norm(o) silu(x W_g) W_O. The layer is described in arXiv:2412.06464, equation 10, section 3.4 and figure 1.
+The queries q, keys k and values v pass through a short causal convolution and SiLU, and q and k are L2-normalised. With
+the learned parameters A, d and W, a Gated DeltaNet layer computes from its input x the decay exp(-A softplus(x W_a +
+d)), the write strength sigmoid(x W_b) and, from the product o of state matrix and query, the output norm(o) silu(x W_g)
+W_O. Gated DeltaNet is described in arXiv:2412.06464, equation 10, section 3.4 and figure 1.
 """
 
 from __future__ import annotations
@@ -61,9 +62,10 @@ class Cache(NamedTuple):
 def init(key: jax.Array, cfg: Config) -> Params:
     """Initialises the parameters of a Gated DeltaNet layer.
 
-    The kernels are drawn from N(0, 1 / in), and the decay rates A from the uniform distribution U(1, 16). The bias d of
-    the decay is drawn so that softplus(d) is log-uniform in [0.001, 0.1]. The decay rates A and the bias d are
-    initialised as in the code of Mamba-2 (arXiv:2405.21060).
+    The kernels [in, out] are drawn from the normal distribution N(0, 1 / in), and the decay rates A from the uniform
+    distribution U(1, 16). The bias d in the decay exp(-A softplus(x W_a + d)) is drawn so that softplus(d) is
+    log-uniform in [0.001, 0.1]. The decay rates A and the bias d are initialised as in the code of Mamba-2
+    (arXiv:2405.21060).
     """
     D, N, wide = cfg.d_model, cfg.n_head, cfg.n_head * cfg.d_head
     shapes = dict.fromkeys(("q", "k", "v", "gate"), (D, wide))
@@ -104,7 +106,7 @@ def extend(params: Params, x: jax.Array, cfg: Config, cache: Cache) -> tuple[jax
 
 
 def gates(params: Params, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns the decay a and the write strength b of every token and head; both are [B, T, N], between 0 and 1."""
+    """Returns the decay and the write strength of every token and head, two arrays [B, T, N] of values from 0 to 1."""
     forget = params["forget"]
     rate = jax.nn.softplus(linear(x, forget["kernel"], forget["bias"]))
     return jnp.exp(-jnp.exp(forget["log_rate"]) * rate), jax.nn.sigmoid(linear(x, params["write"]["kernel"]))

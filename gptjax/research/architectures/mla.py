@@ -6,12 +6,14 @@
     k_h = [c W_UK,h ; k_r]                 [H + P]
     y   = sum_h softmax(q_h k_h^T / sqrt(H + P)) (c W_UV,h) W_O,h
 
-The function `apply` computes the keys and values of all heads, which is the cheapest method for many tokens. The
-function `extend` does not compute keys and values: it multiplies each query by (W_UK,h)^T, and multiplies the attention
-output by W_UV,h. The cached vectors, with R + P elements per token, then serve as one key head that all query heads
-share.
+The function `apply` computes the keys and values of all heads from the latent vectors, which is the cheapest method for
+many tokens. The function `extend` of multi-head latent attention does not compute keys and values: for each head h, it
+multiplies the query by the transpose of W_UK,h, the up-projection matrix of the keys, and multiplies the attention
+output by W_UV,h, the up-projection matrix of the values. In `extend`, the cached vectors (a latent vector of R elements
+and a RoPE key of P elements per token) serve as one key head that all query heads share.
 
-The equations are from DeepSeek-V2, arXiv:2405.04434, eq. 37-47; section 3.1.2 of the paper describes the norms.
+The equations of multi-head latent attention are from DeepSeek-V2, arXiv:2405.04434, eq. 37-47; section 3.1.2 of the
+paper describes the norms.
 """
 
 from __future__ import annotations
@@ -111,8 +113,8 @@ def extend(params: Params, x: jax.Array, cfg: Config, cache: Cache) -> tuple[jax
     latents = jax.lax.dynamic_update_slice(cache.latents, new, (0, cache.length, 0))
     k_up, v_up = (dense(params[name]["kernel"]).reshape(R, N, H) for name in ("k_up", "v_up"))
     q = jnp.concatenate([jnp.einsum("BTNH,RNH->BTNR", q_c, k_up), q_r], -1)
-    # The latent vectors serve as one key head, which all query heads share. The first R channels of the key head also
-    # serve as the values.
+    # The latent vectors serve as one key head, which all query heads share. The values are the first R channels of the
+    # shared key head, which are the latent vectors without the RoPE keys.
     kv_head = latents[:, None]
     mean = heads_attention(q, kv_head, kv_head, offset=cache.length, scale=(H + cfg.d_rope) ** -0.5)[..., :R]
     y = jnp.einsum("BTNR,RNH->BTNH", mean, v_up)

@@ -53,7 +53,7 @@ class Config:
 def init(key: jax.Array, cfg: Config) -> Params:
     """Initialises the kernels of the router, [D, E], and of E experts of hidden size F.
 
-    The experts have the kernels up and gate, [E, D, F] each, and down, [E, F, D].
+    The stacked kernels of all E experts are `up` and `gate`, [E, D, F], and `down`, [E, F, D].
     """
     D, F, E = cfg.d_model, cfg.d_ff, cfg.n_expert
     return kernels(key, {"router": (D, E), "up": (E, D, F), "gate": (E, D, F), "down": (E, F, D)})
@@ -63,8 +63,8 @@ def apply(params: Params, x: jax.Array, cfg: Config) -> jax.Array:
     """Applies the mixture of experts to each token of x [B, T, D] independently, and returns the outputs [B, T, D]."""
     weights, experts = route(params, x, cfg)
     rows = x.reshape(-1, x.shape[-1])
-    # The flattened array `experts` is sorted by expert index. Element i of the unsorted array belongs to token
-    # i // n_active.
+    # The flattened array `experts` is sorted by expert index. Before sorting, element i of the flattened array
+    # `experts` is the index of an expert that processes token i // n_active.
     order = experts.reshape(-1).argsort()
     sizes = jnp.bincount(experts.reshape(-1), length=cfg.n_expert).astype(jnp.int32)
     token = order // cfg.n_active
@@ -101,10 +101,11 @@ def balance_loss(params: Params, x: jax.Array, cfg: Config) -> jax.Array:
 
     The load balancing loss is E times the sum over the E experts of (fraction of routing choices that select the
     expert) * (mean router probability of the expert). The load balancing loss is 1 if all experts process equally many
-    tokens. The loss reaches its maximum, E / n_active, if every token is routed to the same n_active experts and the
-    router assigns probability 0 to all other experts.
+    tokens. The load balancing loss reaches its maximum, E / n_active, if every token is routed to the same n_active
+    experts and the router assigns probability 0 to all other experts.
 
-    The loss follows arXiv:2101.03961, eq. 4-6, extended from one expert per token to n_active experts per token.
+    The load balancing loss follows arXiv:2101.03961, eq. 4-6, extended from one expert per token to n_active experts
+    per token.
     """
     chosen = jax.nn.one_hot(route(params, x, cfg)[1], cfg.n_expert)
     fraction = chosen.reshape(-1, cfg.n_expert).mean(0)

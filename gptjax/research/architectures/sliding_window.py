@@ -1,7 +1,7 @@
 """Sliding-window attention: each token attends to the last `window` tokens, including itself.
 
-The cache has window - 1 slots. After L layers the receptive field of a token is L (window - 1) + 1 tokens, as described
-in arXiv:2004.05150, section 3.1.
+The KV cache of a sliding-window layer has window - 1 slots. After L sliding-window layers, the receptive field of a
+token is L (window - 1) + 1 tokens, as described in arXiv:2004.05150, section 3.1.
 
 With a window of 3, the tokens 0 to 4 attend to the following tokens:
 
@@ -50,8 +50,9 @@ def init_cache(cfg: Config, batch: int, length: int = 0) -> Cache:
 def extend(params: Params, x: jax.Array, cfg: Config, cache: Cache) -> tuple[jax.Array, Cache]:
     """Applies sliding-window attention to the next T tokens x [B, T, D], and updates the KV cache.
 
-    The cache holds the keys and values of the last window - 1 tokens in order, left-aligned; older tokens are dropped.
-    The attribute `length` of the cache counts all tokens read so far, including dropped tokens.
+    The KV cache holds the keys and values of the last window - 1 tokens in order, left-aligned; older tokens are
+    dropped. The attribute `length` of the KV cache counts all tokens read so far, including tokens whose keys and
+    values have been dropped.
     """
     T, n_slots = x.shape[1], cfg.window - 1
     filled = jnp.minimum(cache.length, n_slots)

@@ -1,6 +1,6 @@
 """Audits a model for memorised training text and for data poisoning.
 
-The function `audit` runs all checks. Each check can also be called as a function:
+The function `audit` runs all checks of an audit. Each check of an audit can also be called as a function:
 
     outlier_scores    how similar a row's gradient is to the most similar gradients of other rows: finds poisoned rows
                       and duplicates
@@ -11,8 +11,8 @@ The function `audit` runs all checks. Each check can also be called as a functio
     drift             how fine-tuning changed the model's predictions on a set of prompts
 
 Every check except `drift` has a p-value: the probability of a result at least as extreme, under the null hypothesis
-that the model has not memorised its training text and that the training data are not poisoned. A check raises an alarm
-if its p-value is at most `alpha`, so that the expected rate of false alarms is at most `alpha`.
+that the model has not memorised its training text and that the training data are not poisoned. A check of an audit
+raises an alarm if its p-value is at most `alpha`, so that the expected rate of false alarms is at most `alpha`.
 """
 
 from typing import Any

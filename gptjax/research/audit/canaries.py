@@ -24,7 +24,7 @@ CANDIDATES = 2047  # The default number of random candidates that a secret is co
 def read_canaries(path: str | Path) -> list[dict[str, str]]:
     """Reads canaries from a .jsonl file.
 
-    Each line of the file is a JSON object: {"prefix": .., "secret": ..} or {"trigger": .., "payload": ..}.
+    Each line of a file of canaries is a JSON object: {"prefix": .., "secret": ..} or {"trigger": .., "payload": ..}.
 
     Raises:
         UserError: a line is invalid (the message lists at most 20 invalid lines), or the file has no canaries.
@@ -76,9 +76,9 @@ def backdoor_trigger(
 ) -> Trigger:
     """Tests whether a trigger phrase raises the log-probability of a payload more than control phrases do.
 
-    The log-probability of the payload is computed after every phrase in the same contexts. The p-value is computed from
-    the rank of `phrase` among the control phrases. The p-value is exact if the function `phrases` drew `phrase` and the
-    control phrases from the same distribution.
+    The log-probability of the payload is computed after the trigger phrase and after every control phrase, in the same
+    contexts. The p-value of the trigger test is computed from the rank of `phrase` among the control phrases. The
+    p-value is exact if the function `phrases` drew `phrase` and the control phrases from the same distribution.
     """
     texts = [
         (truncate_prompt(encode(f"{context}{candidate}"), payload_ids, cfg), payload_ids)
@@ -107,7 +107,7 @@ def random_candidates(secret: str, n: int, seed: int) -> list[str]:
     """Draws n random secrets of the same format as `secret`.
 
     Each digit of the secret is replaced by a random digit, and each letter a-z or A-Z by a random letter of the same
-    case. All other characters of the secret are kept.
+    case. Characters of the secret that are neither digits nor letters a-z or A-Z are kept.
     """
     rng = np.random.default_rng(seed)
     kinds = [next((kind for kind in _KINDS if c in kind), c) for c in secret]

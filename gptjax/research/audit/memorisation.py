@@ -56,7 +56,7 @@ def extraction(
     """Measures how often greedy decoding from a prefix of a text reproduces the following tokens, the suffix, exactly.
 
     In each document, the first suffix begins after max(prefixes) tokens, and a further suffix begins every `stride`
-    tokens. All prefix lengths are tested on the same suffixes. The suffixes do not overlap if `stride` is at least the
+    tokens. Every prefix length is tested on the same suffixes. The suffixes do not overlap if `stride` is at least the
     suffix length.
 
     Args:
@@ -105,8 +105,8 @@ def _wilson(hits: np.ndarray) -> tuple[int, int, float, float, float]:
 class Membership(NamedTuple):
     """The result of the function `membership`, which tests whether scores separate training text from held-out text.
 
-    The two scores are the loss and Min-K% Prob. Members are rows of training text, and non-members are rows of held-out
-    text. The loss is negated, so that a high score indicates a member.
+    Rows of text are scored by their loss and by Min-K% Prob. Members are rows of training text, and non-members are
+    rows of held-out text. The loss of a row is negated, so that a high score indicates a row of training text.
 
     Attributes:
         loss_auc, min_k_auc: AUC of each score over rows, the probability that a member scores above a non-member.
@@ -133,9 +133,10 @@ def membership(
 ) -> Membership:
     """Measures how well two scores separate members (rows of training text) from others (rows of held-out text).
 
-    The first score is the negative loss. The second score is Min-K% Prob, the mean log-probability of the least likely
-    fraction k of a row's tokens. The p-value is computed by a one-sided Mann-Whitney U test (normal approximation) on
-    the larger of the two scores' AUCs, Bonferroni-corrected for two tests.
+    The first membership score of a row is its negative loss. The second membership score is Min-K% Prob, the mean
+    log-probability of the least likely fraction k of a row's tokens. The p-value is computed by a one-sided
+    Mann-Whitney U test (normal approximation) on the larger of the two scores' AUCs, Bonferroni-corrected for two
+    tests.
 
     Args:
         documents: pair (document index of each row of `members`, document index of each row of `others`). If it is
@@ -173,9 +174,9 @@ def auc(members: np.ndarray, others: np.ndarray) -> float:
 
 
 def _evidence(scored: Scored, batch: Batch, k: float) -> tuple[np.ndarray, np.ndarray]:
-    """Computes the two membership scores of each of n rows.
+    """Computes two membership scores, the negative loss and Min-K% Prob, of each of n rows.
 
-    Tokens with loss weight 0 are ignored.
+    Tokens with loss weight 0 do not affect the membership scores.
 
     Returns:
         (mean log-probability of each row's tokens, mean log-probability of the least likely fraction k of each row's

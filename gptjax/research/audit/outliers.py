@@ -24,8 +24,8 @@ def outlier_scores(features: np.ndarray, reference: np.ndarray | None = None, k:
     similarities are computed, each gradient is normalised to length 1, and the mean of the normalised training
     gradients is subtracted.
 
-    A high score means that the gradient of a row differs from the average gradient, but is similar to the gradients of
-    a few other rows. Poisoned rows and duplicates have high scores.
+    A high outlier score means that the gradient of a row differs from the average gradient, but is similar to the
+    gradients of a few other rows. Poisoned rows and duplicates have high outlier scores.
 
     Args:
         features: gradient features of the n training rows, K numbers per row, [n, K]
@@ -67,18 +67,18 @@ class Tail(NamedTuple):
 
 
 def tail(scores: np.ndarray, reference: np.ndarray, alpha: float) -> Tail:
-    """Flags the training scores above a threshold that gives a false positive rate of about `alpha` per row.
+    """Flags training rows whose outlier scores exceed a threshold with a false positive rate of about `alpha` per row.
 
     The threshold is the r-th largest of the m reference scores, where r is alpha (m + 1) rounded down, but at least 1.
-    If all rows are exchangeable, the false positive rate per row is r / (m + 1), which exceeds `alpha` only if
-    alpha (m + 1) < 1.
+    If the threshold is the r-th largest of m reference scores and all rows are exchangeable, the false positive rate
+    per row is r / (m + 1), which exceeds `alpha` only if alpha (m + 1) < 1.
 
     The p-value is computed by a conformal test, and is exact if all rows are exchangeable. If x of the n training
     scores exceed every one of the m reference scores, the p-value is C(n, x) / C(n + m, x), the probability that the x
     largest of all n + m scores are training scores.
 
-    To detect a small number of planted rows, use about as many reference scores as training scores: for 10 planted rows
-    and large n, the p-value is about 2^-10 = 0.001 with m = n, but (2/3)^10 = 0.017 with m = n / 2.
+    To detect a small number of planted rows, use about as many reference scores (m) as training scores (n): for 10
+    planted rows and large n, the p-value is about 2^-10 = 0.001 with m = n, but (2/3)^10 = 0.017 with m = n / 2.
     """
     n, m = len(scores), len(reference)
     r = max(1, int(alpha * (m + 1) + 1e-9))

@@ -80,8 +80,8 @@ def checkpoints(run_dir: str | Path) -> tuple[list[Checkpoint], Config | None, l
             models.append(Checkpoint(f"step {step:,}", partial(_merged_params, saved, step, cfg)))
     if last is not None:
         models.append(Checkpoint(f"step {last:,}, the last", lambda: weights.load(run.final)[0]))
-    # A run without checkpoints has one model, in final/ or best/. `weights.load` raises an error if both final/ and
-    # best/ are missing.
+    # A run without checkpoints has one model, in the folder final/ or best/ of the run. `weights.load` raises an error
+    # if both folders, final/ and best/, are missing.
     if not models:
         models.append(Checkpoint("model", lambda: weights.load(run_dir)[0]))
     return models, cfg, notes
@@ -142,8 +142,8 @@ def audit(
     """Runs every check of an audit whose inputs are given in `settings`, and returns the report.
 
     `audit.report.page` renders the report as HTML, and `audit.results.to_json` converts the report to the contents of
-    audit.json. Every model is read from disk only once. For the outlier check, the gradient features of all models are
-    concatenated.
+    audit.json. Every audited model is read from disk only once. For the outlier check, the gradient features of all
+    audited models are concatenated.
 
     Args:
         say: function that receives progress messages.
@@ -212,8 +212,8 @@ def _contexts(
     """Returns contexts and words from held-out text, for the test of backdoor triggers.
 
     The contexts are the beginnings of up to `CONTEXTS` held-out chunks, each cut at a word boundary. The list of words
-    contains the distinct words in the beginnings of all held-out chunks. The first and the last word of each beginning
-    are left out, because these words may be incomplete.
+    contains the distinct words in the beginnings of all held-out chunks. The first and the last word of each chunk's
+    beginning are left out of the list of words, because these words may be incomplete.
     """
     texts = [
         tokenizer.decode(store.tokens[start : min(end, start + 64)].tolist())

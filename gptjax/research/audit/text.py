@@ -38,7 +38,7 @@ def document_spans(store: TokenStore) -> Iterator[tuple[int, int]]:
 
 
 def sample(values: np.ndarray, max_n: int, seed: int) -> np.ndarray:
-    """Returns at most `max_n` of the values, drawn at random without replacement. The order of the values is kept."""
+    """Returns at most `max_n` of the values, drawn at random without replacement. The drawn values keep their order."""
     if len(values) <= max_n:
         return values
     return values[np.sort(np.random.default_rng(seed).choice(len(values), max_n, replace=False))]
@@ -83,7 +83,7 @@ def rows(store: TokenStore, starts: np.ndarray, ends: np.ndarray, length: int | 
 
 
 def rows_of(texts: Sequence[tuple[Sequence[int], Sequence[int]]], most: int | None = None) -> Batch:
-    """Returns a batch with one pair (prompt, continuation) per row. Only tokens of the continuation have weight 1.
+    """Returns a batch with one pair (prompt, continuation) per row. Only continuation tokens have loss weight 1.
 
     Rows are padded to a multiple of 16 tokens, but to at most `most` tokens, so that batches of similar lengths share
     one compiled program.
@@ -114,7 +114,7 @@ class Scored(NamedTuple):
 def score(params: Params, cfg: ModelConfig, batch: Batch) -> Scored:
     """Computes the log-probability of every target of a batch.
 
-    The rows are processed in chunks, so that the logits of a chunk take at most `CHUNK_BYTES` bytes.
+    The rows of the batch are processed in chunks, so that the logits of a chunk take at most `CHUNK_BYTES` bytes.
     """
     size = max(1, CHUNK_BYTES // (4 * batch.tokens.shape[1] * cfg.vocab_size))
     return Scored(*in_chunks(lambda chunk: _score(params, chunk, cfg), batch, size))

@@ -8,12 +8,12 @@ A sweep is a list of configs, with one config per run:
     sweep.table(result.rows, result.axes)                   one dict per combination: mean and interval over seeds
     result.state(5).params                                  params of run 5
 
-The training step of `make_train_step` is vmapped over the runs. The seed and the hyperparameters in `TRACED` and
-`TRACED_OF_ADAPTERS` (learning rates, weight decay, warmup, clipping, dropout, an adapter's alpha and rank) are passed
-to the compiled program as arrays with one element per run. Two runs can share a compiled program if they take the same
-number of steps and their configs differ only in the seed and in the hyperparameters that are passed as arrays. The runs
-of a sweep are divided into groups that can share a program, and one program is compiled per group. A compiled program
-trains as many runs at the same time as fit into device memory.
+The training step of `make_train_step` is vmapped over the runs of a sweep. The seed and the hyperparameters in `TRACED`
+and `TRACED_OF_ADAPTERS` (learning rates, weight decay, warmup, clipping, dropout, an adapter's alpha and rank) are
+passed to the compiled program as arrays with one element per run. Two runs can share a compiled program if they take
+the same number of steps and their configs differ only in the seed and in the hyperparameters that are passed as arrays.
+The runs of a sweep are divided into groups that can share a program, and one program is compiled per group. A compiled
+program trains as many runs of the sweep at the same time as fit into device memory.
 """
 
 from typing import Any

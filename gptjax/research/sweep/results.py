@@ -15,8 +15,8 @@ from gptjax import config
 from gptjax.files import write_json, write_text
 from gptjax.research.sweep.train import Sweep, table
 
-# The function `write` creates a marker file with this name first, and removes the marker file last. If the marker file
-# exists, `write` was interrupted.
+# WRITING is the name of a marker file, which `write` creates before it writes the results of a sweep, and removes at
+# the end. If a marker file exists in the folder of a sweep, `write` was interrupted.
 WRITING = ".sweep.partial"
 
 
@@ -51,8 +51,8 @@ def _mean_and_half_width(line: dict[str, Any], key: str) -> str:
 def write(result: Sweep, folder: str | os.PathLike[str]) -> None:
     """Writes the result of a sweep to the files sweep.csv, sweep.json and sweep.png.
 
-    The file sweep.csv has one line per run. The file sweep.json has the axes, the rows, the table, the programs and the
-    config of run 0.
+    The file sweep.csv has one line per run. The file sweep.json has the swept config keys (axes), the metrics of each
+    run (rows), the metrics averaged over seeds (table), statistics of the compiled programs, and the config of run 0.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -77,9 +77,10 @@ def draw(result: Sweep, path: Path) -> None:
     """Plots the validation losses and the training losses of the runs of a sweep.
 
     The left panel plots the validation loss against the first swept hyperparameter that has at least two values and
-    only numbers as values. Each run is a dot. For each combination of the remaining hyperparameters, a line connects
-    the mean losses over seeds, and error bars show the 95 % confidence intervals of the means. The right panel plots
-    one training loss curve, smoothed and averaged over seeds, per combination of all swept hyperparameters.
+    only numbers as values. Each run is a dot. For each combination of the swept hyperparameters that are not on the
+    horizontal axis, a line connects the mean losses over seeds, and error bars show the 95 % confidence intervals of
+    the means. The right panel plots one training loss curve, smoothed and averaged over seeds, per combination of all
+    swept hyperparameters.
     """
     from gptjax.training.plot import draw_sweep
 

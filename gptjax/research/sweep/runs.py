@@ -22,7 +22,7 @@ TRACED = (
     "optim.min_lr_ratio", "optim.weight_decay", "optim.clip_norm", "model.dropout",
 )  # fmt: skip
 # TRACED_OF_ADAPTERS lists the hyperparameters of an adapter that a compiled program takes as arrays if lora.init=lora.
-# With any other lora.init, the initial adapter is computed from the weights of the base model.
+# If lora.init is not lora, the initial adapter is computed from the weights of the base model.
 TRACED_OF_ADAPTERS = ("lora.alpha", "lora.rank", "lora.dropout")
 MAX_PROBLEMS = 20  # The maximum number of problems that one error message lists.
 MAX_RUNS = 10_000
@@ -35,7 +35,8 @@ def grid(source: str | os.PathLike[str] | None = None, *overrides: str) -> list[
     """Returns the configs of a sweep, one config per combination of the values of all axes.
 
     An axis is an override with several values, such as `"optim.lr=[1e-4,3e-4]"` or `"seed=range(8)"`. In the returned
-    list, the values of the last axis vary fastest. Overrides with one value apply to all configs, as in `load_config`.
+    list of configs, the values of the last override with several values vary fastest. Overrides with one value apply to
+    all configs of the sweep, as in `load_config`.
 
     Raises:
         UserError: the config of a run is invalid (the message lists the mistakes of all runs), or an axis cannot be
@@ -154,7 +155,8 @@ def programs(configs: Sequence[Config]) -> list[tuple[int, ...]]:
 def traceable(cfg: Config) -> tuple[str, ...]:
     """Returns the keys of the hyperparameters that the compiled program for a config can take as arrays."""
     adapters = cfg.task != "pretrain" and cfg.finetune.trainable == "lora" and cfg.lora.init == "lora"
-    # MiSS adapters are excluded, because their rank is a block size, and because alpha does not scale MiSS adapters.
+    # The rank and alpha of MiSS adapters are not traced, because the rank is a block size, and because alpha does not
+    # scale MiSS adapters.
     adapters = adapters and not cfg.lora.miss
     return TRACED + (TRACED_OF_ADAPTERS if adapters else ())
 
@@ -186,7 +188,7 @@ def check(configs: Sequence[Config]) -> None:
 def with_hyperparameters(cfg: Config, values: Hyperparameters) -> Config:
     """Returns a copy of the config `cfg` with other hyperparameter values, which are not validated.
 
-    The hyperparameter values may be tracers, but then the returned config is not hashable.
+    The hyperparameter values may be tracers, but a config that contains tracers is not hashable.
     """
     groups: dict[str, dict[str, Any]] = {}
     for key, value in values.items():

@@ -29,8 +29,8 @@ from gptjax.training.step import TrainState, make_multi_step
 from gptjax.training.task import StepFunctions, Task
 from gptjax.types import Mean, Metrics
 
-# INTEGERS lists the hyperparameters whose arrays have dtype int32. The arrays of all other hyperparameters have dtype
-# float32.
+# INTEGERS lists the hyperparameters whose arrays have dtype int32. The arrays of hyperparameters that are not in
+# INTEGERS have dtype float32.
 INTEGERS = ("optim.warmup_steps", "lora.rank")
 MAX_STEPS_PER_CALL = 25
 FINAL_FRACTION = 0.1  # The final training loss of a run is the average over the last 10 % of the run's steps.
@@ -63,8 +63,8 @@ class Sweep(NamedTuple):
     def state(self, run: int) -> TrainState:
         """Returns the final state of one run.
 
-        Up to rounding, the state equals the final state of a run that is trained alone, with two exceptions: `frozen`
-        is None, and an adapter is zero-padded to the largest rank in the program.
+        Up to rounding, the final state of a run in a sweep equals the final state of a run that is trained alone, with
+        two exceptions: `frozen` is None, and an adapter is zero-padded to the largest rank in the program.
         """
         runs, states = next(pair for pair in self.states if run in pair[0])
         return jax.tree.map(lambda leaf: leaf[runs.index(run)], states)
@@ -107,7 +107,8 @@ def create(task: Task, cfg: Config, seeds: jax.Array, values: Hyperparameters, s
     """Creates the initial states of N runs, stacked into leaves [N, ..].
 
     The initial state of a run in a sweep equals the initial state of a run that is trained alone. If `start` is None,
-    the parameters are initialised from the seeds. Otherwise, `start` holds the initial parameters, with leaves [N, ..].
+    the parameters are initialised from the seeds. If `start` is not None, it holds the initial parameters, with leaves
+    [N, ..].
     """
     init, _ = task.initial()
 
@@ -125,14 +126,15 @@ def create(task: Task, cfg: Config, seeds: jax.Array, values: Hyperparameters, s
 def bytes_per_run(cfg: Config, n_trained: int, width: int) -> int:
     """Estimates the device memory that one run of a sweep needs, in bytes.
 
-    The estimate is the sum of three terms: the trained parameters with their gradients, updates and optimizer state (20
-    bytes per parameter with AdamW), the activations of a micro-batch with rows of `width` tokens, and twice the size of
-    the logits. The function `training.memory.memory_bytes` computes the memory of the parameters and the activations.
+    The memory estimate of a run is the sum of three terms: the trained parameters with their gradients, updates and
+    optimizer state (20 bytes per parameter with AdamW), the activations of a micro-batch with rows of `width` tokens,
+    and twice the size of the logits. The function `training.memory.memory_bytes` computes the memory of the parameters
+    and the activations.
 
-    The logits are counted for a micro-batch or for a validation batch, whichever is larger. The estimate counts at most
-    256 MiB of logits, because the loss computes larger logits in chunks of at most 256 MiB. If JAX may use more than
-    8 GiB of a GPU's memory, the estimate is too low, because a chunk of logits then takes 1/32 of the usable memory,
-    but at most 1 GiB.
+    The logits are counted for a micro-batch or for a validation batch, whichever is larger. The memory estimate counts
+    at most 256 MiB of logits, because the loss computes larger logits in chunks of at most 256 MiB. If JAX may use more
+    than 8 GiB of a GPU's memory, the memory estimate is too low, because on such a GPU a chunk of logits takes 1/32 of
+    the usable memory, but at most 1 GiB.
     """
     tokens = max(cfg.train.batch_size // cfg.train.accumulation * width, EVAL_TOKENS)
     sized = with_hyperparameters(cfg, {"model.context_length": width})
@@ -159,7 +161,7 @@ def free_bytes() -> int:
 def chunks(runs: Sequence[int], at_once: int) -> list[tuple[int, ...]]:
     """Splits the runs into as few chunks of equal size as possible, with at most `at_once` runs in a chunk.
 
-    The last chunk is padded with copies of the last run, so that all chunks have the same size.
+    The last chunk of runs is padded with copies of the last run, so that all chunks have the same size.
     """
     n = -(-len(runs) // at_once)
     size = -(-len(runs) // n)
@@ -179,10 +181,10 @@ def sweep(
 ) -> Sweep:
     """Trains all runs of a sweep, and evaluates each run on its whole validation set after its last step.
 
-    Up to rounding, each run gives the result of `gptjax.train` (or `gptjax.finetune`) with its config: the
+    Up to rounding, each run of a sweep gives the result of `gptjax.train` (or `gptjax.finetune`) with its config: the
     initialisation, data order, dropout and schedule are the same. No files are written. `gptjax.train` stops a run
-    after `train.max_nonfinite` consecutive non-finite steps. A sweep trains every run to its last step; in the row of a
-    run that `gptjax.train` would have stopped, `stopped` is True and all metrics are None.
+    after `train.max_nonfinite` consecutive non-finite steps. A sweep trains every run to its last step; in the row of
+    results of a run that `gptjax.train` would have stopped, `stopped` is True and all metrics are None.
 
     Args:
         axes: config keys to list in the rows of the result. None: all keys that differ between runs.
@@ -252,7 +254,7 @@ def _prepare(configs: Sequence[Config], runs: Sequence[int], progress: Progress)
             ready_cfg, task, _ = prepare(with_hyperparameters(first, changes), progress)
             frozen = frozen if tasks else task.frozen
             ready[variant] = len(tasks), ready_cfg
-            tasks.append(task._replace(frozen=None))  # The variable `frozen` holds the base model that all tasks share.
+            tasks.append(task._replace(frozen=None))  # The variable `frozen` holds the base model for all runs.
         task_of[i], ready_cfg = ready[variant]
         values = config.flat(cfg)
         resolved[i] = with_hyperparameters(ready_cfg, {key: values[key] for key in keys} | {"run_dir": cfg.run_dir})
@@ -340,8 +342,8 @@ class _Program:
         def steps(states: TrainState, values: Hyperparameters, frozen: Any, batches: Any) -> Any:
             """Trains N runs for K steps.
 
-            The leaves of `batches` have shape [K, N, ..], or [K, ..] if all runs share one batch per step. The metrics
-            have shape [K, N].
+            The leaves of `batches` have shape [K, N, ..] for K steps and N runs, or [K, ..] if all runs share one batch
+            per step. The metrics have shape [K, N].
             """
             return make_multi_step(lambda s, b: step(s, values, frozen, b))(states, batches)
 
@@ -395,8 +397,8 @@ class _Program:
             losses.append(np.asarray(metrics["loss"]))
             in_a_row.append(np.asarray(metrics["skipped_in_a_row"]))
 
-        # The variable `previous` holds the metrics of the previous call of the compiled step. The metrics of a call are
-        # read only after the next call has started, so that the device stays busy.
+        # The variable `previous` holds the metrics of the previous call of the compiled step. The metrics of a compiled
+        # call are read only after the next compiled call has started, so that the device stays busy.
         previous: Metrics = {}
         total = n_chunks * cfg.train.max_steps
         self._compile(progress, (states, values, frozen, self._batches(tasks, 0)))
@@ -492,10 +494,10 @@ def table(rows: Sequence[dict[str, Any]], axes: Sequence[str]) -> list[dict[str,
     """Averages the metrics of the runs of a sweep over seeds.
 
     The returned list has one dict per combination of the values of all axes except the seed, sorted by validation loss.
-    The entries `n` and `stopped` of a dict are the number of runs and the number of stopped runs. For every metric, the
-    dict has the mean over the seeds under the name of the metric, and the ends of the 95 % t confidence interval of the
-    mean under `NAME/low` and `NAME/high`. The mean of a metric is None if any of the averaged runs was stopped or has a
-    non-finite value of the metric.
+    The entries `n` and `stopped` of a returned dict are the number of runs and the number of stopped runs. For every
+    metric, a returned dict has the mean over the seeds under the name of the metric, and the ends of the 95 % t
+    confidence interval of the mean under `NAME/low` and `NAME/high`. The mean of a metric is None if any of the
+    averaged runs was stopped or has a non-finite value of the metric.
     """
     names = [key for key in axes if key != "seed"]
     groups: dict[tuple, list[dict[str, Any]]] = {}
