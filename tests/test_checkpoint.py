@@ -137,6 +137,7 @@ def test_the_step_before_is_taken_with_a_warning(steps, name):
     falls_back(steps)
 
 
+@pytest.mark.slow
 def test_what_was_damaged_before_it_was_hashed_is_noticed_by_its_fingerprint(two_steps, tmp_path):
     """The arrays are damaged and the manifest is recomputed; Orbax reads them, but the fingerprint differs."""
     draw, refused = random.Random(1), 0

@@ -163,6 +163,7 @@ def test_the_text_changed_under_a_run(trained, capsys):
     assert snapshot(trained / "runs") == before
 
 
+@pytest.mark.slow
 def test_the_same_command_goes_on(trained, capsys):
     assert main(["pretrain", *TINY, *RUN]) == 0
     assert (trained / "runs/x/final/model.safetensors").exists()

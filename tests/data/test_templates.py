@@ -104,7 +104,9 @@ def random_talk(rng, *, tools=True, reasoning=True, system=True, most=4):
     return Conversation(tuple(messages), "here", (), SCHEMAS if used else ())
 
 
-@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize(
+    "name", ["late-tools", *(pytest.param(n, marks=pytest.mark.slow) for n in TEMPLATES if n != "late-tools")]
+)
 def test_every_answer_is_trained_after_its_prompt(chatty, name):
     tok, rng = chatty.replace(chat_template=TEMPLATES[name]), random.Random(name)
     talks = [random_talk(rng) for _ in range(30)]

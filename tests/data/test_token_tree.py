@@ -113,7 +113,7 @@ def random_sequences(rng, n_turns=6):
 
 
 @pytest.mark.parametrize(
-    "name", [name if name in ("gpt2", "modern") else pytest.param(name, marks=pytest.mark.slow) for name in SHAPES]
+    "name", [name if name == "gpt2" else pytest.param(name, marks=pytest.mark.slow) for name in SHAPES]
 )
 def test_loss_and_gradients_are_those_of_one_row_per_sequence(name):
     rng = np.random.default_rng(0)

@@ -130,6 +130,7 @@ def test_every_row_meets_the_end_of_its_context_by_itself(gpt2_model):
     assert rows == [plain_loop(cfg, params, prompt, 20) for prompt in prompts]
 
 
+@pytest.mark.slow
 @pytest.mark.first_cases(1)
 def test_a_stream_gives_what_generate_gives(model):
     cfg, params = model

@@ -183,6 +183,7 @@ def test_cached_is_uncached(tiny, switches):
         np.testing.assert_allclose(last[path], np.take(value, [6], time), **CLOSE)
 
 
+@pytest.mark.slow
 def test_weights_over_a_cache(tiny):
     """Attention weights span all cache slots and are 0 on empty ones; replacing them by themselves changes nothing."""
     cfg, params = tiny("llama", sliding_window=3)

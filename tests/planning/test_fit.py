@@ -50,6 +50,7 @@ def test_errors(monkeypatch):
         load_config("gpt2-124m", "train.batch_size=auto")
 
 
+@pytest.mark.slow
 def test_the_batch_size_is_written_to_the_config_of_the_run(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(fit, "_MOST_TOKENS", 512)
     (tmp_path / "text.txt").write_text("To be, or not to be. " * 300)

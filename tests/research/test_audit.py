@@ -275,6 +275,7 @@ def test_all_of_it(whole_report, trained):
     assert whole["drift"]["kl"] > 0.1 and len(whole["drift"]["prompts"]) == 2
 
 
+@pytest.mark.slow
 def test_the_page_needs_nothing_else(whole_report):
     page = report.page(whole_report, run="<script>alert(1)</script>")
     assert "<script" not in page and "&lt;script&gt;" in page

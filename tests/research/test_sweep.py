@@ -150,6 +150,7 @@ def test_a_run_that_explodes_is_said_to(swept):
     assert [row["skipped"] for row in swept.rows[:3]] == [0, 0, 0]
 
 
+@pytest.mark.slow
 def test_memory_decides_how_many_at_a_time(swept, monkeypatch):
     assert swept.programs[0]["at_once"] == 2 and swept.programs[0]["runs"] == 4  # four runs in chunks of at most three
     assert sweep.chunks([5, 6, 7, 8, 9], 2) == [(5, 6), (7, 8), (9, 9)]
@@ -263,6 +264,7 @@ def test_the_table_has_means_and_intervals():
     assert "2.0000 +- 2.4841" in text[2] and "1 stopped" in text[3]
 
 
+@pytest.mark.slow
 def test_files(swept, tmp_path):
     sweep.write(swept, tmp_path)
     with open(tmp_path / "sweep.csv", encoding="utf-8", newline="") as file:

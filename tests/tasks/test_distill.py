@@ -139,6 +139,7 @@ def test_a_resumed_run_is_bitwise_equal(folder, more, capsys):
         assert [row["step"] for row in rolled] == own and {"rollout/finished", "rollout/entropy"} <= rolled[0].keys()
 
 
+@pytest.mark.slow
 def test_some_batches_are_answers_that_the_student_has_just_given(folder):
     cfg = gptjax.load_config("distill", *settings(folder, "none", *OWN))
     with Progress(log=lambda line: None) as progress:

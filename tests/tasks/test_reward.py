@@ -175,6 +175,7 @@ def test_answers_for_which_a_function_fails_are_counted_and_left_out(folder, cap
     assert sum(row["rollout/failed"] for row in metrics) == len(failed)
 
 
+@pytest.mark.slow
 def test_no_variance_in_any_group_is_said_and_changes_no_weight(folder, capsys):
     assert run(folder, "flat", function="constant") == 0
     assert "nothing can be learned" in capsys.readouterr().out

@@ -398,6 +398,7 @@ def change_meta(step: Path, change) -> None:
     checkpoint._write_json(step / "manifest.json", checkpoint._manifest(step))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_with_the_number_of_another_step_is_skipped(copy, make, whole):
     """Step 30 is stored as 40, which would be the last step of the run."""
     shutil.rmtree(copy / "final")
