@@ -232,7 +232,10 @@ def test_quick_examples_run(name, run_examples):
 
 
 # train several models
-LONG = ("pretrain", "finetune", "finetune instruct", "finetune prefer", "finetune reward_model", "sweep", "audit")
+LONG = (
+    "pretrain", "finetune", "finetune instruct", "finetune prefer", "finetune reward", "finetune reward_model",
+    "finetune distill", "sweep", "audit",
+)  # fmt: skip
 FURTHER = [pytest.param(name, marks=pytest.mark.further_case) for name in LONG]
 
 

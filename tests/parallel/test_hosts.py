@@ -18,7 +18,6 @@ from gptjax.training.run_dir import read_metrics
 
 HOST = Path(__file__).with_name("host.py")
 HEARTBEAT_S = 10
-ALL = bool(os.environ.get("GPTJAX_ALL_MESHES"))  # set by .ci/run; four processes take half a minute on two cores
 
 
 def processes(folder, n, *more, own_settings=None, command=None, only=None, cwd=None):
@@ -72,10 +71,7 @@ def losses(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "n",
-    [2, pytest.param(4, marks=pytest.mark.skipif(not ALL, reason="half a minute: .ci/run sets GPTJAX_ALL_MESHES=1"))],
-)
+@pytest.mark.parametrize("n", [2, pytest.param(4, marks=pytest.mark.further_case)])
 def test_several_processes_are_one(alone, tmp_path, n):
     """FSDP over two processes, so that no process holds all weights."""
     codes, logs = ended(tmp_path, processes(tmp_path, n, "mesh.fsdp=2"))

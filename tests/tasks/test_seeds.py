@@ -59,9 +59,8 @@ def run(folder, kind, name, vmapped, *more):
     ("kind", "more"),
     [
         ("classify", []),
-        ("reward_model", []),
         ("classify", ["lora.miss=true"]),
-        *(pytest.param(kind, [], marks=pytest.mark.further_case) for kind in ("instruct", "prefer")),
+        *(pytest.param(kind, [], marks=pytest.mark.further_case) for kind in ("instruct", "prefer", "reward_model")),
     ],
 )
 def test_vmapped_seeds_equal_sequential_seeds(folder, kind, more, capsys):

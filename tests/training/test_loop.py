@@ -478,6 +478,7 @@ def start(config: Path, **kwargs) -> subprocess.Popen:
 
 
 @pytest.mark.slow
+@pytest.mark.further_case  # as test_kills.py, without its moments
 def test_runs_killed_at_random_times_end_bitwise_equal(make, tmp_path):
     more = ["train.max_steps=600", "train.eval_every=200", "train.checkpoint_every=40"]
     gptjax.train(make(tmp_path / "oracle", *more), log=quiet)
@@ -668,7 +669,9 @@ def test_an_optimizer_state_in_host_memory(make, tmp_path, monkeypatch, whole):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("setting", ["train.ema=0.9", pytest.param("train.average_last=0.5", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "setting", ["train.ema=0.9", pytest.param("train.average_last=0.5", marks=pytest.mark.further_case)]
+)
 def test_the_average_is_evaluated_saved_and_resumed_bitwise_equal(make, tmp_path, monkeypatch, whole, setting):
     result = gptjax.train(make(tmp_path / "run", setting), log=quiet)
     state = Checkpoints(tmp_path / "run" / "checkpoints").read(40)
