@@ -2,7 +2,7 @@
 
 Nothing is run or allocated. `traced_dtypes` checks the dtypes in the trace of a bfloat16 model. By default every
 architecture is traced in every use, every field of ModelConfig in one use, and some of these programs are lowered.
-`pytest -m slow` runs every seventh case of the full matrix (`test_switches.py` has the part with the fields of
+`pytest -m slow` runs every eleventh case of the full matrix (`test_switches.py` has the part with the fields of
 ModelConfig), and GPTJAX_ALL_TRACES=1 all cases.
 """
 
