@@ -821,7 +821,7 @@ def _common_end(prompt: str, full: str, marks: Collection[str]) -> str:
     """Returns the longest suffix of `prompt` whose last occurrence in `full` ends after the common prefix of both
     texts.
 
-    Returns "" if the longest such suffix of `prompt` contains none of the texts in `marks`, because a suffix of a few
+    Returns "" if the suffix of `prompt` that was found contains none of the texts in `marks`, because a suffix of a few
     characters may occur anywhere.
     """
     lengths = range(len(prompt) + 1)

@@ -115,7 +115,7 @@ def _pair(prompt: str, extra: str = "") -> Parse:
 def _with_prompt(prompt: str, record: Record, response: str) -> Parsed:
     """Returns the messages of the prompt followed by the messages of the response.
 
-    A list of messages of a response that does not begin with an answer must include the prompt, and is returned
+    A response that is a list of messages and does not begin with an answer must include the prompt, and is returned
     unchanged. Returns an error message if the response neither begins with an answer nor includes the prompt.
     """
     response_turns = conversations.turns(response)(record)

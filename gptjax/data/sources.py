@@ -300,8 +300,8 @@ READERS: dict[str, Callable[[Path, str, str], Iterator[Document]]] = {
 def _open_hub(name: str, cfg: DataConfig) -> Source:
     """Open a dataset on the Hugging Face hub, hf:org/name[:config][@split]; the default split is train.
 
-    With data.streaming=true only the first data.max_documents rows are downloaded. With data.streaming=true, the
-    downloaded rows are stored as .jsonl in the cache folder, so that a rerun reads the same text and needs no network.
+    With data.streaming=true only the first data.max_documents rows are downloaded, and are stored as .jsonl in the
+    cache folder, so that a rerun reads the same text and needs no network.
     """
     repo, config, split = tables.hub_name(name)
     if cfg.streaming:
