@@ -64,8 +64,8 @@ class Rows(NamedTuple):
 
 class LabelledBatch(NamedTuple):
     """A batch of B rows of classification data. The arrays tokens and segment_ids [B, T] and labels [B, K] have the
-    same meaning as in `Rows`. The array weights [B, K] float32 is 1 for a text, and 0 where a row has fewer than K
-    texts.
+    same meaning as in `Rows`. The array weights [B, K] float32 is 1 for a text, and 0 for a missing text if a row has
+    fewer than K texts.
     """
 
     tokens: np.ndarray
@@ -87,8 +87,8 @@ def read(
 ) -> Labelled:
     """Read labelled texts from a .csv, .tsv, .json (array), .jsonl or .parquet file, or from hf:org/name.
 
-    A .tsv file without a header must have two columns, the label and the text. The cells "NA" and "null" are read as
-    texts, not as missing values.
+    A .tsv file without a header must have two columns, the label and the text. The fields "NA" and "null" of a table
+    are read as texts, not as missing values.
 
     Args:
         text: name of the column with the text. None: the column whose name is in `tables.TEXT`; there must be exactly
@@ -184,7 +184,7 @@ def _name(label: str | int) -> str:
 def balanced(data: Labelled, seed: int) -> Labelled:
     """Undersample the texts of every class, without replacement, to the size of the rarest class.
 
-    The texts that are kept stay in the order of `data`.
+    Undersampling does not change the order of the texts.
     """
     rng = np.random.default_rng(seed)
     size = np.min(np.bincount(data.labels, minlength=len(data.names)))

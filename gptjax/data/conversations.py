@@ -10,8 +10,8 @@ is a target, but the same token id in the padding or in a user turn is not a tar
 
 In training, every answer follows exactly the token ids that the model would get as the prompt for this answer. A chat
 template may render a turn differently once later turns follow; for example, Qwen3's template drops the reasoning of
-earlier answers. A conversation with turns that are rendered differently is encoded as a token tree (`data.token_tree`),
-or as one row per answer.
+earlier answers. A conversation in which later turns change how an earlier turn is rendered is encoded as a token tree
+(`data.token_tree`), or as one row per answer.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ class Conversation(NamedTuple):
 
 
 class Span(NamedTuple):
-    """Consecutive token ids of a conversation that have the same loss weight as targets. The field `learn` holds the
-    loss weight; a loss weight of 0 excludes the token ids from the loss."""
+    """Consecutive token ids of a conversation that have the same loss weight as targets. The field `learn` of a `Span`
+    holds the loss weight of its token ids; a loss weight of 0 excludes the token ids from the loss."""
 
     ids: list[int]
     learn: float
@@ -82,7 +82,7 @@ class Turn(NamedTuple):
     """An answer of a conversation and the prompt for this answer, both as text or both as token ids."""
 
     prompt: Any
-    answer: Any  # The answer includes its end token.
+    answer: Any  # Text or token ids of the answer, with its end token.
     weight: float  # Loss weight of the answer.
 
 
@@ -90,9 +90,9 @@ class Unused(NamedTuple):
     """The number of records that contain an ignored key, and the locations of the first and the last of these
     records."""
 
-    first: str  # Location of the first record with the key.
-    records: int  # Number of records with the key.
-    last: str  # Location of the last record with the key.
+    first: str  # Location of the first record with the ignored key.
+    records: int  # Number of records with the ignored key.
+    last: str  # Location of the last record with the ignored key.
 
 
 # --- records
@@ -105,9 +105,9 @@ def read(source: str, notes: list[str] | None = None) -> list[Conversation]:
     system_message), tools, constraints, and history, which is [[question, answer], ..]. Optional keys of an answer are
     tool_calls, reasoning_content (or reasoning or thinking), weight (its loss weight), and train (or training or loss;
     true or false), which includes the answer in the loss or excludes the answer from the loss. If the prompt is a list
-    of messages, the answers in the prompt are excluded from the loss. Keys in METADATA and keys with empty values are
-    ignored. A key in UNUSABLE raises an error, because the key would change the prompt or the loss in an unsupported
-    way.
+    of messages, the answers in the prompt are excluded from the loss. Keys of a record that are in METADATA or have an
+    empty value are ignored. A key of a record that is in UNUSABLE raises an error, because the key would change the
+    prompt or the loss in an unsupported way.
 
     Args:
         notes: list to which a line of text is appended if keys that are not in METADATA were ignored; the line names
@@ -183,7 +183,8 @@ def _keys(record: dict) -> str:
     return (tables.names(list(record)[:10]) or "(none)") + ", .." * (len(record) > 10)
 
 
-Turns = list[tuple[str, dict[str, Any]]]  # Location in the record and unvalidated message of each turn.
+# For each turn of a conversation: its location in the record, and its message before validation.
+Turns = list[tuple[str, dict[str, Any]]]
 Parsed = Turns | str  # Turns of one conversation, or an error message.
 Parse = Callable[[tables.Record], Parsed | tuple[Parsed, ...]]
 # Maps the keys that a record of a format must have to an example of such a record and the parser of the format.
@@ -233,7 +234,7 @@ def _conversations(
 ) -> tuple[Conversation, ...] | list[str]:
     """Returns the conversations of a record, or a list of error messages if the record is invalid.
 
-    Also adds the ignored keys of the record to the counts in `unused`.
+    Adds the ignored keys of the record to the counts in `unused`.
     """
     parsed = parse(record)
     parsed = parsed if isinstance(parsed, tuple) else (parsed,)
@@ -270,8 +271,8 @@ def _unused_keys(
 ) -> list[str]:
     """Returns error messages about the keys of a record or message that are in UNUSABLE.
 
-    Also adds the ignored keys that are not in METADATA to the counts in `unused`. Keys in `known` are skipped, because
-    the caller reads these keys.
+    Adds the ignored keys that are not in METADATA to the counts in `unused`. Keys in `known` are skipped, because the
+    caller reads these keys.
     """
     problems = []
     for key, value in record.items():
@@ -302,7 +303,7 @@ def _with_context(turns: Turns, record: dict, single_turn: bool) -> Parsed:
     """Returns the turns of a conversation, preceded by the system message and the history of the record if there are
     any.
 
-    Returns an error message if the system message or the history is invalid.
+    Returns an error message if the system message or the history of the record is invalid.
     """
     start: Turns = []
     if history := record.get("history"):
@@ -337,7 +338,8 @@ TOOL_KEYS = ("name", "tool_call_id")  # Keys that a tool message may have in add
 def _check_loss_flags(turns: Turns) -> list[str]:
     """Returns error messages about invalid values of the keys in LOSS_FLAGS.
 
-    Returns one error message if all values are valid but exclude every answer of the conversation from the loss.
+    Returns one error message if the keys in LOSS_FLAGS have only valid values, but exclude every answer of the
+    conversation from the loss.
     """
     problems = []
     for place, message in turns:
@@ -447,7 +449,7 @@ def _pair(question: str, answer: str, extra: str = "") -> Callable[[tables.Recor
 def turns(key: str) -> Callable[[tables.Record], Parsed]:
     """Returns a parser for records that have a list of messages under `key`.
 
-    A message of the list is a dict {"role": .., "content": ..} or {"from": .., "value": ..}.
+    A message in the list is a dict {"role": .., "content": ..} or {"from": .., "value": ..}.
     """
 
     def parse(record: tables.Record) -> Parsed:
@@ -471,8 +473,8 @@ def turns(key: str) -> Callable[[tables.Record], Parsed]:
 def _one_of(turn: dict, names: tuple[str, str]) -> str | None:
     """Returns the key that a message has, out of the two synonymous keys in `names`.
 
-    If the message has both keys, returns the key whose value is not null. Returns None if the message has neither key,
-    or both keys with values that are not null.
+    If the message has both keys in `names`, returns the key whose value is not null. Returns None if the message has
+    neither of the keys in `names`, or both with values that are not null.
     """
     present = [name for name in names if name in turn]
     if len(present) == 2:
@@ -568,10 +570,11 @@ def _text_problem(text: Any) -> str | None:
 def render(conversation: Conversation, tokenizer: Tokenizer, style: chat.Style | None = None) -> list[Span]:
     """Returns the token ids of a conversation as spans, each of which has one loss weight.
 
-    The last span is the last answer with its end token. The token ids before the last span are exactly the prompt that
-    the model gets when it generates the last answer. If the chat template renders earlier turns as the model generated
-    them, each earlier answer is a separate span. If the chat template renders earlier turns differently, the spans are
-    only the last prompt and the last answer; `encode` also encodes the earlier answers.
+    The last span of a conversation is the last answer with its end token. The token ids before the last answer are
+    exactly the prompt that the model gets when it generates the last answer. If the chat template renders earlier turns
+    as the model generated them, each earlier answer is a separate span. If the chat template renders earlier turns
+    differently than the model generated them, the spans are only the last prompt and the last answer, whereas `encode`
+    encodes all answers.
 
     Args:
         style: the chat style, see `chat.styled`.
@@ -627,9 +630,9 @@ def _encode_turns(turns: list[Turn], tokenizer: Tokenizer) -> list[Turn]:
     """Encodes the prompt of each turn as a whole, as for generation, and the answer as the continuation of the prompt.
 
     At the beginning of the input and after some special tokens, SentencePiece encodes a text differently than in the
-    middle of the input. The token ids of an answer are therefore found by encoding the prompt and the answer together
-    and removing the token ids of the prompt from the front. If the encoding of prompt and answer does not begin with
-    the token ids of the prompt, the answer is encoded separately.
+    middle of the input. The token ids of an answer are found by encoding the prompt and the answer together and
+    removing the token ids of the prompt from the front. If the encoding of prompt and answer together does not begin
+    with the token ids of the prompt, the answer is encoded separately.
 
         <s>[INST] Hi [/INST] | Hello</s>     two spans, separated by "|": Hello is encoded as "▁Hello" together with
                                              the first span, but as "▁ ▁Hello" on its own
@@ -638,7 +641,8 @@ def _encode_turns(turns: list[Turn], tokenizer: Tokenizer) -> list[Turn]:
     in_context = getattr(tokenizer, "kind", "") == "hf"
 
     def encode(text: str) -> list[int]:
-        # All special tokens come from the chat template, because `_unfit` rejects messages that contain special tokens.
+        # All special tokens in `text` come from the chat template, because `_unfit` rejects messages that contain
+        # special tokens.
         return tokenizer.encode(text, allowed_special="all")
 
     encoded = []
@@ -676,7 +680,7 @@ def _row(turns: list[Turn]) -> list[Span]:
 class _Job(NamedTuple):
     where: str
     messages: list[dict[str, Any]]
-    begin: bool  # True if the generation prompt, after which the answer begins, is appended.
+    begin: bool  # True if the generation prompt, after which an answer begins, is appended to the rendered messages.
     tools: list[dict[str, Any]] | None = None
 
 
@@ -770,7 +774,7 @@ def _answer_text(
     if full.startswith(prompt):
         text = full[len(prompt) :]
     elif empty and full.startswith(prompt[: empty.start()]) and not full.startswith(empty[1], empty.start()):
-        # The prompt ends with empty reasoning, which the chat template leaves out of finished answers.
+        # The generation prompt ends with empty reasoning, which the chat template leaves out of finished answers.
         text = full[empty.start() :]
     elif full.startswith(before) and prompt.rstrip() != before:
         # The prompt of DeepSeek-R1 ends with the tag that begins the reasoning, and the chat template leaves the
@@ -795,8 +799,8 @@ def _answer_text(
         end = (chat.end_of_call(tokenizer) if message.get("tool_calls") else None) or ends[0]
     body, end = (text[: min(found)[0]], min(found)[1]) if found else (text, end)
     # The names of called tools and the reasoning must be written outside the content, even if the content quotes them.
-    # The content is therefore removed before the search: its first occurrence for names, its last occurrence for
-    # reasoning.
+    # Before the search for the names of called tools, the first occurrence of the content is removed; before the search
+    # for the reasoning, the last occurrence.
     text, content = _squeezed(body), _squeezed(message["content"]) or None
     after, before = "".join(text.split(content, 1)), "".join(text.rsplit(content, 1))
     names = [call["function"]["name"] for call in message.get("tool_calls", ())]
@@ -817,8 +821,8 @@ def _common_end(prompt: str, full: str, marks: Collection[str]) -> str:
     """Returns the longest suffix of `prompt` whose last occurrence in `full` ends after the common prefix of both
     texts.
 
-    Returns "" if this suffix contains none of the texts in `marks`, because a suffix of a few characters may occur
-    anywhere.
+    Returns "" if the suffix of `prompt` that was found contains none of the texts in `marks`, because a suffix of a few
+    characters may occur anywhere.
     """
     lengths = range(len(prompt) + 1)
     n = bisect.bisect_left(lengths, True, key=lambda n: prompt[len(prompt) - n :] not in full) - 1
@@ -866,9 +870,8 @@ def _render_all(tokenizer: Tokenizer, jobs: list[_Job]) -> list[str]:
 def _limits(jobs: list[_Job]) -> dict[str, Any]:
     """Returns limits on the rendering time in seconds and on the number of characters of the output.
 
-    Both the time limit and the limit on characters grow with the number of jobs. The limit on characters also grows
-    with the length of the messages
-    and tools of the jobs.
+    The limit on the rendering time grows with the number of jobs. The limit on the number of output characters grows
+    with the number of jobs and with the length of their messages and tools.
     """
     n_chars = sum(len(text) + 64 for job in jobs for text in chat.strings([job.messages, job.tools]))
     return {"timeout_s": 1 + 0.002 * len(jobs), "max_chars": (1 << 16) + 4096 * len(jobs) + 4 * n_chars}
@@ -909,16 +912,16 @@ def encode(
 ) -> Encoded:
     """Encodes each conversation as one training example. Conversations longer than the context are dropped and counted.
 
-    An example of n token ids has n - 1 inputs, and the target of each input is the next token id. The last token id,
-    which ends the answer, is only a target and never an input. An example of n token ids therefore fits in the context
-    if n <= context_length + 1.
+    An example of n token ids has n - 1 inputs, and the target of each input is the next token id. The last token id of
+    an example, which ends the last answer, is only a target and never an input. An example of n token ids fits in the
+    context if it has at most context_length inputs: n <= context_length + 1.
 
         ids      10 11 12 20 21  1     prompt 10 11 12, answer 20 21, end token 1; fits a context of 5 tokens
         weights   0  0  0  1  1  1     with loss_on="all": 1 everywhere
 
     If the chat template renders a turn differently once later turns follow, no single sequence of token ids has every
-    answer directly after its prompt. A conversation with differently rendered turns is encoded as a token tree or, if
-    the tree does not fit in the context, as one example per answer.
+    answer directly after its prompt. A conversation in which later turns change how an earlier turn is rendered is
+    encoded as a token tree or, if the token tree does not fit in the context, as one example per answer.
 
     Args:
         style: the chat style, see `chat.styled`.
@@ -1005,7 +1008,7 @@ def show_tree(tree: TokenTree, tokenizer: Tokenizer) -> str:
     """Formats a token tree for a terminal as text with one paragraph per run of tokens without a branch.
 
     The line before each paragraph states the positions of the tokens in the paragraph. The indentation of a paragraph
-    is the number of branches before the paragraph. The tokens that are in the loss are green.
+    is the number of branches of the token tree before the paragraph. The tokens that are in the loss are green.
     """
     children = token_tree.children(tree)
     lines: list[str] = []
@@ -1020,7 +1023,7 @@ def show_tree(tree: TokenTree, tokenizer: Tokenizer) -> str:
             node = following[0]
             runs.append((learn, [int(tree.tokens[node])]))
         if learn and all(tree.tokens[child] != tree.targets[node] for child in following):
-            runs.append((True, [int(tree.targets[node])]))  # the end token of an answer is only a target
+            runs.append((True, [int(tree.targets[node])]))  # the end token of an answer is a target, but never an input
         grouped = [(learn, [i for _, ids in run for i in ids]) for learn, run in groupby(runs, lambda item: item[0])]
         text = "".join(_coloured(tokenizer.decode(ids), learn) for learn, ids in grouped)
         header = f"-- positions {tree.positions[first]} to {tree.positions[node]}"
@@ -1032,7 +1035,7 @@ def show_tree(tree: TokenTree, tokenizer: Tokenizer) -> str:
 
 def _coloured(text: str, learn: bool) -> str:
     plain = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
-    # Each line gets its own colour code, so that lines can be indented.
+    # Each line of a green text gets its own colour code, so that lines can be indented.
     return "\n".join(f"{COLOUR}{line}{PLAIN}" if learn and line else line for line in plain.split("\n"))
 
 

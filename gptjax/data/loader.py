@@ -1,8 +1,9 @@
 """Computes training batches as a pure function of (seed, step), so that no iterator state has to be checkpointed.
 
 With n windows per epoch, window i of a run (i = step * batch_size + row) is window i % n of epoch i // n. A stateless
-permutation keyed by (seed, epoch) maps i % n to the window's start in the token array. The batch of any step can
-therefore be computed directly, without computing the batches of earlier steps.
+permutation keyed by (seed, epoch) maps i % n, which is the number of window i within its epoch of n windows, to the
+start of the window in the token array. The batch of any step can be computed directly, without computing the batches of
+earlier steps.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ MASK_64 = (1 << 64) - 1
 ROUNDS = 3
 FEW = 256  # Permutations of at most FEW indices are computed by sorting.
 GOLDEN = 0x9E3779B97F4A7C15
-# Version number of the order in which windows are read. The version is increased when a change of the code gives
-# different batches for the same seed, so that a run is not resumed from a checkpoint of an older version.
+# Version number of the order in which windows are read. The version number ORDER_OF_WINDOWS is increased when a change
+# of the code gives different batches for the same seed, so that a run is not resumed from a checkpoint of an older
+# version.
 ORDER_OF_WINDOWS = "2"
 # The loader computes the start indices of at least AHEAD windows at once. If the loader computed only the few windows
 # of a single batch, numpy's overhead per call would dominate the time.
@@ -59,8 +61,8 @@ class Loader:
                           epoch is one pass over all sources.
 
     Each array of a batch has the shape [B, T]. The arrays segment_ids, positions and weights are None if there is a
-    single document or document_mask=False. In all other cases segment_ids, positions and weights are arrays in every
-    batch, so that shapes never change during a run.
+    single document or document_mask=False. If there are several documents and document_mask=True, segment_ids,
+    positions and weights are arrays in every batch, so that shapes never change during a run.
 
     Raises:
         UserError: a source with a sampling probability above 0 has fewer tokens than one window needs, or mask_tokens,
@@ -179,8 +181,8 @@ class Loader:
         """Replaces k = `mask_tokens` input tokens of every row in place by random tokens that differ from the replaced
         tokens.
 
-        Each row is divided into k sections, whose lengths differ by at most one token. In each section one input token
-        at a random position is replaced.
+        Each row is divided into k = `mask_tokens` sections, whose lengths differ by at most one token. In each of the
+        `mask_tokens` sections of a row, one input token at a random position is replaced.
         """
         k, t = self.mask_tokens, self.context_length
         draws = samples[:, None] * k + np.arange(k)
@@ -279,11 +281,12 @@ def permute(index: np.ndarray, n: int, key: np.ndarray) -> np.ndarray:
 
     For n <= 256 the permutation is the argsort of n splitmix64 values that are seeded by the key, so that all
     permutations are equally likely. For n > 256 the permutation is a Feistel network, which needs no array of n values.
-    The network permutes range(a * b), where a is sqrt(n) rounded up, and b is n / a rounded up, so that a * b exceeds n
-    by less than sqrt(n). The network splits an index into two digits: left = index // b, which is below a, and right =
-    index % b. Each round adds a hash of `right` to `left` modulo a, and then a hash of `left` to `right` modulo b; a
-    round can be inverted for any hash. A result of n or more is permuted again until the result is below n (cycle
-    walking).
+    The Feistel network permutes range(a * b), where a is sqrt(n) rounded up, and b is n / a rounded up, so that a * b
+    exceeds n by less than sqrt(n). The Feistel network splits an index into two digits: left = index // b, which is
+    below a, and right = index % b, which is below b. Each round of the Feistel network adds a hash of the digit `right`
+    to the digit `left` modulo a, and then a hash of `left` to `right` modulo b, where `left` is below a and `right` is
+    below b; a round can be inverted for any hash. If the Feistel network maps an index to n or more, the result is
+    permuted again until it is below n (cycle walking).
     Source: Steele et al., "Fast Splittable Pseudorandom Number Generators" (2014); Black and Rogaway,
     "Ciphers with Arbitrary Finite Domains" (2002), methods 2 and 3.
     """
@@ -310,8 +313,8 @@ def _feistel(x: np.ndarray, a: np.uint64, b: np.uint64, key: np.ndarray) -> np.n
 def _mix(x: np.ndarray) -> np.ndarray:
     """Applies the splitmix64 finaliser, which is a hash function, to each element of a uint64 array.
 
-    The argument is always an array, because numpy warns about the overflow of scalars, but not about the overflow of
-    arrays.
+    The argument of `_mix` is always an array, because numpy warns about the overflow of scalars, but not about the
+    overflow of arrays.
     """
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -333,7 +336,7 @@ def _lane(begin: int, end: int, cfg: DataConfig, t: int) -> Lane:
         return Lane(begin, windows.count(n, t, cfg.stride), cfg.stride, 1)
     if cfg.order == "sequential" or n <= t:
         return Lane(begin, max(n - 1, 0) // t, t, 1)
-    # For n tokens, an epoch has n // t - 1 windows of t tokens, but at least one window. If n >= 2 * t, the first
-    # window of an epoch can therefore start at any of at least t offsets.
+    # For n tokens, an epoch has n // t - 1 windows of t tokens, but at least one window. If n >= 2 * t, there are at
+    # least t offsets at which the first window of an epoch can start.
     n_windows = max(1, (n - t) // t)
     return Lane(begin, n_windows, t, n - n_windows * t)

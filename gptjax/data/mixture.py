@@ -30,9 +30,9 @@ def assign(samples: np.ndarray, p: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
     The array `samples` holds indices of windows in a run, and p[k] is the probability of source k. A Beatty sequence
     assigns exactly floor(i p[0]) of the first i samples to source 0. The samples that do not belong to source 0 are
-    renumbered and divided among the other sources, again by Beatty sequences. Among the first i samples, the number of
-    samples of source k therefore differs from i p[k] by less than the number of sources. The source of a sample is
-    computed without iterating over earlier samples.
+    renumbered, and further Beatty sequences divide them among the other sources. Among the first i samples, the number
+    of samples of source k, which has the probability p[k], differs from i p[k] by less than the number of sources. The
+    data source of a sample is computed without iterating over earlier samples.
 
         p .5 .25 .25    samples  0 1 2 3 4 5 6 7
                         source   2 0 1 0 2 0 1 0

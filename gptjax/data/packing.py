@@ -7,8 +7,8 @@ Each example is split into inputs and next-token targets before packing, so that
     targets       b c d E q E . .
     segment_ids   1 1 1 1 2 2 0 0          0: padding, with weight 0
 
-An example may also be a token tree (`data.token_tree`). Rows that hold token trees also have the arrays positions and
-subtree_end.
+An example is either one sequence of token ids or a token tree (`data.token_tree`). Rows that hold token trees have the
+additional arrays positions and subtree_end.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class Encoded(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Packed or padded examples as n rows of T tokens; every array has the shape [n, T]. The array weights is float32,
-    and all other arrays are int32."""
+    """Packed or padded examples as n rows of T tokens; every array has the shape [n, T]. In `Rows`, the array weights
+    is float32, and all other arrays are int32."""
 
     tokens: np.ndarray
     targets: np.ndarray
@@ -58,7 +58,7 @@ class TreeRows(NamedTuple):
     targets: np.ndarray
     weights: np.ndarray
     segment_ids: np.ndarray
-    positions: np.ndarray  # Number of earlier tokens on the path to each token, int32.
+    positions: np.ndarray  # Number of earlier tokens on the path from the root of the token tree to each token, int32.
     subtree_end: np.ndarray  # Index in the row just after the last token of each token's subtree, int32.
 
 
@@ -100,7 +100,8 @@ def first_fit(lengths: np.ndarray, context_length: int) -> list[tuple[int, int]]
     for i in np.argsort(-lengths, kind="stable"):
         if lengths[i] != last:
             first, last = 0, lengths[i]
-        # Start the search at the row of the previous example of this length, because no earlier row has enough space.
+        # Start the search for a row at the row of the previous example of the same length, because no earlier row has
+        # enough space.
         first += int(np.argmax(free[first : n_rows + 1] >= lengths[i]))
         places[i] = (first, context_length - int(free[first]))
         free[first] -= lengths[i]

@@ -53,9 +53,9 @@ class EncodedPairs(NamedTuple):
 
 
 class PairRows(NamedTuple):
-    """Rows of T tokens that hold up to P preference pairs each. The first four arrays have the shape [n, T], as in
-    `packing.Rows`. The array pairs [n, P] int32 holds the indices of the pairs in each row, and -1 where a row has
-    fewer than P pairs.
+    """Rows of T tokens that hold up to P preference pairs each. The arrays tokens, targets, weights and segment_ids
+    have the shape [n, T], as in `packing.Rows`. The array pairs [n, P] int32 holds the indices of the pairs in each
+    row, and -1 where a row has fewer than P pairs.
     """
 
     tokens: np.ndarray
@@ -115,8 +115,8 @@ def _pair(prompt: str, extra: str = "") -> Parse:
 def _with_prompt(prompt: str, record: Record, response: str) -> Parsed:
     """Returns the messages of the prompt followed by the messages of the response.
 
-    A response that does not begin with an answer must include the prompt, and is returned unchanged. Returns an error
-    message if the response neither begins with an answer nor includes the prompt.
+    A response that is a list of messages and does not begin with an answer must include the prompt, and is returned
+    unchanged. Returns an error message if the response neither begins with an answer nor includes the prompt.
     """
     response_turns = conversations.turns(response)(record)
     if isinstance(response_turns, str) or not response_turns:
@@ -162,14 +162,15 @@ FORMATS: Formats = {
 
 
 def read(source: str, notes: list[str] | None = None, special: Collection[str] = ()) -> list[Pair]:
-    """Reads the pairs of a .json (array), .jsonl, .parquet or .csv file, or of hf:org/name[:config][@split].
+    """Reads the preference pairs of a .json (array), .jsonl, .parquet or .csv file, or of hf:org/name[:config][@split].
 
     Scored answers ({"prompt": .., "answer": .., "reward": ..}, several answers per prompt), such as the answers in the
     rollouts.jsonl of a run of `gptjax finetune reward`, become preference pairs. For each prompt, every answer with
     less than the highest reward is the rejected answer of one pair, and the answers with the highest reward take turns
     as the chosen answer. If no answer has a reward above 0 and the records have the expected answer (`expected`), the
-    expected answer is the chosen answer. Equal answers count as one answer with the mean of their rewards. An answer is
-    left out if it is empty, if its reward is null, or if it contains a special token, as samples of a model may.
+    expected answer is the chosen answer. Equal answers to a prompt count as one answer with the mean of their rewards.
+    A scored answer is left out if it is empty, if its reward is null, or if it contains a special token, as samples of
+    a model may.
 
     Args:
         notes: list to which a line of text that names the ignored keys is appended, as in `conversations.read`. None:

@@ -37,10 +37,10 @@ def prepare(
 ) -> Prepared:
     """Encode the text of `cfg.data` with `tokenizer`, or load the tokens from the cache.
 
-    The cache key covers the contents of all sources, the split and the tokenizer. The seed is not part of the cache
-    key, because the tokens do not depend on the seed. The tokenizer `chars` is fitted on all text, because the
-    characters of the validation text need token ids too. All other trained tokenizers are fitted on the training text
-    only.
+    The key of the cached tokens covers the contents of all sources, the split and the tokenizer. The seed is not part
+    of the key of the cached tokens, because the tokens do not depend on the seed. The tokenizer `chars` is fitted on
+    all text, because the characters of the validation text need token ids too. Trained tokenizers other than `chars`
+    are fitted on the training text only.
 
     Args:
         tokenizer: the tokenizer to use. None: the tokenizer that `cfg.tokenizer` describes.
@@ -205,8 +205,8 @@ def _key(cfg: Config, train: Documents, val: Documents | None, loaded: Tokenizer
     """Returns a hash of everything that the token ids depend on.
 
     If the tokenizer is not trained yet, the hash covers the settings of the tokenizer instead of its vocabulary. The
-    settings of the tokenizer suffice, because the hash also covers the fingerprint of the text on which the tokenizer
-    will be trained.
+    settings of a tokenizer that is not trained yet suffice, because the hash covers the fingerprint of the text on
+    which the tokenizer will be trained.
     """
     data = cfg.data
     if loaded:

@@ -97,8 +97,8 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 def exact(texts: Sequence[Texts]) -> list[list[str]]:
-    """Returns groups of records whose texts differ at most in case and whitespace. A group is a list of record
-    locations."""
+    """Returns groups of records whose texts differ at most in case and whitespace. A group of records is a list of the
+    locations of the records."""
     groups: dict[str, list[str]] = {}
     for file in texts:
         for location, text in file.records:
@@ -190,9 +190,9 @@ PATTERNS: dict[str, tuple[str, Callable[[str], bool] | None]] = {
 def sensitive(texts: Sequence[Texts]) -> list[tuple[str, str, str]]:
     """Finds possible secrets and personal data in the texts of records.
 
-    Returns a tuple (kind, location, masked text) for each secret or piece of personal data. The kind is a key of
-    PATTERNS; in the masked text, asterisks replace the middle of the match. A version number of four components, such
-    as 1.2.3.4, is reported as an IP address.
+    Returns a tuple (kind, location, masked text) for each secret or piece of personal data. The kind of a secret or of
+    personal data is a key of PATTERNS; in the masked text, asterisks replace the middle of the match. A version number
+    of four components, such as 1.2.3.4, is reported as an IP address.
     """
     findings = []
     for location, text in (record for file in texts for record in file.records):
@@ -256,7 +256,7 @@ def check(texts: Sequence[Texts], *, threshold: float | None = 0.8, losses: np.n
     groups, pairs = exact(texts), [] if threshold is None else near(texts, threshold)
 
     def across(locations: Sequence[str]) -> bool:
-        """Returns whether the records at the locations are from more than one file."""
+        """Returns whether the records at `locations` are from more than one file."""
         return len({file_of[location] for location in locations}) > 1
 
     report: dict[str, Any] = {

@@ -71,8 +71,8 @@ def draw(n: int, step: int, size: int, seed: int) -> np.ndarray:
 def tree_batch(
     groups: Sequence[Sequence[Rollout]], trees: Sequence[GroupTree], advantages: np.ndarray, length: int, longest: int
 ) -> RolloutBatch:
-    """Returns a batch with one row per group of N rollouts; the row is a token tree that holds the prompt of the group
-    once.
+    """Returns a batch with one row per group of N rollouts with the same prompt; each row is a token tree that holds
+    the prompt of its group once.
 
     Args:
         groups: B groups; the rollouts of a group have the same prompt.
@@ -83,7 +83,7 @@ def tree_batch(
     """
     shape = len(groups), len(groups[0]), longest
     index, weights, old = np.zeros(shape, np.int32), np.zeros(shape, np.float32), np.zeros(shape, np.float32)
-    # The five arrays are tokens, targets, segment_ids, positions and subtree_end.
+    # The array `rows` holds five arrays: tokens, targets, segment_ids, positions and subtree_end.
     rows = np.zeros((5, len(groups), length), np.int32)
     rows[4] = length
     for g, (tree, paths) in enumerate(trees):

@@ -1,9 +1,9 @@
 """Reads text lazily from files, folders, named assets and the Hugging Face hub; an invalid file raises an error.
 
 A document has a name, a text and a group, which is the name of the file that the document came from. Document names are
-relative to the path that the user gave. The documents of a corpus therefore have the same names on every machine, and
-because the validation split depends on the document names, every machine holds out the same documents for validation.
-The setting data.source may name these sources:
+relative to the path that the user gave. With relative names, the documents of a corpus have the same names on every
+machine, and because the validation split depends on the document names, every machine holds out the same documents for
+validation. The setting data.source may name these sources:
 
     shakespeare            a named asset (`gptjax.assets.ASSETS`), which takes precedence over a folder of the same
                            name: write ./shakespeare for the folder
@@ -148,8 +148,8 @@ def _is_ours(folder: Path) -> bool:
 def _folder(name: str, folder: Path) -> list[tuple[str, Path]]:
     """Returns the name (relative to `folder`) and the path of each .txt and .md file in the folder and its subfolders.
 
-    If the folder has no .txt or .md file, returns the names and paths of its .jsonl, .csv and .parquet files instead.
-    Run directories and saved models of gptjax are skipped.
+    If the folder has no .txt or .md file, returns the names and paths of its .jsonl, .csv and .parquet files. Run
+    directories and saved models of gptjax are skipped.
     """
     if _is_ours(folder):
         raise UserError(f"data.source={name} is a run or model of gptjax, not text: give text files or their folder")
@@ -300,8 +300,8 @@ READERS: dict[str, Callable[[Path, str, str], Iterator[Document]]] = {
 def _open_hub(name: str, cfg: DataConfig) -> Source:
     """Open a dataset on the Hugging Face hub, hf:org/name[:config][@split]; the default split is train.
 
-    With data.streaming=true only the first data.max_documents rows are downloaded. The downloaded rows are stored as
-    .jsonl in the cache folder, so that a rerun reads the same text and needs no network.
+    With data.streaming=true only the first data.max_documents rows are downloaded, and are stored as .jsonl in the
+    cache folder, so that a rerun reads the same text and needs no network.
     """
     repo, config, split = tables.hub_name(name)
     if cfg.streaming:

@@ -64,12 +64,12 @@ class Subset:
         return (document for k in range(len(self.documents.sources)) for document, *_ in self.source(k))
 
     def source(self, k: int) -> Iterator[tuple[Document, bool, bool]]:
-        """Yields the documents of source k that have text in this subset, each with the two flags `begins` and `ends`.
+        """Yields the documents of source k that have text in the `Subset`, each with the two flags `begins` and `ends`.
 
-        The flags `begins` and `ends` state whether the text in this subset starts at the start of the document and ends
-        at the end of the document. If the tail of a document is held out, `begins` is False for the tail, and `ends` is
-        False for the text before the tail. In a corpus of a single document both flags are False, because from one
-        document a model cannot learn how documents begin and end.
+        The flags `begins` and `ends` state whether the text of a document in the `Subset` starts at the start of the
+        document and ends at the end of the document. If the tail of a document is held out, `begins` is False for the
+        tail, and `ends` is False for the text before the tail. In a corpus of a single document, `begins` and `ends`
+        are False, because from one document a model cannot learn how documents begin and end.
         """
         for i, document in enumerate(self.documents.sources[k]):
             text, begins = document.text, self.n_documents > 1
@@ -100,9 +100,10 @@ def split_documents(
     If data.val_source is set, `val` must contain the documents of data.val_source. If `val` is given, `val` is the
     validation split, and all of `documents` are for training.
 
-    The list `how` has one dict per data source with the keys source, split, documents and bytes. The value of the key
-    split is tail, document or file, or none if `val` is given. If the split is not none, the dict also has the key
-    held_out, with the names of the first 100 documents or files that are held out, at least in part.
+    The list `how` has one dict per data source with the keys source, split, documents and bytes. In a dict of `how`,
+    the value of the key split is tail, document or file, or none if `val` is given. A dict of `how` whose value of
+    split is not none has the additional key held_out, with the names of the first 100 documents or files that are held
+    out, at least in part.
     """
     if val is not None:
         how, counts = [], [0, 0]
@@ -196,10 +197,11 @@ def _tail_cuts(sizes: Sizes, fraction: float) -> np.ndarray:
 def hold_out(names: list[str], sizes: np.ndarray, fraction: float) -> np.ndarray:
     """Returns a mask [n] bool of the documents or files to hold out: at least one of them, and never all of them.
 
-    The items (documents or files) are tried in the order of the hashes of their names. An item is held out if holding
-    out the item brings the held-out size closer to `fraction` of the total size. Before the first item is held out,
-    items that are too large are skipped; after the first item is held out, an item that is too large ends the search.
-    If all tried items are too large, the smallest item is held out.
+    The items (documents or files) are tried in the order of the hashes of their names. A document or file is held out
+    if holding it out brings the held-out size closer to `fraction` of the total size. Before the first document or file
+    is held out, items that are too large for `fraction` are skipped; after the first is held out, an item that is too
+    large ends the search. If all tried documents or files are too large for `fraction`, the smallest document or file
+    is held out.
 
     Args:
         names: names of the items.

@@ -28,10 +28,11 @@ from gptjax.files import json_sha256, sha256, sync, umask, write_text
 from gptjax.tokenizers import Tokenizer
 
 VERSION = 2
-# Seconds after which an unfinished folder is deleted, because the process that wrote the folder must have died.
+# Seconds after which an unfinished cache folder is deleted, because the process that wrote the cache folder must have
+# died.
 STALE_S = 24 * 3600
-# Matches the names that `build` gives to unfinished folders. A folder with another name may be the user's, and is never
-# deleted.
+# Matches the names that `build` gives to unfinished cache folders. A folder whose name does not match PARTIAL may be
+# the user's, and is never deleted.
 PARTIAL = re.compile(r"\.partial-([0-9a-f]{12}|damaged)-\w{8}")
 FILES = {f"{split}.{end}" for split in ("train", "val") for end in ("bin", "starts.npy")}
 FILES |= {"tokenizer.json", "manifest.json", "manifest.json.partial"}
@@ -192,8 +193,8 @@ def open_split(folder: Path, split: str, manifest: dict, tokenizer: Tokenizer) -
 
 
 def write_manifest(folder: Path, manifest: dict) -> None:
-    """Write manifest.json atomically. The key `manifest_sha256` holds the SHA-256 of all other entries, which include
-    `version`."""
+    """Write manifest.json atomically. The key `manifest_sha256` of manifest.json holds the SHA-256 of all other
+    entries, which include `version`."""
     body = dict(manifest, version=VERSION)
     body["manifest_sha256"] = _manifest_hash(body)
     write_text(folder / "manifest.json", json.dumps(body, indent=1, sort_keys=True))
@@ -270,15 +271,17 @@ def _publish(partial: Path, folder: Path, manifest: dict) -> tuple[Path, dict]:
         if existing:
             return folder, existing
         trash = Path(tempfile.mkdtemp(prefix=".partial-damaged-", dir=folder.parent))
-        with contextlib.suppress(FileNotFoundError):  # FileNotFoundError is raised if another process moved the folder.
-            # Renaming is atomic, and a process that has opened files of this folder can still read the files.
+        # FileNotFoundError is raised if another process has moved the cache folder.
+        with contextlib.suppress(FileNotFoundError):
+            # Renaming a folder is atomic, and a process that has opened files of the renamed folder can still read the
+            # files.
             os.rename(folder, trash / "tokens")
         shutil.rmtree(trash, ignore_errors=True)
     raise UserError(f"{folder} cannot be replaced: delete it and start again")
 
 
 def _refuse_foreign(folder: Path, problem: str) -> None:
-    """Raise UserError if the folder, which is about to be replaced, contains files that `build` did not write."""
+    """Raise UserError if a cache folder that is about to be replaced contains files that `build` did not write."""
     names = [path.relative_to(folder).as_posix() for path in folder.rglob("*")] if folder.is_dir() else [folder.name]
     if foreign := sorted({*names} - FILES):
         listed = ", ".join(foreign[:3]) + (", .." if len(foreign) > 3 else "")

@@ -5,10 +5,10 @@
     wrong_answer(talk, rng)             a wrong answer to such a question: "l i r g", "r i g", "g i r l", ..
 
 A skill is a type of question, such as forming a plural. A synthetic question is about words, a sum, a difference, three
-numbers to sort, or a measure such as 7 meters. A hash of the subject (such as the word or the sum) decides,
-independently of the seed, whether the subject occurs only in training questions or only in held-out questions. In a
-question about spelling, the letters of the word are separated by spaces or hyphens. A word that is a single token would
-not show its letters, and a small model cannot infer the letters from other words.
+numbers to sort, or a measure such as 7 meters. A hash of the subject of a question (such as the word or the sum)
+decides, independently of the seed, whether the subject occurs only in training questions or only in held-out questions.
+In a question about spelling, the letters of the word are separated by spaces or hyphens. A word that is a single token
+would not show its letters, and a small model cannot infer the letters from other words.
 """
 
 from __future__ import annotations

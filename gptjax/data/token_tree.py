@@ -3,8 +3,8 @@
     tree = merge([(ids_1, weights_1), (ids_2, weights_2)])
 
 A chat template may render an earlier turn differently once later turns follow; for example, Qwen3's template drops the
-reasoning of earlier answers. If earlier turns are rendered differently, the token sequence that trains an answer is not
-a prefix of the token sequence that trains the next answer:
+reasoning of earlier answers. If later turns change how an earlier turn is rendered, the token sequence that trains an
+answer is not a prefix of the token sequence that trains the next answer:
 
     sequences      u 1 < t > a E            user turn "u1", answer "<t>aE" with reasoning t; E is only a target
                    u 1 a E v 2 b E          the same turn without the reasoning, a second turn "v2", answer "bE"
@@ -17,7 +17,8 @@ a prefix of the token sequence that trains the next answer:
     subtree_end    11 11 6 6 6 6 11 11 11 11 11
 
 A token attends to the tokens on its own path: the earlier tokens whose `subtree_end` is larger than its index. The
-losses and gradients of a token tree therefore equal the losses and gradients of one row per sequence.
+losses and gradients of a token tree equal the losses and gradients of one row per sequence, because every token attends
+only to the tokens on its own path.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ import numpy as np
 
 
 class TokenTree(NamedTuple):
-    """An example of n tokens as a token tree in depth-first order; every array has the shape [n]. The array weights is
-    float32, and all other arrays are int32."""
+    """An example of n tokens as a token tree in depth-first order; every array has the shape [n]. In a `TokenTree`, the
+    array weights is float32, and all other arrays are int32."""
 
     tokens: np.ndarray
     targets: np.ndarray
     weights: np.ndarray  # Loss weight of each target.
-    positions: np.ndarray  # Number of earlier tokens on the path from the root.
+    positions: np.ndarray  # Number of earlier tokens on the path from the root to each token.
     subtree_end: np.ndarray  # Index just after the last token of the subtree that begins at each token.
 
 
@@ -50,7 +51,8 @@ class _Node:
         self.children: list[_Node] = []
 
     def admits(self, target: int, weight: float) -> bool:
-        """Returns whether the node can have the target `target`; a target of weight 0 has no effect on the loss."""
+        """Returns whether this node of the token tree can have the target `target`; a target of weight 0 has no effect
+        on the loss."""
         return target == self.target or weight == 0 or self.weight == 0
 
     def add(self, target: int, weight: float) -> None:
@@ -62,9 +64,9 @@ class _Node:
 def merge(sequences: Sequence[tuple[np.ndarray, np.ndarray]]) -> TokenTree:
     """Merges token sequences into one token tree by sharing the common prefixes of the sequences.
 
-    A token has one target. If two sequences agree up to a token, but the token has different targets of non-zero weight
-    in both, the tree holds the token twice. The weight of a target that several sequences share is the sum of their
-    weights.
+    Each token of a token tree has one target. If two sequences begin with the same tokens, but the last of these tokens
+    has different targets of non-zero weight in the two sequences, the token tree holds the last token twice. The weight
+    of a target that several sequences share is the sum of their weights.
 
     Args:
         sequences: for each sequence its token ids [n] and the loss weight of each id as a target [n], with n >= 2. The

@@ -159,7 +159,7 @@ def _from_data(data: Any, location: str) -> Tokenizer:
         _check_header(data)
         tokenizer = getattr(_module(KINDS[data["kind"]][0]), KINDS[data["kind"]][1]).from_data(data)
         tokenizer.grow([name for name in data["special_tokens"] if name not in tokenizer.special_tokens])
-        problems = []  # The values in the file header must agree with the vocabulary in the file.
+        problems = []  # The header of a tokenizer file must agree with the vocabulary in the file.
         if type(data.get("vocab_size")) is not int or data["vocab_size"] != tokenizer.vocab_size:
             stated = f"{data.get('vocab_size')!r:.40}"
             problems.append(f"vocab_size: the header says {stated}, the entries give {tokenizer.vocab_size}")

@@ -3,10 +3,10 @@ process.
 
     python -I _render.py FOLDERS..   reads a line of JSON, the request, prints true, then {"text": ..} or {"error": ..}
 
-The program imports only the standard library and jinja2, which it finds in FOLDERS, so that the program starts quickly.
-Jinja's sandbox denies a template access to Python's internals, but does not stop endless loops and does not limit the
-length of strings. Therefore the process that renders the template limits its own memory and CPU time, and its parent
-process kills the process after the time limit.
+So that the rendering program starts quickly, it imports only the standard library and jinja2, which it finds in
+FOLDERS. Jinja's sandbox denies a template access to Python's internals, but does not stop endless loops and does not
+limit the length of strings. The process that renders an untrusted template limits its own memory and CPU time, and its
+parent process kills the rendering process after the time limit.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
 A tokenizer maps text to token ids in 0 .. vocab_size-1, and maps token ids back to text. Special tokens such as
 `<|endoftext|>` are never produced from ordinary text: `encode` raises an error for a text that contains a special
-token, unless the caller specifies how to encode the special token. The vocabulary of a loaded model may also have added
-tokens, which are not special tokens. If a text contains an added token, `encode` encodes the added token as its id, and
-never splits the added token into other tokens.
+token, unless the caller specifies how to encode the special token. The vocabulary of a loaded model may have added
+tokens, which are separate tokens like special tokens, but may occur in ordinary text. If a text contains an added
+token, `encode` encodes the added token as its id, and never splits the added token into other tokens.
 
     encode("a<|endoftext|>b")                                      raises UserError, which names these two options:
     encode("a<|endoftext|>b", allowed_special={"<|endoftext|>"})   encodes <|endoftext|> as its id
@@ -79,9 +79,9 @@ class Tokenizer(Protocol):
 class Base(ABC):
     """Base class of all tokenizers.
 
-    Every subclass implements `data`. A subclass either implements `_encode`, which encodes ordinary text, or overrides
-    `encode` and `encode_array`. A subclass either implements `_decode`, which decodes ordinary tokens, or overrides
-    `decode`.
+    Every subclass implements `data`. A subclass either implements `_encode`, which encodes text without special and
+    added tokens, or overrides `encode` and `encode_array`. A subclass either implements `_decode`, which decodes all
+    tokens except special and added tokens, or overrides `decode`.
     """
 
     _encode: Callable[[str], list[int]]
@@ -138,7 +138,8 @@ class Base(ABC):
 
     def grow(self, names: Iterable[str]) -> None:
         """Add special tokens to this tokenizer in place; the new tokens get the ids after the last id. Call `grow` only
-        for a tokenizer that has just been constructed; `tokenizers.extend` returns a new tokenizer instead."""
+        for a tokenizer that has just been constructed; for other tokenizers, call `tokenizers.extend`, which returns a
+        new tokenizer."""
         new = {name: self.vocab_size + i for i, name in enumerate(names)}
         self.special_tokens = {**self.special_tokens, **new}
         self.vocab_size += len(new)
@@ -191,7 +192,8 @@ class Base(ABC):
     def _split_special(self, text: str, allowed: Special, disallowed: Special) -> Iterator[tuple[str, int | None]]:
         """Split a text into special tokens, added tokens and the ordinary text between them.
 
-        Yields the parts of the text in order as pairs: (text, None) for ordinary text, and (name, id) for a token.
+        Yields the parts of the text in order as pairs: (text, None) for ordinary text, and (name, id) for a special or
+        added token.
         """
         allowed = self._allowed(text, allowed, disallowed)
         whole = {**{name: self.special_tokens[name] for name in allowed}, **self.added_tokens}
@@ -269,7 +271,8 @@ class Base(ABC):
     # --- to a file
 
     def dumps(self) -> str:
-        """Return the text of the saved tokenizer file. Equal tokenizers return the same text on every machine."""
+        """Return the text of the saved tokenizer file. The files of equal tokenizers have the same text on every
+        machine."""
         header = {
             "format": FORMAT,
             "version": VERSION,
@@ -347,7 +350,8 @@ def _is_utf8(text: str) -> bool:
 
 def found_in(text: str, names: Iterable[str]) -> set[str]:
     """Return the names in `names` that occur in the text, searching the text from left to right. If several names match
-    at one position, only the longest of these names is found. A name that overlaps an earlier match is not found."""
+    at one position, only the longest of these names is found. An occurrence of a name that overlaps the previous name
+    found is ignored."""
     names = frozenset(names)
     return set(_alternatives(names).findall(text)) if names else set()
 

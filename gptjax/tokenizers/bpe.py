@@ -1,16 +1,17 @@
 """Implements byte-level byte-pair encoding (BPE) with the vocabulary of GPT-2, of a loaded model or of a training text.
 
-A regular expression splits the text into words. Each word is first split into its bytes. Among all adjacent pairs of
-tokens, the pair whose merge was learned first is then merged, and this step is repeated until no adjacent pair is in
-the list of merges:
+A regular expression splits the text into words. BPE splits each word into its bytes. Among all adjacent pairs of tokens
+in a word, BPE merges the pair whose merge was learned first, and repeats this step until no adjacent pair is in the
+list of merges:
 
     "lower"   l o w e r  ->  lo w e r  ->  low e r  ->  low er  ->  lower
 
-A tokenizer is saved as the list of its merges in the order in which the merges were learned. Each byte is written as
-one character of GPT-2's printable alphabet; a space is `Ġ`. The first 256 ids are the bytes in the order of GPT-2's
-printable alphabet, the next ids are the tokens that the merges make, and the last ids are the special tokens. The
-vocabulary of a loaded model may have another order; such a tokenizer is saved as the list of its tokens in the order of
-their ids, instead of the list of its merges.
+A BPE tokenizer is saved as the list of its merges in the order in which the merges were learned. In the list of merges,
+each byte is written as one character of GPT-2's printable alphabet; a space is `Ġ`. The first 256 ids of a BPE
+tokenizer that is saved as merges are the bytes in the order of GPT-2's printable alphabet, the next ids are the tokens
+that the merges make, and the last ids are the special tokens. If the ids of a loaded BPE tokenizer do not have the
+order of bytes, merged tokens and special tokens, the tokenizer is saved as the list of its tokens in the order of their
+ids.
 
 The library tiktoken encodes the text without a list of merges. If a word is itself a token, tiktoken does not split the
 word. If a word is not a token, tiktoken splits the word into bytes, and repeatedly merges the adjacent pair whose
@@ -41,11 +42,12 @@ from gptjax.tokenizers.patterns import SCHEMES
 PATTERN = SCHEMES["gpt2"].pattern
 MAX_VOCAB = 1 << 24
 
-# The regular expressions of tiktoken fail on a run of a million whitespace characters before a letter. Therefore a text
-# is split before the last character of each run of BLANKS or more whitespace characters. The token ids stay the same,
-# because a word includes at most the last of the whitespace characters before the word, so that the text has a word
-# boundary before the last whitespace character anyway. `Scheme.cut` returns False for runs of whitespace that must not
-# be split, such as whitespace before a digit with the pre-tokenizer smollm.
+# The regular expressions of tiktoken fail on a run of a million whitespace characters before a letter. Before tiktoken
+# encodes a text, the text is split before the last character of each run of BLANKS or more whitespace characters.
+# Splitting a run of whitespace before its last character does not change the token ids, because a word includes at most
+# the last of the whitespace characters before the word, so that the text has a word boundary at the same place without
+# the split. `Scheme.cut` returns False for runs of whitespace that must not be split, such as whitespace before a digit
+# with the pre-tokenizer smollm.
 BLANKS = 512
 _BLANK_RUN = re.compile(rf"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]{{{BLANKS},}}")
 
@@ -248,9 +250,9 @@ class BPE(Base):
         if self.nfc:
             text = unicodedata.normalize("NFC", text)
         blocks = (text[i : i + BLANKS // 2] for i in range(0, len(text), BLANKS // 2))
-        # This fast check finds texts without long runs of whitespace: a run of BLANKS whitespace characters always
-        # contains at least one of the blocks entirely. If no block consists only of whitespace, the text therefore has
-        # no long run of whitespace.
+        # A run of BLANKS whitespace characters always contains at least one of the blocks of BLANKS // 2 characters
+        # entirely. If no block of BLANKS // 2 characters consists only of whitespace, the text has no run of BLANKS
+        # whitespace characters.
         if not any(block.isspace() for block in blocks):
             return [text]
         cut = SCHEMES[self.scheme].cut
@@ -274,7 +276,7 @@ def gpt2() -> BPE:
     """Return GPT-2's tokenizer, which has 50,257 ids. GPT-2's tokenizer is built from the asset `gpt2`, so that
     tiktoken downloads nothing."""
     lines = assets.fetch("gpt2").read_text(encoding="utf-8").splitlines()
-    return BPE(lines[1:], name="gpt2")  # The first line is "#version: 0.2".
+    return BPE(lines[1:], name="gpt2")  # The first line of GPT-2's file of merges is "#version: 0.2".
 
 
 def train(texts: Iterable[str], vocab_size: int, *, special: Sequence[str] = (END_OF_TEXT,)) -> BPE:

@@ -5,10 +5,10 @@
     encode_chat(tok, messages)   the token ids of that text; special tokens are encoded as their ids
 
 A chat template is a Jinja program that comes with the model and is therefore not trusted: `_render.py` renders the
-template in a separate process with limits on time and memory. Starting the process and rendering a template take about
-0.1 s. The templates in BUILTIN are trusted and rendered in the calling process. Messages are not trusted: `encode_chat`
-raises an error for a message that contains a special token, because the special token could end the user's turn and
-begin another turn (prompt injection).
+template in a separate process with limits on time and memory. Starting a process and rendering a template in the
+process take about 0.1 s. The templates in BUILTIN are trusted and rendered in the calling process. Messages are not
+trusted: `encode_chat` raises an error for a message that contains a special token, because the special token could end
+the user's turn and begin another turn (prompt injection).
 
     end_of_answer(tok)           the token that the template writes after every answer, such as "<|im_end|>"
     with_end(tok)                a copy of the tokenizer whose template ends every answer with one of its eos_ids
@@ -88,8 +88,8 @@ END = (
     "{% endfor %}"
     "{% set messages = with_ends.messages %}\n"
 )
-# The messages of a test conversation have the following contents. The rendered text after `_ANSWER` shows which token a
-# template writes after an answer.
+# The constants _QUESTION, _ANSWER and _NEXT are the contents of the messages of a test conversation. In the rendered
+# test conversation, the text after `_ANSWER` shows which token a template writes after an answer.
 _QUESTION, _ANSWER, _NEXT = "first-question", "first-reply", "second-question"
 _PARAMETERS = {"type": "object", "properties": {"word": {"type": "string", "description": "word"}}}
 _FUNCTION = {"name": "look_up", "description": "Looks up a word.", "parameters": _PARAMETERS}
@@ -207,8 +207,9 @@ def _end_of_answer(
         earlier, before = all_after(text), text.partition(_QUESTION)[0]
         if both := os.path.commonprefix([last, earlier]):  # noqa: RUF071
             return next((token for token in both if token in stops), both[0])
-        # The template writes no token or a different token after the last answer. A token that the template also writes
-        # directly before the question marks the beginning of a turn, unless the token ends generation.
+        # In this case the chat template writes no token after the last answer, or a different token than after earlier
+        # answers. A token that the chat template writes both after an answer and directly before a question marks the
+        # beginning of a turn, unless the token ends generation.
         if not earlier:
             return None
         if end := next((token for token in (*last, earlier[0]) if token in stops), None):
@@ -273,8 +274,8 @@ def default_style(tokenizer: Tokenizer) -> Style:
 
 
 def styled(tokenizer: Tokenizer, style: Style | None = None) -> Tokenizer:
-    """Return a copy of the tokenizer with the chat template of a prompt style. The chat template of the copy ends every
-    answer with a token of the copy's eos_ids.
+    """Return a copy of the tokenizer with the chat template of a prompt style. The chat template of the returned
+    tokenizer ends every answer with a token of eos_ids of the returned tokenizer.
 
     A fine-tuned model is saved with the returned tokenizer, so that `gptjax chat` and exported models use the chat
     template and the stop tokens of the training.

@@ -133,7 +133,8 @@ def _without_padding(metadata: Mapping[str, Any]) -> dict[str, Any]:
     flat = all(isinstance(items, list) or (isinstance(items, np.ndarray) and items.ndim == 1) for items in lists[:2])
     n = len(tokens) if flat else 0
     if not flat or any(np.shape(items)[:1] != (n,) for items in lists[1:] if items is not None):
-        # One of the lists has the wrong type or length, which `_tokens` and `_per_token` will report as an error.
+        # One of the lists in the GGUF metadata has the wrong type or length, which `_tokens` and `_per_token` will
+        # report as an error.
         return dict(metadata)
     while n and tokens[n - 1] == _PADDING.format(i=n - 1) and types[n - 1] == UNUSED:
         n -= 1
@@ -166,7 +167,7 @@ def padded(metadata: dict[str, Any], rows: int) -> dict[str, Any]:
 
 def _per_token(metadata: Mapping[str, Any], key: str, kinds: str, n: int, problems: list[str]) -> list[Any] | None:
     """Return the list tokenizer.ggml.`key`, which has one number per token, or None if the list is missing or invalid.
-    If the list is invalid, an error message is added to `problems`."""
+    If the list tokenizer.ggml.`key` is invalid, an error message is added to `problems`."""
     key = f"tokenizer.ggml.{key}"
     if key not in metadata:
         return None
@@ -263,7 +264,7 @@ def _blanks(prefix: bool) -> dict[str, Any]:
 
 def to_metadata(tokenizer: Tokenizer) -> dict[str, Any]:
     """Return GGUF metadata with which llama.cpp encodes a text to the same ids as the tokenizer. Each value of the
-    metadata is a list of str, a numpy array, an int, a bool or a str.
+    returned metadata is a list of str, a numpy array, an int, a bool or a str.
 
     If the tokenizer normalises texts to Unicode NFC, llama.cpp gives the same ids only for texts in NFC, because
     llama.cpp does not normalise texts to NFC.
@@ -307,7 +308,9 @@ def to_metadata(tokenizer: Tokenizer) -> dict[str, Any]:
 
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
 
-Vocabulary = tuple[dict[str, Any], dict[str, int]]  # GGUF metadata, and the id of each ordinary token
+# A `Vocabulary` is a pair of GGUF metadata and a dict that maps every token, except special and added tokens, to its
+# id.
+Vocabulary = tuple[dict[str, Any], dict[str, int]]
 
 
 def _gpt2(pre: str, merges: list[str], ids: dict[str, int]) -> Vocabulary:

@@ -15,10 +15,11 @@ of merges. The libraries tiktoken and `tokenizers` give the same ids under three
     The listed merges make every token, or `ignore_merges` is set, so that a word that is itself a token is not split.
 
 Proof: suppose that both libraries have made the same merges so far, and that tiktoken next merges the adjacent pieces x
-and y into the token t. The pieces x and y were merged from the bytes of t alone, without a merge across the ends of t.
-Encoding t alone therefore also produces the pieces x and y. If the merge of x and y were not listed, the encoding of t
-with the listed merges would end with the two pieces x and y, which the second condition excludes. The merge of x and y
-is therefore listed, and by the first condition `tokenizers` also makes this merge next.
+and y into the token t. The pieces x and y that tiktoken merges into the token t were merged from the bytes of t alone,
+without a merge across the ends of t, so that encoding t alone produces the pieces x and y too. If the list of merges
+lacked the merge of x and y into t, encoding t with the listed merges would give exactly the two pieces x and y, which
+the second of the three conditions excludes. The list of merges contains the merge of x and y into t, and by the first
+of the three conditions, the library `tokenizers` makes the same merge next as tiktoken.
 """
 
 from __future__ import annotations
@@ -624,8 +625,8 @@ def _from_bpe(tokenizer: BPE) -> dict[str, Any]:
     merges = [merge.split(" ") for merge in tokenizer.merges]
     whole = len(set(map("".join, merges))) < sum(len(token) > 1 for token in tokenizer.ranks)
     # The library `tokenizers` gives new ids, after the last id of the model's vocabulary, to all added tokens that are
-    # not in the model's vocabulary. Therefore special tokens and added tokens with smaller ids than the last ordinary
-    # token are put into the model's vocabulary.
+    # not in the model's vocabulary. Special tokens and added tokens whose ids are smaller than the last id of a token
+    # that is neither special nor added are put into the model's vocabulary, so that they keep their ids.
     last = max(ordinary.values())
     low = {name: i for name, i in whole_tokens(tokenizer).items() if i < last}
     vocab = dict(sorted((ordinary | low).items(), key=lambda item: item[1]))

@@ -7,9 +7,10 @@ encodes and decodes texts.
                                                            "lower" -> lo wer   if log p(lo) + log p(wer) is the largest
 
 The WordPiece and Unigram tokenizers work on bytes in GPT-2's printable alphabet (`bpe.alphabet`). Every single byte is
-a piece, so every text can be encoded and decoding is exact. In contrast to the tokenizers in this module, the
-tokenizers of BERT (WordPiece) and T5 (Unigram) drop whitespace and have an unknown token. A word has at most 64
-characters plus the space before the word, so that encoding takes linear time even for a text without spaces.
+a piece of both vocabularies, WordPiece and Unigram, so that every text can be encoded and decoding is exact. In
+contrast to the tokenizers in this module, the tokenizers of BERT (WordPiece) and T5 (Unigram) drop whitespace and have
+an unknown token. A word has at most 64 characters plus the space before the word, so that encoding takes linear time
+even for a text without spaces.
 
 Source: Schuster and Nakajima 2012 (WordPiece); Kudo 2018, arXiv:1804.10959 (Unigram).
 """
@@ -117,8 +118,8 @@ class Unigram(_Pieces):
     def __init__(self, pieces: Sequence[str], scores: Sequence[float]) -> None:
         self.pieces, self.scores = list(pieces), list(scores)
         super().__init__([token_bytes(piece) for piece in self.pieces])
-        # The table maps each piece to (log probability, id). The table also holds the prefixes of all pieces, so that
-        # `_cut` can stop as soon as no piece begins with the bytes read so far.
+        # The table maps each piece to (log probability, id). To let `_cut` stop as soon as no piece begins with the
+        # bytes read so far, the table holds the prefixes of all pieces as well.
         self._table: dict[bytes, tuple[float, int]] = {}
         for piece in self._bytes:
             self._table |= {piece[:end]: (-math.inf, -1) for end in range(1, len(piece))}

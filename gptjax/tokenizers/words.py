@@ -3,10 +3,11 @@ expression splits a text into words and punctuation marks.
 
     "Hello, do you like tea?"  ->  Hello | , | do | you | like | tea | ?
 
-Whitespace is not kept: decoding joins the words with one space, but puts no space before closing punctuation. Without
-special tokens, the word-level tokenizer equals SimpleTokenizerV1 of the book, which raises an error for an unknown
-word. With the special tokens `<|endoftext|>` and `<|unk|>`, the word-level tokenizer equals SimpleTokenizerV2 of the
-book. By default, the special tokens are [BOS], [EOS], [PAD] and [UNK].
+The word-level tokenizer does not keep whitespace: decoding joins the words with one space, but puts no space before
+closing punctuation. Without special tokens, the word-level tokenizer equals SimpleTokenizerV1 of the book, which raises
+an error for an unknown word. With the special tokens `<|endoftext|>` and `<|unk|>`, the word-level tokenizer equals
+SimpleTokenizerV2 of the book. By default, the special tokens of the word-level tokenizer are [BOS], [EOS], [PAD] and
+[UNK].
 
 Source: Sebastian Raschka, "Build a Large Language Model (From Scratch)", chapter 2.
 """

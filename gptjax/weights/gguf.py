@@ -77,8 +77,8 @@ def from_metadata(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, .
         raise UserError(f"{location}: general.architecture={name!r:.60} is unknown, known: {', '.join(ARCHITECTURES)}")
     gguf = ARCHITECTURES[name]
     # An attribute that is an array is not supported: `Attributes` reports an array as an error. Arrays are converted to
-    # lists, because a comparison of numpy arrays returns an array instead of a bool. The first nine elements of an
-    # array are enough for the error message.
+    # lists, because a comparison of numpy arrays returns an array instead of a bool. For the error message, the first
+    # nine elements of an array are enough.
     values = {
         key.removeprefix(f"{name}."): value[:9].tolist() if isinstance(value, np.ndarray) else value
         for key, value in metadata.items()
@@ -128,9 +128,9 @@ def _rounded(x: float) -> float:
 def with_rope_factors(cfg: ModelConfig, factors: np.ndarray, location: str) -> ModelConfig:
     """Returns a copy of the config with the four parameters of Llama 3's RoPE scaling.
 
-    A GGUF file does not store the four parameters, but only `factors`, the divisors of the RoPE frequencies. The values
-    rope_slow = 1 and rope_fast = 4 are assumed. Common values of rope_factor and rope_original_context are tried until
-    the parameters give the divisors in `factors`.
+    A GGUF file does not store the four parameters of Llama 3's RoPE scaling, but only `factors`, the divisors of the
+    RoPE frequencies. The values rope_slow = 1 and rope_fast = 4 are assumed. Common values of rope_factor and
+    rope_original_context are tried until the RoPE scaling gives the divisors in `factors`.
     """
     if factors.shape != (cfg.head_dim // 2,):
         raise UserError(f"{location}: rope_freqs.weight is {list(factors.shape)}, expected [{cfg.head_dim // 2}]")

@@ -43,9 +43,9 @@ class Model(NamedTuple):
     """A model on disk whose tensors have not been read yet."""
 
     location: str
-    kind: str  # The kind is "gptjax" or the name of the model family.
+    kind: str  # Kind of the model: "gptjax" or the name of the model family.
     cfg: ModelConfig
-    params: Callable[[Any, Any], Params]  # The function (dtype, shardings) reads the parameters.
+    params: Callable[[Any, Any], Params]  # Function of (dtype, shardings) that reads the parameters of the model.
     read_tokenizer: Callable[[], Tokenizer]
 
     def tokenizer(self) -> Tokenizer:

@@ -56,7 +56,7 @@ def save(
     """Writes the parameters, the config and the tokenizer of a model to a self-contained folder. A folder that `save`
     wrote earlier is replaced.
 
-    The write is atomic: the new folder is renamed into place when the folder is complete.
+    The model folder is written atomically: the new folder is renamed into place when the folder is complete.
 
     Args:
         files: dict that maps the names of additional text files to their texts.
@@ -202,7 +202,7 @@ def replace_folder(new: Path, folder: Path) -> None:
 
 
 def recover_folder(folder: Path) -> None:
-    """Restores the old folder if the process ended during `replace_folder`."""
+    """Restores the old folder if a process ended between the two renames of `replace_folder`."""
     old = folder.with_name(f".{folder.name}.old")
     if old.exists() and not folder.exists():
         os.rename(old, folder)

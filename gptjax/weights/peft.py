@@ -1,16 +1,16 @@
 """Reads and writes adapters in the folder format of the PEFT library: adapter_config.json and
-adapter_model.safetensors. In addition, gptjax writes gptjax_sha256.json, which holds the hashes of adapter_config.json
-and adapter_model.safetensors.
+adapter_model.safetensors. Into the folder of an adapter, gptjax writes the additional file gptjax_sha256.json, which
+holds the hashes of adapter_config.json and adapter_model.safetensors.
 
     gptjax  blocks/attn/q/kernel: a [L, in, R], b [L, R, out]
     PEFT    base_model.model.model.layers.{i}.self_attn.q_proj: lora_A.weight [R, in], lora_B.weight [out, R]
 
 A MiSS adapter has one matrix, d [L, R, out] in gptjax and miss_block [R, out] in PEFT.
 
-PEFT adapts GPT-2's q, k and v as one matrix, whereas gptjax adapts q, k and v as three matrices. The three adapters of
-gptjax are exported as one PEFT adapter of three times the rank with a block-diagonal B. A GPT-2 adapter that PEFT
-trained is read as three adapters with the same matrix a. If the adapters of q, k and v have the same matrix a, the
-three adapters are exported as one PEFT adapter of the original rank.
+PEFT adapts GPT-2's q, k and v as one matrix, whereas gptjax adapts q, k and v as three matrices. For GPT-2, gptjax's
+three LoRA adapters of q, k and v are exported as one PEFT adapter of three times the rank with a block-diagonal matrix
+B. A GPT-2 adapter that PEFT trained is read as three LoRA adapters of q, k and v with the same matrix a. If the LoRA
+adapters of q, k and v have the same matrix a, the three adapters are exported as one PEFT adapter of the original rank.
 
 Source: PEFT's tuners/lora and tuners/miss, version 0.21 (names and shapes of the tensors, attributes that change the
 result).
@@ -72,8 +72,8 @@ def export_peft(
     """Writes an adapter that PEFT loads onto the transformers model with the same base weights.
 
     Layers in which all values of the adapter are zero, such as layers that lora.targets leaves out, are not written.
-    The written layers are listed as PEFT's layers_to_transform, or in target_modules if the written layers differ
-    between matrices.
+    The layers whose adapters are written are listed as PEFT's layers_to_transform, or in target_modules if the layers
+    with an adapter differ between matrices.
 
     Args:
         head: parameters of a classification head with last-token pooling: a dict with the key "kernel"
@@ -172,10 +172,11 @@ def load_peft(
     """Loads an adapter from a PEFT folder. Returns the adapter and its config, with which `lora.attach` attaches the
     adapter to the model of `cfg`.
 
-    The adapters of all layers are stacked. A layer without an adapter gets an adapter of zeros. Adapters of a smaller
-    rank are padded with zeros to the largest rank in the stack. If the scale of a module differs from the scale of the
-    config, the matrix b of the module is multiplied by the ratio of the two scales. The targets of the returned config
-    name the layers that have an adapter. The `score` head of a classifier is returned as cls_head/kernel.
+    The adapters of all layers are stacked. A layer without an adapter gets an adapter of zeros. If the ranks of the
+    layers differ, adapters of a smaller rank are padded with zeros to the largest rank. If the LoRA scale of a module
+    differs from the scale of the returned config, the matrix b of the module is multiplied by the ratio of the two
+    scales. The targets of the returned config name the layers that have an adapter. The `score` head of a classifier is
+    returned as cls_head/kernel.
 
     Args:
         base: parameters of the base model, which are compared with the fingerprint in the folder, if the folder has
@@ -329,7 +330,8 @@ def _join(module: Tensor, slices: list[_Pair]) -> _Pair:
     if "m" in first and not all(slices):
         raise UserError(f"{module.name}: PEFT adapts q, k and v as one matrix, so DoRA needs all three as targets")
     a = [pair["a"] for pair in slices if pair]
-    # The slices with an adapter share one matrix a if PEFT trained the adapter, or if only one slice has an adapter.
+    # Those slices of a PEFT module (such as q, k and v) that have an adapter share one matrix a if PEFT trained the
+    # adapter, or if only one slice has an adapter.
     if all(np.array_equal(x, a[0]) for x in a):
         zeros = np.zeros_like(first["b"])
         joined = {"a": a[0].T, "b": np.concatenate([pair["b"] if pair else zeros for pair in slices], -1).T}
@@ -350,8 +352,8 @@ def _split(module: Tensor, pair: _Pair) -> Iterator[tuple[Rule, _Pair]]:
     """Splits the adapter of a PEFT module into gptjax's adapters of the slices of the module, such as q, k and v of
     GPT-2.
 
-    Yields the rule and the adapter of each slice. The adapter has the keys "a" [in, R], "b" [R, out] and, for DoRA, "m"
-    [1, out], or for MiSS the key "d" [R, out].
+    Yields the rule and the adapter of each slice of the module. The adapter of a slice has the keys "a" [in, R], "b"
+    [R, out] and, for DoRA, "m" [1, out], or for MiSS the key "d" [R, out].
     """
     width = (pair["d"].shape[-1] if "d" in pair else pair["b"].shape[0]) // len(module.rules)
     for k, rule in enumerate(module.rules):
@@ -391,8 +393,8 @@ def _config(body: dict[str, Any], location: str) -> tuple[LoraConfig, Callable[[
     ranks, alphas, rslora, dora = {}, {}, False, False
     if miss:
         rank, alpha, dropout = a.take("r", int, 64), 1.0, a.take("miss_dropout", float, 0.0)
-        a.must("init_weights", True, False)  # The values bat and mini select methods other than MiSS.
-        a.left.pop("mini_r", None)  # The attribute mini_r has no effect without the method mini.
+        a.must("init_weights", True, False)  # The values bat and mini of init_weights select methods other than MiSS.
+        a.left.pop("mini_r", None)  # The attribute mini_r has no effect unless init_weights is mini.
     else:
         rank, alpha = a.take("r", int, 8), a.take("lora_alpha", float, 8.0)
         ranks, alphas = a.take("rank_pattern", dict, {}), a.take("alpha_pattern", dict, {})
@@ -402,7 +404,8 @@ def _config(body: dict[str, Any], location: str) -> tuple[LoraConfig, Callable[[
         # belong to changed base weights, not to the base weights that `load` reads.
         a.must("init_lora_weights", True, False, "gaussian", "eva", "orthogonal")
     a.must("bias", "none")
-    for name in list(a.left):  # Unknown attributes may change the result, unless their value is false, null or 0.
+    # Unknown attributes of an adapter may change its outputs, unless their value is false, null or 0.
+    for name in list(a.left):
         if not a.left[name]:
             a.left.pop(name)
     if (saved := a.left.pop("modules_to_save", ["score"])) not in (["score"], ["classifier", "score"]):
@@ -423,9 +426,9 @@ def _config(body: dict[str, Any], location: str) -> tuple[LoraConfig, Callable[[
     def pattern(table: dict[str, T], default: T) -> Callable[[str], T]:
         """Returns a function that maps the name of a module to the value for the module in `table`.
 
-        The keys of `table` are regular expressions. As in PEFT, the function returns the value of the first key that
-        matches the whole name of the module, or the part of the name after one of the dots in the name. If no key
-        matches, the function returns `default`.
+        The keys of `table` are regular expressions. As in PEFT, the value for a module is the value of the first key of
+        `table` that matches the whole name of the module, or the part of the name after one of the dots in the name. If
+        no key of `table` matches, the value for the module is `default`.
         """
 
         def value(module: str) -> T:
@@ -440,8 +443,8 @@ def _config(body: dict[str, Any], location: str) -> tuple[LoraConfig, Callable[[
 
 
 def _is_simple(pattern: str) -> bool:
-    """Returns True if `pattern` is a regular expression without catastrophic backtracking. Patterns are checked because
-    adapters may be untrusted files."""
+    """Returns True if `pattern` is a regular expression without catastrophic backtracking. Regular expressions in
+    adapters are checked because adapters may be untrusted files."""
     try:
         re.compile(pattern)
     except (re.error, RecursionError, OverflowError):

@@ -31,8 +31,8 @@ _CHUNK_SIZE = 1 << 22  # number of elements of a large matrix that are read at o
 
 
 class Source(Protocol):
-    """The named tensors of a file, which are read one at a time. A source may also have a method `rows(name, start,
-    stop)` that reads rows of a matrix."""
+    """The named tensors of a file, which are read one at a time. A `Source` may have the optional method `rows(name,
+    start, stop)`, which reads rows of a matrix."""
 
     def shapes(self) -> dict[str, Shape]: ...
     def array(self, name: str) -> np.ndarray: ...
@@ -50,8 +50,8 @@ class Form(NamedTuple):
 
 identity = Form(lambda a: a, lambda a: a, lambda shape: shape)
 transposed = Form(lambda a: a.T, lambda a: a.T, lambda shape: shape[::-1])
-# The form `plus_one` is for files that store norm scales as scale - 1. The 1 is added in float32, because an addition
-# in bfloat16 would lose the last bits of the scale.
+# The form `plus_one` is for files that store norm scales as scale - 1. The form `plus_one` adds the 1 in float32,
+# because an addition in bfloat16 would lose the last bits of the scale.
 plus_one = Form(lambda a: a.astype(np.float32) + 1, lambda a: a.astype(np.float32) - 1, lambda shape: shape)
 # The form `squeeze_leading` is for files that store weight matrices as kernels [1, in, out] of convolutions of width 1.
 squeeze_leading = Form(lambda a: a[0], lambda a: a[None], lambda shape: (1, *shape))

@@ -114,9 +114,9 @@ def model_config(fields: dict[str, Any], location: str) -> ModelConfig:
         raise UserError(f"{location}:\n{error}") from error
 
 
-# The function `_stored` omits the fields of ModelConfig in _NOT_STORED. Most of the omitted fields are for
-# initialisation, training or computation, which no file format stores. The other omitted fields, such as
-# sliding_window, are expressed by fields that `_stored` returns, such as windows.
+# The function `_stored` omits the fields of ModelConfig in _NOT_STORED. Most of the fields of ModelConfig in
+# _NOT_STORED are for initialisation, training or computation, which no file format stores. Other fields in _NOT_STORED,
+# such as sliding_window, are expressed by fields that `_stored` returns, such as windows.
 _NOT_STORED = {
     "arch", "init", "embed_std", "zero_init_proj", "zero_init_head", "dropout", "dtype", "precision", "remat",
     "unroll", "sliding_window", "window_pattern", "d_head",

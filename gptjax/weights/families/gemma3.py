@@ -30,7 +30,8 @@ def _to_config(a: Attributes) -> dict[str, Any]:
     # Every n-th layer has full attention, where n is the attribute sliding_window_pattern. If the attribute layer_types
     # is present, layer_types overrides sliding_window_pattern.
     every = a.take("sliding_window_pattern", int) if "sliding_window_pattern" in a.left else 6
-    a.left.pop("_sliding_window_pattern", None)  # The library transformers writes this attribute but never reads it.
+    # The library transformers writes _sliding_window_pattern but never reads it.
+    a.left.pop("_sliding_window_pattern", None)
     if not 1 <= every <= 1000:
         a.problems.append(f"sliding_window_pattern: expected a number of layers, got {every}")
         every = 6
@@ -65,9 +66,9 @@ def _embed_gain(d_model: int) -> float:
 
 
 def _rope(a: Attributes, context: int) -> dict[str, Any]:
-    """Reads the RoPE fields of ModelConfig from a config.json. The attribute `rope_parameters` has an entry for each of
-    the two attention types. If the attribute `rope_scaling` is present, `rope_scaling` applies to the layers with full
-    attention."""
+    """Reads the RoPE fields of ModelConfig from a config.json. The attribute `rope_parameters` has one entry for full
+    attention and one entry for sliding-window attention. If the attribute `rope_scaling` is present, `rope_scaling`
+    applies to the layers with full attention."""
     rope, scaling = dict(a.take("rope_parameters", dict, {})), a.take("rope_scaling", dict, {})
     full, local = rope.pop("full_attention", None) or {}, rope.pop("sliding_attention", None) or {}
     if rope or not isinstance(full, dict) or not isinstance(local, dict):
@@ -141,7 +142,7 @@ FAMILY = Family(
         lambda cfg: [*gguf.ENDS, *gguf.QKV, *gguf.OUT, *gguf.MLP, *gguf.PRE, *gguf.POST, *gguf.QK_NORMS],
         rope_base=1_000_000.0, to_config=_from_metadata, to_metadata=_to_metadata,
     ),
-    # The text models of Gemma 3 use the tokenizer of the multimodal models. The last token of this tokenizer is the
-    # placeholder for images, for which the embedding of a text model may have no row.
+    # The text models of Gemma 3 use the tokenizer of the multimodal models. The last token of Gemma 3's tokenizer is
+    # the placeholder for images, for which the embedding of a text model may have no row.
     placeholder=IMAGE,
 )  # fmt: skip

@@ -1,8 +1,8 @@
 """Defines the family of Llama and other models of the Llama architecture (Llama 3.2, SmolLM2, TinyLlama).
 
 RoPE rotates pairs of the H channels of a head. For Llama, llama.cpp pairs the adjacent channels 2i and 2i + 1, whereas
-gptjax and transformers pair the channels i and i + H/2. Therefore the GGUF files of Llama models store the rows of q
-and k interleaved.
+gptjax and transformers pair the channels i and i + H/2. Because llama.cpp pairs adjacent channels, the GGUF files of
+Llama models store the rows of q and k interleaved.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ def to_config(a: Attributes) -> dict[str, Any]:
     a.must("use_mrope", False)
     fields = hf.sizes(a)
     n_layer, width, used = fields["n_layer"], hf.window(a), a.take("use_sliding_window", bool)
-    full = a.take("max_window_layers", int)  # The first max_window_layers layers have full attention.
+    full = a.take("max_window_layers", int)  # The first max_window_layers layers of Qwen2 have full attention.
     size = width if used else 0
     letters = "".join("S" if size and i >= full else "L" for i in range(min(n_layer, hf.MAX_LAYERS)))
     pattern = hf.layer_types(a, n_layer, hf.shortened(letters))
