@@ -39,8 +39,9 @@ def kernel_for(
         GPU, Ampere on  flash   yes        yes            16- and 32-bit  up to 256                yes
         older GPU       None
 
-    On GPUs, the head size must be a multiple of 8. On TPUs, the number of tokens per device must be a multiple of 128.
-    If `kernel_for` returns None, attention is computed with plain XLA operations.
+    On GPUs, fused kernels require a head size that is a multiple of 8. On TPUs, splash attention requires that the
+    number of tokens of a row on each device is a multiple of 128. If `kernel_for` returns None, attention is computed
+    with plain XLA operations.
     """
     static = isinstance(window, int)
     if platform() == "tpu":
@@ -82,7 +83,7 @@ def cudnn_version() -> int:
     try:
         from jax._src.lib import cuda_versions
 
-        # Without a CUDA plugin, `cuda_versions` is None.
+        # Without a CUDA plugin for JAX, `cuda_versions` is None.
         return cuda_versions.cudnn_get_version() if cuda_versions else 0
     except (ImportError, AttributeError, RuntimeError):
         return 0
@@ -143,8 +144,8 @@ def splash(
 def _splash_kernel(T: int, n_heads: int, q_shards: int, window: int, interpret: bool) -> Any:
     """Returns the splash-attention kernel for the `n_heads` heads of one device and the T queries of all devices.
 
-    The splash-attention kernel contains arrays that describe the attention mask of all T queries. The caller shards the
-    mask arrays over the devices in the same way as the queries.
+    The splash-attention kernel contains arrays that describe the attention mask of all T queries. The caller of
+    `_splash_kernel` shards the arrays that describe the attention mask over the devices in the same way as the queries.
     """
     from jax.experimental.pallas.ops.tpu import splash_attention as pallas
 
@@ -164,7 +165,7 @@ def _splash(q, k, v, q_ids, k_ids, offset, kernel):
     """Computes attention on one device with the splash-attention kernel.
 
     The argument `kernel` is the shard of the splash-attention kernel for this device. The arrays in `kernel` describe
-    the mask of the queries on this device, so that the argument `offset` is not needed.
+    the attention mask of the queries on this device, so that `_splash` does not need the argument `offset`.
     """
     from jax.experimental.pallas.ops.tpu import splash_attention as pallas
 
