@@ -51,9 +51,9 @@ class Tiles(NamedTuple):
 
 
 # _TILES maps each pair (number of columns of a tile, bytes per element) to tile sizes. For compute capabilities 8.0 to
-# 10.0, Triton compiles the tile sizes in _TILES without spilling registers in a loop and within 99 KiB of shared
-# memory, which is the limit of the capabilities 8.6 and 8.9. The speed of the kernels with the tile sizes in _TILES was
-# not measured.
+# 10.0, Triton compiles kernels with the tile sizes in _TILES without spilling registers in a loop and within 99 KiB of
+# shared memory, which is the limit of the capabilities 8.6 and 8.9. The speed of the kernels with the tile sizes in
+# _TILES was not measured.
 _TILES = {
     (64, 2): Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8), Tile(64, 64)),
     (128, 2): Tiles(Tile(128, 64, 8), Tile(128, 32, 8), Tile(32, 64)),
@@ -306,9 +306,9 @@ def _ranges(
 
     A range of key tiles consists of four indices of key tiles, `begin <= whole <= rest <= end`. Key tiles before the
     index `begin` and from the index `end` on are fully masked, and the kernels skip fully masked tiles. Key tiles
-    `whole` to `rest - 1` contain no masked keys, and the kernels do not apply the mask to these tiles. The kernels
-    apply the mask to the key tiles `begin` to `whole - 1` and `rest` to `end - 1`. With `loop_over="queries"`,
-    `_ranges` returns the range of query tiles for each tile of keys.
+    `whole` to `rest - 1` contain no masked keys, and the kernels do not apply the mask to these tiles. The
+    flash-attention kernels apply the attention mask to the key tiles `begin` to `whole - 1` and `rest` to `end - 1`.
+    With `loop_over="queries"`, `_ranges` returns the range of query tiles for each tile of keys.
 
     To find fully masked tiles, `_ranges` compares only the smallest and the largest document id of each tile. If
     document ids increase along a row, as in packed rows, the ranges of tiles are exact. If document ids do not increase

@@ -7,9 +7,9 @@
 
 Functions such as `forward` set the precision with the context manager `jax.default_matmul_precision`. The precision
 applies to the matrix products that are traced inside the context manager, and to the matrix products that autodiff
-derives from these matrix products. JAX traces the backward function of a `jax.custom_vjp` only after the program has
-left the context manager `jax.default_matmul_precision`. The class `custom_vjp` in this module restores the matmul
-precision for the backward function.
+derives from these matrix products. JAX may trace the backward function of a `jax.custom_vjp` after the program has left
+the context manager `jax.default_matmul_precision`. The class `custom_vjp` in this module restores the matmul precision
+for the backward function.
 """
 
 from __future__ import annotations
