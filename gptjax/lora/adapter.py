@@ -42,8 +42,8 @@ def targets(params: Params, cfg: LoraConfig) -> dict[str, Any]:
     A pattern in `cfg.targets` may select individual layers of a stacked weight, such as blocks/3/attn/q/kernel or
     blocks/[0-3,8-11]/*/kernel. In layers that `cfg.targets` does not select, the LoRA factors a and b are zero. LoRA
     factors a and b that are both zero stay zero in training, because the gradient of each factor is zero while the
-    other factor is zero. In layers that `cfg.targets` does not select, the matrix d of MiSS is zero too, and `attach`
-    sets the scale of d to 0.
+    other factor is zero. In layers that `cfg.targets` does not select, the matrix d of MiSS is zero, and `attach` sets
+    the scale of d to 0.
 
     Raises:
         UserError: a pattern matches no weight, or names a layer that the model lacks; or `cfg` applies DoRA or MiSS to
@@ -143,14 +143,15 @@ def init_from_weights(params: Params, cfg: LoraConfig) -> tuple[Params, Adapter]
     The weights minus the adapter's contribution, scale * a @ b, are called the residual weights. Attaching the new
     adapter to the residual weights restores the original weights.
 
-    With init=pissa, the factors are a = u sqrt(s) and b = sqrt(s) v, where s contains the `rank` largest singular
+    With init=pissa, the LoRA factors are a = u sqrt(s) and b = sqrt(s) v, where s contains the `rank` largest singular
     values of the weight, and u and v contain the left and right singular vectors of these singular values
     (arXiv:2404.02948, eq. 2-4).
 
-    With init=olora, the factors are taken from the QR decomposition of the transposed weight, w.T [out, in] = Q R: b.T
-    is the first `rank` columns of Q, and a.T is the first `rank` rows of R (arXiv:2406.01775, 3.1; as in PEFT).
+    With init=olora, the LoRA factors a and b are taken from the QR decomposition of the transposed weight, w.T [out,
+    in] = Q R: b.T is the first `rank` columns of Q, and a.T is the first `rank` rows of R (arXiv:2406.01775, 3.1; as in
+    PEFT).
 
-    With init=pissa and init=olora, the factors a and b are also divided by sqrt(cfg.scale), because an attached adapter
+    With init=pissa and init=olora, the factors a and b are divided by sqrt(cfg.scale), because an attached adapter
     multiplies the product a @ b by cfg.scale.
 
     Returns:
@@ -333,9 +334,9 @@ def rows(adapters: Sequence[Adapter], ids: Sequence[int] | jax.Array) -> Adapter
 def concatenate(adapters: Sequence[Adapter], weights: Sequence[float] | None = None) -> Adapter:
     """Returns the exact weighted sum of several adapters by concatenating the adapters' factors along the rank axis.
 
-    To attach the weighted sum, pass the config of the input adapters to `attach`. The input adapters must have the same
-    scale. The targets of the input adapters may differ, because an adapter does not change a weight for which the
-    adapter has no factors.
+    To attach the weighted sum, pass the config of the input adapters to `attach`. The adapters to be summed must have
+    the same scale. The targets of the input adapters may differ, because an adapter does not change a weight for which
+    the adapter has no factors.
 
     Raises:
         UserError: an adapter has DoRA magnitude vectors, MiSS matrices or complete weights, such as a new head, which

@@ -107,15 +107,16 @@ def distill(
     Dividing the logits by the temperature scales the gradient of the divergence by 1 / temperature^2; the factor
     temperature^2 in the distillation loss compensates for this scaling (arXiv:1503.02531, section 2).
 
-    For a `gptjax.types.Batch`, which must have no token trees, the loss runs the forward pass of the teacher. For a
-    `Batch`, the params hold the student's parameters and, in params["teacher"], the teacher's parameters, which receive
-    no gradient. For a `TeacherBatch`, the loss uses the teacher's log-probabilities in the batch, which must have been
-    computed with the temperature of the loss.
+    For a `gptjax.types.Batch`, which must have no token trees (several continuations of one prefix in a row), the loss
+    runs the forward pass of the teacher. For a `Batch`, the params hold the student's parameters and, in
+    params["teacher"], the teacher's parameters, which receive no gradient. For a `TeacherBatch`, the loss uses the
+    teacher's log-probabilities in the batch, which must have been computed with the temperature of the loss.
 
     For a `gptjax.types.RolloutBatch`, which holds answers that the student generated, the loss is temperature^2 times
     the divergence D for any alpha, as in GKD (arXiv:2306.13649, algorithm 1). For a `RolloutBatch`, the cross-entropy
-    is left out of the loss, because the expected gradient of the cross-entropy on the student's own samples is zero. A
-    `RolloutBatch` must have no token trees, and the arrays `old` and `advantages` of the batch are not used.
+    is left out of the loss, because the expected gradient of the cross-entropy on the student's own samples is zero.
+    Each row of a `RolloutBatch` must hold one answer instead of a token tree of several answers, and the arrays `old`
+    and `advantages` of the batch are not used.
 
     The teacher's and the student's vocabulary sizes may differ, because an embedding can have more rows than the
     tokenizer has token ids. The distillation loss uses only the logits of token ids that both models have.

@@ -243,8 +243,8 @@ def policy(
     """Returns the policy-gradient loss named `kind`, for batches of type `RolloutBatch`.
 
     The docstring of `policy_terms` gives the formula of the loss, and the docstring of this module lists how the kinds
-    differ. For all kinds of policy-gradient loss, the KL penalty is a term of the loss, as in GRPO, although the papers
-    of rloo and reinforce_pp subtract the KL penalty from the rewards.
+    of policy-gradient loss differ. For all kinds of policy-gradient loss, the KL penalty is a term of the loss, as in
+    GRPO, although the papers of rloo and reinforce_pp subtract the KL penalty from the rewards.
 
     The metrics of the policy-gradient loss are `Mean`s over the tokens of the answers:
 

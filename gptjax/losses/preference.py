@@ -152,7 +152,7 @@ def preference(
     """Returns the preference loss named `kind`, averaged over pairs, for a `gptjax.data.preferences.PairBatch`.
 
     The metric `margin` is the reward of the chosen answer minus the reward of the rejected answer. The metric
-    `accuracy` is the fraction of pairs with a margin above 0.
+    `accuracy` is the fraction of pairs in which the chosen answer has the higher reward.
     """
     beta = BETA[kind] if beta is None else beta
 

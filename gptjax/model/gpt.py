@@ -181,9 +181,9 @@ def tapped(
         acts["blocks/3/resid"]      [B, T, D]
 
     `gptjax.model.activations` lists the paths of activations. If an activation is both tapped and patched, the patched
-    activation is returned. The returned activations can be used as patches: `forward(params, tokens, cfg,
-    patches=acts)` gives the same logits as `tapped`. With stacked parameters, tapping an activation in one layer takes
-    as much memory as tapping the activation in all layers.
+    activation is returned. The activations `acts` that `tapped` returns can be used as patches: `forward(params,
+    tokens, cfg, patches=acts)` gives the same logits as `tapped`. With stacked parameters, tapping an activation in one
+    layer takes as much memory as tapping the activation in all layers.
 
     Raises:
         UserError: a tap or a patch matches no activation, or a patch's shape does not fit.

@@ -305,10 +305,11 @@ def _ranges(
     """Returns, for each of n tiles of queries, the range of key tiles that the queries attend to, [1 or B, n, 4] int32.
 
     A range of key tiles consists of four indices of key tiles, `begin <= whole <= rest <= end`. Key tiles before the
-    index `begin` and from the index `end` on are fully masked, and the kernels skip fully masked tiles. Key tiles
-    `whole` to `rest - 1` contain no masked keys, and the kernels do not apply the mask to these tiles. The
-    flash-attention kernels apply the attention mask to the key tiles `begin` to `whole - 1` and `rest` to `end - 1`.
-    With `loop_over="queries"`, `_ranges` returns the range of query tiles for each tile of keys.
+    index `begin` and from the index `end` on are fully masked, and the flash-attention kernels skip fully masked tiles.
+    Key tiles `whole` to `rest - 1` contain no masked keys, and the flash-attention kernels do not apply the attention
+    mask to these tiles. The flash-attention kernels apply the attention mask to the key tiles `begin` to `whole - 1`
+    and `rest` to `end - 1`. With `loop_over="queries"`, `_ranges` returns the range of query tiles for each tile of
+    keys.
 
     To find fully masked tiles, `_ranges` compares only the smallest and the largest document id of each tile. If
     document ids increase along a row, as in packed rows, the ranges of tiles are exact. If document ids do not increase
@@ -403,8 +404,8 @@ def _d_q_kernel(ranges, span, q_ids, k_ids, q, k, v, d_out, lse, delta, d_q, *, 
 def _d_kv_kernel(ranges, span, q_ids, k_ids, q, k, v, d_out, lse, delta, d_k, d_v, *, sizes, tile, static):
     """Computes the gradients of k and v for one tile of keys.
 
-    The kernel computes the scores in the layout [keys, queries], so that no matrix product needs the transpose of the
-    result of another matrix product.
+    The kernel for the gradients of k and v computes the attention scores in the layout [keys, queries], so that no
+    matrix product needs the transpose of the result of another matrix product.
     """
     keys = pl.program_id(0) * tile.keys + jnp.arange(tile.keys)
     mask, in_keys = _Mask(span, static.windowed), _inside(keys, sizes.S)

@@ -19,7 +19,8 @@ from jax.sharding import PartitionSpec as P
 from gptjax.ops.device import CONTEXT, ROWS, TENSOR, by_device, capability, fit, mesh, platform
 from gptjax.ops.precision import splash_keeps_it
 
-# `jax.ad_checkpoint.checkpoint_name` gives the name SAVED to the arrays that the kernels save for the backward pass.
+# `jax.ad_checkpoint.checkpoint_name` gives the name SAVED to the arrays that the fused attention kernels save for the
+# backward pass.
 SAVED = "attention"
 # AMPERE, HOPPER and BLACKWELL are the compute capabilities of NVIDIA GPU generations.
 AMPERE, HOPPER, BLACKWELL = 8.0, 9.0, 10.0
@@ -244,8 +245,9 @@ def _by_device(
 ) -> jax.Array:
     """Runs `attend(q, k, v, q_ids, k_ids, offset, extra)` on each device for the rows, heads and queries of the device.
 
-    Under context parallelism, each device all-gathers the keys and values. The backward pass all-gathers the keys and
-    values again, because saving the gathered arrays would take up the memory that sharding the tokens saves.
+    Under context parallelism, each device all-gathers the keys and values. Under context parallelism, the backward pass
+    of attention all-gathers the keys and values again, because saving the gathered keys and values would take up the
+    memory that sharding the tokens saves.
 
     Args:
         heads_at: axis of the heads in k and v, 1 or 2. The tokens are along axis 3 - heads_at.

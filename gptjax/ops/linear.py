@@ -65,7 +65,8 @@ def dense(w: Any) -> jax.Array:
 def factors(w: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns two plain arrays, x' [.., in'] and w' [in', out], whose product x' @ w' equals matmul(w, x).
 
-    The loss calls `factors` to compute the product of the hidden states and the LM head in chunks.
+    `gpt.head_factors` calls `factors`, so that the losses can compute the product of the hidden states and the LM head
+    in chunks.
     """
     return x, dense(w)
 

@@ -26,8 +26,8 @@ _CHUNK_BYTES = 256 * 2**20
 # 64.8 GB of memory traffic. With chunks of 2 GiB of logits, the training step would need 8.7 GiB of memory and have
 # nearly the same memory traffic, 63.9 GB (tests/bench/gpu_program.py).
 _GPU_CHUNK_BYTES = 2**30
-# _NO_TOKEN is the logit of a padding column. _NO_TOKEN is finite, because the gradient of the softcap squares the
-# logits.
+# _NO_TOKEN is the logit of a column that pads the LM head. _NO_TOKEN is finite, because the gradient of the softcap
+# squares the logits.
 _NO_TOKEN = -1e15
 
 
@@ -137,9 +137,9 @@ def linear_log_probs(
     """Returns the log-probability log softmax(softcap(hidden @ head) / temperature)[target] of each token, [..]
     float32.
 
-    `linear_log_probs` is for losses that are not a sum over tokens, such as DPO. The tokens are processed in chunks,
-    and the backward pass recomputes the logits of each chunk. The docstring of `linear_cross_entropy` describes the
-    arguments and the errors.
+    `linear_log_probs` is for losses that are not a sum over tokens, such as DPO. `linear_log_probs` processes the
+    tokens in chunks, and the backward pass recomputes the logits of each chunk. The docstring of `linear_cross_entropy`
+    describes the arguments and the errors.
     """
     return _per_token(_log_probs, hidden, head, targets, cap, dtype, chunk, temperature)
 

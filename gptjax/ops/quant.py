@@ -85,11 +85,11 @@ class NF4:
         offset: mean of all absmaxes of the matrix, [.., 1, 1] float32. If matrices were concatenated along `out`, the
             shape is [.., 1, out], with the mean of the original matrix for each column.
 
-    Blocks of weights run along the axis `in` and groups of absmaxes along the axis `out`, so that both axes can be
-    sharded. In QLoRA, the blocks of weights run along the flattened matrix instead of an axis. If 64 does not divide
-    `in`, the block size is the largest even divisor of `in` below 64. If 256 does not divide `out`, the number of
-    absmaxes in a group is the largest divisor of `out` below 256. The size of a block of weights and the size of a
-    group of absmaxes are not stored, but computed from the shapes of the arrays.
+    In an `NF4` matrix, blocks of weights run along the axis `in` and groups of absmaxes along the axis `out`, so that
+    both axes can be sharded. In QLoRA, the blocks of weights run along the flattened matrix instead of an axis. If 64
+    does not divide `in`, the number of weights in a block is the largest even divisor of `in` below 64. If 256 does not
+    divide `out`, the number of absmaxes in a group is the largest divisor of `out` below 256. The size of a block of
+    weights and the size of a group of absmaxes are not stored, but computed from the shapes of the arrays.
 
     Source: QLoRA, arXiv:2305.14314. In contrast to QLoRA, the absmaxes (largest magnitudes of blocks) are quantised to
     int8 instead of FP8, because int8 is more exact for normally distributed weights.
@@ -294,7 +294,7 @@ _frozen.defvjp(_forward, _backward)
 def _integers(product: Callable[..., jax.Array], values: jax.Array, x: jax.Array, dtype: str) -> jax.Array:
     """Computes the matrix product of x and an int8 matrix without applying the quantisation scales.
 
-    The int8 matrix is cast to the dtype of x. The cast from int8 is exact even for bfloat16.
+    The int8 matrix is cast to the dtype of x. A cast from int8 is exact even if x is bfloat16.
     """
     values = values.astype(x.dtype)
     if x.size == x.shape[-1] and platform() in ("cpu", "gpu"):

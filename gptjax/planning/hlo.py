@@ -103,7 +103,7 @@ def work(text: str) -> Work:
 def parse(text: str) -> dict[str, Computation]:
     """Returns the computations in an HLO text by name.
 
-    The entry computation is also stored under the name "ENTRY".
+    The entry computation is stored under two names, its own name and "ENTRY".
     """
     computations: dict[str, Computation] = {}
     computation: Computation = {}
@@ -173,9 +173,9 @@ def executed(
 def trip_count(loop: Instruction, computations: dict[str, Computation]) -> int:
     """Returns the number of iterations of a loop in an HLO program.
 
-    The number of iterations is read from the annotation known_trip_count of XLA. In a loop without the annotation
-    known_trip_count, the number of iterations is the constant with which the loop condition compares the loop counter,
-    because the counter starts at 0.
+    The number of iterations of a loop is read from the annotation known_trip_count of XLA. In a loop without the
+    annotation known_trip_count, the number of iterations is the constant with which the loop condition compares the
+    loop counter, because the counter starts at 0.
     """
     if (known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.rest)) is not None:
         return int(known[1])

@@ -24,7 +24,7 @@ from gptjax.tasks import trainable
 from gptjax.training.flops import flops_per_token
 from gptjax.training.memory import GIB, chip_bytes
 
-_MARGIN = 0.92  # A candidate is compiled only if the estimated memory is below the fraction _MARGIN of the chip's HBM.
+_MARGIN = 0.92  # `search` compiles a candidate only if its estimated memory is below _MARGIN times the chip's HBM.
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def plan(
     """Compiles a training or decode step ahead of time for a TPU slice, and returns the step's memory, FLOPs, traffic
     and time.
 
-    The compiler is libtpu, which also works on a machine without a TPU.
+    The compiler of `plan` is libtpu, which works on machines with and without a TPU.
 
     Args:
         on: TPU slice: a name such as v5e-8, or a topology such as v5p:4x4x8.
