@@ -1,6 +1,6 @@
 """This module implements LoRA and its variants as pure functions on parameter trees.
 
-An adapter is a parameter tree. At the path of each adapted weight, the adapter holds the low-rank factors a and b, or
+An adapter is a parameter tree. At the path of each adapted weight, an adapter holds the low-rank factors a and b, or
 for the method MiSS the matrix d:
 
     adapter  = init(key, params, cfg)           {"blocks": {"attn": {"q": {"kernel": {"a": .., "b": ..}}}}}
@@ -40,9 +40,10 @@ def targets(params: Params, cfg: LoraConfig) -> dict[str, Any]:
     """Returns a dict of the weights whose paths match `cfg.targets`, by path, in the order of the parameter tree.
 
     A pattern in `cfg.targets` may select individual layers of a stacked weight, such as blocks/3/attn/q/kernel or
-    blocks/[0-3,8-11]/*/kernel. In layers that `cfg.targets` does not select, the LoRA factors a and b are zero. Zero
-    factors stay zero in training, because the gradient of each factor is zero while the other factor is zero. In layers
-    that `cfg.targets` does not select, the matrix d of MiSS is zero too, and `attach` sets the scale of d to 0.
+    blocks/[0-3,8-11]/*/kernel. In layers that `cfg.targets` does not select, the LoRA factors a and b are zero. LoRA
+    factors a and b that are both zero stay zero in training, because the gradient of each factor is zero while the
+    other factor is zero. In layers that `cfg.targets` does not select, the matrix d of MiSS is zero, and `attach` sets
+    the scale of d to 0.
 
     Raises:
         UserError: a pattern matches no weight, or names a layer that the model lacks; or `cfg` applies DoRA or MiSS to
@@ -139,17 +140,18 @@ def init_from_weights(params: Params, cfg: LoraConfig) -> tuple[Params, Adapter]
     """Initialises an adapter from the weights, and subtracts the adapter's contribution, scale * a @ b, from the
     weights.
 
-    The weights minus the adapter's contribution are called the residual weights. Attaching the adapter to the residual
-    weights restores the original weights.
+    The weights minus the adapter's contribution, scale * a @ b, are called the residual weights. Attaching the new
+    adapter to the residual weights restores the original weights.
 
-    With init=pissa, the factors are a = u sqrt(s) and b = sqrt(s) v, where s contains the `rank` largest singular
+    With init=pissa, the LoRA factors are a = u sqrt(s) and b = sqrt(s) v, where s contains the `rank` largest singular
     values of the weight, and u and v contain the left and right singular vectors of these singular values
     (arXiv:2404.02948, eq. 2-4).
 
-    With init=olora, the factors are taken from the QR decomposition of the transposed weight, w.T [out, in] = Q R: b.T
-    is the first `rank` columns of Q, and a.T is the first `rank` rows of R (arXiv:2406.01775, 3.1; as in PEFT).
+    With init=olora, the LoRA factors a and b are taken from the QR decomposition of the transposed weight, w.T [out,
+    in] = Q R: b.T is the first `rank` columns of Q, and a.T is the first `rank` rows of R (arXiv:2406.01775, 3.1; as in
+    PEFT).
 
-    With init=pissa and init=olora, the factors a and b are also divided by sqrt(cfg.scale), because an attached adapter
+    With init=pissa and init=olora, the factors a and b are divided by sqrt(cfg.scale), because an attached adapter
     multiplies the product a @ b by cfg.scale.
 
     Returns:
@@ -201,10 +203,10 @@ def to_lora(adapter: Adapter, start: Adapter) -> Adapter:
 def attach(params: Params, adapter: Adapter, cfg: LoraConfig, *, scales: jax.Array | None = None) -> Params:
     """Returns `params` with every adapted weight replaced by a `LoraWeight`, or by a `MissWeight` for a MiSS adapter.
 
-    The returned params can be passed to `forward` or to any loss.
+    The params that `attach` returns can be passed to `forward` or to any loss.
 
-    The adapter may also hold complete weights, such as the weights of a new head ({"cls_head": {"kernel": ..}}).
-    Complete weights are copied into the returned params unchanged.
+    In addition to low-rank factors, the adapter may hold complete weights, such as the weights of a new head
+    ({"cls_head": {"kernel": ..}}). Complete weights in the adapter are copied into the returned params unchanged.
 
     Args:
         scales: the scale of the adapter, which replaces `cfg.scale`: a scalar array, or for a batched adapter (see
@@ -243,13 +245,14 @@ def _adapted(
         return _leaf(leaf, pair, cfg, scales)
     axes, selected = pair["d"].shape[:-2], _layers(path, leaf, cfg)
     value = jnp.broadcast_to(jnp.float32(cfg.scale) if scales is None else jax.lax.stop_gradient(scales), axes)
-    # A scale of 0 makes the gradient of d zero, so that d stays zero in the layers that cfg.targets does not select.
+    # A scale of 0 makes the gradient of the MiSS matrix d zero, so that d stays zero in the layers that cfg.targets
+    # does not select.
     value = value * selected if selected.any() else value
     return MissWeight(leaf, pair["d"], value, rate=_rates(cfg, axes))
 
 
 def _leaf(leaf: Any, pair: dict[str, jax.Array], cfg: LoraConfig, scales: jax.Array | None) -> LoraWeight:
-    # The leading axes of `a` are the layers [L], the rows of the batch [B], or both [L, B].
+    # The leading axes of the LoRA factor `a` are the layers [L], the rows of the batch [B], or both [L, B].
     axes = pair["a"].shape[:-2]
     value = jnp.broadcast_to(jnp.float32(cfg.scale) if scales is None else jax.lax.stop_gradient(scales), axes)
     return LoraWeight(leaf, pair["a"], pair["b"], value, pair.get("m"), rate=_rates(cfg, axes))
@@ -331,9 +334,9 @@ def rows(adapters: Sequence[Adapter], ids: Sequence[int] | jax.Array) -> Adapter
 def concatenate(adapters: Sequence[Adapter], weights: Sequence[float] | None = None) -> Adapter:
     """Returns the exact weighted sum of several adapters by concatenating the adapters' factors along the rank axis.
 
-    To attach the weighted sum, pass the config of the input adapters to `attach`. The input adapters must have the same
-    scale. The targets of the input adapters may differ, because an adapter does not change a weight for which the
-    adapter has no factors.
+    To attach the weighted sum, pass the config of the input adapters to `attach`. The adapters to be summed must have
+    the same scale. The targets of the input adapters may differ, because an adapter does not change a weight for which
+    the adapter has no factors.
 
     Raises:
         UserError: an adapter has DoRA magnitude vectors, MiSS matrices or complete weights, such as a new head, which
@@ -392,9 +395,9 @@ def negate(adapter: Adapter) -> Adapter:
 def truncate_rank(adapter: Adapter, rank: jax.Array | int) -> Adapter:
     """Returns the adapter with all columns of `a` and all rows of `b` beyond the first `rank` set to zero.
 
-    The shapes of a and b do not change, and `rank` may be a tracer. The zeroed elements stay zero in training, because
-    the gradients of the zeroed elements are zero. Adapters of different ranks can therefore be zero-padded to the same
-    shape and trained in one vmapped program.
+    The shapes of the LoRA factors a and b do not change, and `rank` may be a tracer. The elements of a and b beyond the
+    first `rank` columns or rows stay zero in training, because the gradients of these elements are zero. Adapters of
+    different ranks can be zero-padded to the same shape and trained in one vmapped program.
 
     Raises:
         UserError: the adapter is a MiSS adapter, whose rank is also the block size by which its input is summed.

@@ -58,8 +58,8 @@ def combine(
         dare_ties: drops elements as dare_linear does, and then averages as ties does.
         svd: the sum of weights[i] * D_i, truncated to the `rank` largest singular values.
 
-    The methods magnitude_prune_svd, ties_svd, dare_linear_svd and dare_ties_svd merge the matrices D_i instead of the
-    factors a_i and b_i, and truncate the merged matrix to its `rank` largest singular values.
+    The methods magnitude_prune_svd, ties_svd, dare_linear_svd and dare_ties_svd merge the matrices D_i = scales[i] *
+    a_i @ b_i instead of the factors a_i and b_i, and truncate the merged matrix to its `rank` largest singular values.
 
     Args:
         adapters: adapters with factors a [.., in, R] and b [.., R, out]. The adapters' targets may differ; an adapter
@@ -112,8 +112,8 @@ def combine(
                 pair = _truncated(mix(deltas, w, keys["w"]), most)
             else:
                 _refuse_ranks(path, method, a)
-                # The factor a is weighted by `signed`, and the factor b by `root`. The product of `signed` and `root`
-                # is w * s, the merge weight times the scale of the adapter.
+                # The LoRA factor a is multiplied by `signed` and the factor b by `root`, whose product is w * s, the
+                # merge weight times the scale of the adapter.
                 root = jnp.sqrt(jnp.abs(w * s))
                 signed = jnp.where(w * s < 0, -root, root)
                 pair = {"a": mix(a, signed, keys["a"]), "b": mix(b, root, keys["b"])}
@@ -151,22 +151,25 @@ def _refuse_ranks(path: str, method: str, a: Sequence[jax.Array]) -> None:
 def _weighted(a: Sequence[jax.Array], b: Sequence[jax.Array], weights: jax.Array) -> dict[str, jax.Array]:
     """Returns the low-rank factors a and b of the sum over i of weights[i] * a_i @ b_i.
 
-    The array `weights` has the shape [N, ..], where N is the number of adapters and .. are the leading axes of a_i.
+    The array `weights` has the shape [N, ..], where N is the number of adapters and .. are the leading axes of the
+    factors a_i.
     """
     return concatenate_factors([(x, y * w[..., None, None]) for x, y, w in zip(a, b, weights, strict=True)])
 
 
 def _slerp(a: Sequence[jax.Array], b: Sequence[jax.Array], w: jax.Array, s: jax.Array) -> dict[str, jax.Array]:
-    """Returns the low-rank factors of the spherical interpolation of two adapters' contributions D_0 and D_1.
+    """Returns the low-rank factors of the spherical interpolation of the contributions of two adapters to a weight.
 
-    The interpolation is sin(w_0 angle) / sin(angle) D_0 + sin(w_1 angle) / sin(angle) D_1, where `angle` is the angle
-    between the flattened matrices D_0 and D_1, and D_i = s_i a_i @ b_i.
+    The spherical interpolation is sin(w_0 angle) / sin(angle) D_0 + sin(w_1 angle) / sin(angle) D_1, where D_i = s_i
+    a_i @ b_i is the contribution of adapter i, w_i is the merge weight, s_i is the scale, and `angle` is the angle
+    between the flattened matrices D_0 and D_1.
     """
     if len(a) == 1:
         return _weighted(a, b, w * s)
 
     def inner(i: int, j: int) -> jax.Array:
-        """Returns the inner product of the matrices D_i and D_j, computed from [rank, rank] products of the factors."""
+        """Returns the inner product of the matrices s[i] a[i] @ b[i] and s[j] a[j] @ b[j], from [rank, rank]
+        products."""
         return s[i] * s[j] * ((_t(a[i]) @ a[j]) * (b[i] @ _t(b[j]))).sum((-2, -1))
 
     norms = jnp.sqrt(inner(0, 0) * inner(1, 1))

@@ -49,7 +49,7 @@ class LoraWeight:
 def _(leaf: LoraWeight, x: jax.Array, dtype: str = "float32") -> jax.Array:
     y = matmul(leaf.w, x, dtype)
     low = x if leaf.rate is None else dropout(x, leaf.rate, leaf.key)
-    # The leaf holds one adapter per row of the batch. The products with a and b accumulate in float32.
+    # With one adapter per row of the batch, the matrix products with the LoRA factors a and b accumulate in float32.
     if leaf.a.ndim == 3:
         B = leaf.a.shape[0]
         low = _batched(low.reshape(B, -1, low.shape[-1]), leaf.a)
@@ -83,10 +83,11 @@ def _(leaf: LoraWeight) -> jax.Array:
 def _(leaf: LoraWeight, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns two plain arrays whose product is the output of the adapted weight for the input x.
 
-    Without dropout, the two returned arrays are x and the materialised weight. Dropout is applied to the input of the
-    LoRA factor `a` but not to the input of the frozen weight `w`. With dropout, the first returned array is therefore
-    the concatenation of x and dropout(x) @ a along the last axis, and the second returned array is the concatenation of
-    w and scale * b along the first axis. For DoRA, the columns of the second returned array are rescaled.
+    Without dropout, the two returned arrays are the input x and the materialised adapted weight. Dropout is applied to
+    the input of the LoRA factor `a` but not to the input of the frozen weight `w`. With dropout, the first returned
+    array is the concatenation of x and dropout(x) @ a along the last axis, and the second returned array is the
+    concatenation of w and scale * b along the first axis. For DoRA, the columns of the second returned array are
+    rescaled to the norms in the magnitude vector.
     """
     if leaf.rate is None or leaf.key is None:
         return x, dense(leaf)
@@ -102,7 +103,7 @@ class MissWeight:
 
     The product of the input x and the adapted weight is x @ w + scale * s @ d, where s [.., R] is the sum over the
     consecutive blocks of R channels of x. For example, s = [x0 + x2 + x4 + .., x1 + x3 + x5 + ..] for R = 2. The last
-    block of R channels is padded with zeros.
+    block of channels of x is padded with zeros to R channels, where R is the rank of the MiSS adapter.
 
     Attributes:
         w: frozen weight [.., in, out] of any type that `ops.linear` supports, quantised or not.
@@ -142,8 +143,8 @@ def _(leaf: MissWeight) -> jax.Array:
 def _(leaf: MissWeight, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns two plain arrays whose product is the output of the adapted weight for the input x.
 
-    The first returned array is x with the block sums of x appended as further columns. The second returned array is w
-    with scale * d appended as further rows.
+    The first returned array is the input x with the block sums of x appended as further columns. The second returned
+    array is the frozen weight w with scale * d appended as further rows, where d is the MiSS matrix.
     """
     kernel = jnp.concatenate([dense(leaf.w).astype(jnp.float32), leaf.scale * leaf.d])
     return jnp.concatenate([x, _block_sum(leaf, x)], -1), kernel

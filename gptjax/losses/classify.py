@@ -27,9 +27,9 @@ def classify(cfg: ModelConfig, pooling: Pooling = "last") -> Callable[..., tuple
     """Returns the classification loss over `cfg.n_classes` classes.
 
     A batch has B rows, and each row packs up to K texts. The batch consists of tokens and segment_ids [B, T] int32,
-    labels [B, K] int32, and weights [B, K] float32. The segment id of text k (0 to K - 1) is k + 1. The weight of text
-    k is 0 in rows without a text k. The classification loss is the cross-entropy in nats, as a `Mean` over texts. The
-    metrics contain `accuracy`, the fraction of texts that are classified correctly.
+    labels [B, K] int32, and weights [B, K] float32. In each row, the segment id of text k (0 to K - 1) is k + 1. In a
+    row with fewer than K texts, the weights of the missing texts are 0. The classification loss is the cross-entropy in
+    nats, as a `Mean` over texts. The metrics contain `accuracy`, the fraction of texts that are classified correctly.
     """
 
     def loss(params: Params, batch: LabelledBatch, key: jax.Array | None) -> tuple[Mean, Metrics]:
@@ -70,7 +70,7 @@ def class_logits(
         count = jnp.maximum(mask.sum(-1, keepdims=True), 1)
         share = mask.astype(jnp.float32) / count.astype(jnp.float32)
         # `pooled` is the mean hidden state of each text. With the precision "highest", GPUs and TPUs do not round the
-        # operands of the product.
+        # operands of `einsum`.
         pooled = jnp.einsum("bnt,btd->bnd", share, hidden.astype(jnp.float32), precision="highest")
     else:
         last = tokens.shape[1] - 1 - mask[..., ::-1].argmax(-1)

@@ -22,12 +22,13 @@ if TYPE_CHECKING:
     from gptjax.data.classification import LabelledBatch
 
 Divergence = Literal["forward", "reverse", "js"]
-# NO_TOKEN is the logit of an excluded token. NO_TOKEN is finite, because a logit of -inf would have a NaN gradient.
+# NO_TOKEN is the logit of each token that a softmax is to leave out. NO_TOKEN is finite, because a logit of -inf would
+# have a NaN gradient.
 NO_TOKEN = -1e15
 
 
 class TeacherBatch(NamedTuple):
-    """A batch for next-token prediction that also holds the teacher's log-probabilities from `teacher_log_probs`.
+    """A batch for next-token prediction with the teacher's log-probabilities, which `teacher_log_probs` computes.
 
     Attributes:
         tokens, targets, weights, segment_ids: arrays [B, T], as in `gptjax.types.Batch`.
@@ -55,7 +56,7 @@ def divergence(student: jax.Array, teacher: jax.Array, kind: Divergence = "forwa
         student, teacher: log-probabilities of the student and of the teacher, [.., V].
         beta: weight of the teacher in the mixture m of `js`, between 0 and 1 (exclusive).
 
-    Source: arXiv:2306.13649, section 2. The values equal TRL's `generalized_jsd_loss` without the reduction over
+    Source: arXiv:2306.13649, section 2. The divergences equal TRL's `generalized_jsd_loss` without the reduction over
     tokens; in TRL, beta=0 selects `forward` and beta=1 selects `reverse`.
     """
 
@@ -74,18 +75,18 @@ def coarse_log_probs(logits: jax.Array, ids: jax.Array) -> jax.Array:
     """Returns the log-probability of each of the K tokens in `ids` [.., K] and the total log-probability of all other
     tokens.
 
-    The returned array has the shape [.., K + 1] float32. The last element of the returned array is the log-probability
-    of all other tokens together, so that the probabilities sum to 1. If K is the vocabulary size V, there are no other
-    tokens and the shape is [.., K]. The divergence of two distributions over these K + 1 outcomes is at most the
-    divergence of the full distributions over V tokens (data processing inequality), and both divergences are equal if K
-    is V.
+    For K tokens in `ids`, the returned array has the shape [.., K + 1] float32. The last element of the returned array
+    is the log-probability of all tokens outside `ids` together, so that the probabilities sum to 1. If the number K of
+    tokens in `ids` is the vocabulary size V, the shape of the returned array is [.., K]. The divergence of two
+    distributions over K tokens and one outcome for all other tokens is at most the divergence of the full distributions
+    over V tokens (data processing inequality), and equals the divergence of the full distributions if K is V.
     """
     norm = jax.nn.logsumexp(logits, -1, keepdims=True)
     known = jnp.take_along_axis(logits, ids, -1) - norm
     if ids.shape[-1] == logits.shape[-1]:
         return known
-    # The probability of all other tokens is computed from the logits of these tokens, because 1 - sum(exp(known)) would
-    # be rounded to 0 if the model is almost certain.
+    # The total probability of the tokens outside `ids` is computed from the logits of these tokens, because 1 -
+    # sum(exp(known)) would be rounded to 0 if the model is almost certain.
     others = jnp.put_along_axis(logits, ids, NO_TOKEN, -1, inplace=False)
     return jnp.concatenate([known, jax.nn.logsumexp(others, -1, keepdims=True) - norm], -1)
 
@@ -99,21 +100,23 @@ def distill(
     temperature: float = 1.0,
     alpha: float = 0.5,
 ) -> Callable[..., tuple[Mean, Metrics]]:
-    """Returns the distillation loss, alpha CE + (1 - alpha) temperature^2 D, as a `Mean` over tokens.
+    """Returns the distillation loss of a student language model as a `Mean` over tokens.
 
-    CE is the cross-entropy of the next token, and D is the divergence between the teacher's and the student's
-    distributions softmax(logits / temperature). Dividing the logits by the temperature scales the gradient of D by 1 /
-    temperature^2; the factor temperature^2 in the loss compensates for this scaling (arXiv:1503.02531, section 2).
+    The distillation loss is alpha CE + (1 - alpha) temperature^2 D, where CE is the cross-entropy of the next token,
+    and D is the divergence between the teacher's and the student's distributions softmax(logits / temperature).
+    Dividing the logits by the temperature scales the gradient of the divergence by 1 / temperature^2; the factor
+    temperature^2 in the distillation loss compensates for this scaling (arXiv:1503.02531, section 2).
 
-    For a `gptjax.types.Batch`, which must have no token trees, the loss runs the forward pass of the teacher. For a
-    `Batch`, the params hold the student's parameters and, in params["teacher"], the teacher's parameters, which receive
-    no gradient. For a `TeacherBatch`, the loss uses the teacher's log-probabilities in the batch, which must have been
-    computed with the temperature of the loss.
+    For a `gptjax.types.Batch`, which must have no token trees (several continuations of one prefix in a row), the loss
+    runs the forward pass of the teacher. For a `Batch`, the params hold the student's parameters and, in
+    params["teacher"], the teacher's parameters, which receive no gradient. For a `TeacherBatch`, the loss uses the
+    teacher's log-probabilities in the batch, which must have been computed with the temperature of the loss.
 
-    For a `gptjax.types.RolloutBatch`, which holds answers that the student generated, the loss is temperature^2 D for
-    any alpha, as in GKD (arXiv:2306.13649, algorithm 1). For a `RolloutBatch`, the term CE is left out, because the
-    expected gradient of the cross-entropy on the student's own samples is zero. A `RolloutBatch` must have no token
-    trees, and the arrays `old` and `advantages` of the batch are not used.
+    For a `gptjax.types.RolloutBatch`, which holds answers that the student generated, the loss is temperature^2 times
+    the divergence D for any alpha, as in GKD (arXiv:2306.13649, algorithm 1). For a `RolloutBatch`, the cross-entropy
+    is left out of the loss, because the expected gradient of the cross-entropy on the student's own samples is zero.
+    Each row of a `RolloutBatch` must hold one answer instead of a token tree of several answers, and the arrays `old`
+    and `advantages` of the batch are not used.
 
     The teacher's and the student's vocabulary sizes may differ, because an embedding can have more rows than the
     tokenizer has token ids. The distillation loss uses only the logits of token ids that both models have.
@@ -188,8 +191,8 @@ def distill_classes(
 ) -> Callable[..., tuple[Mean, Metrics]]:
     """Returns the distillation loss of a classifier as a `Mean` over texts.
 
-    The loss is alpha CE + (1 - alpha) temperature^2 D as in `distill`, but with class probabilities instead of token
-    probabilities.
+    The loss is alpha CE + (1 - alpha) temperature^2 D, where CE is the cross-entropy of the class label, and D is the
+    divergence between the teacher's and the student's class probabilities softmax(logits / temperature).
 
     The batches have the form that `losses.classify` describes. params["teacher"] holds the parameters of the teacher,
     which must be a classifier with the same classes in the same order. The metrics are the metrics of `distill` and

@@ -2,7 +2,7 @@
 
 A model samples N answers to each of G prompts, and a reward function scores every answer. The policy-gradient loss
 raises the probability of answers with a higher reward than other answers. The following table lists the differences
-between the kinds of loss:
+between the kinds of policy-gradient loss:
 
     kind           advantage of an answer                     ratio per   mean over
     grpo           (reward - group mean) / group std          token       the tokens of each answer, then answers
@@ -12,8 +12,8 @@ between the kinds of loss:
     rloo           reward - mean of the group's others        answer      answers
     reinforce_pp   (reward - batch mean) / batch std          token       the tokens of each answer, then answers
 
-A group is the N answers to one prompt. The ratio is the probability under the policy divided by the probability under
-the sampler, which is the model that generated the answers.
+A group is the N answers to one prompt. The ratio is the probability of a token or answer under the policy divided by
+the probability under the sampler, which is the model that generated the answers.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from gptjax.types import Mean, Metrics, Params, RolloutBatch
 Kind = Literal["grpo", "dr_grpo", "dapo", "gspo", "rloo", "reinforce_pp"]
 
 _STD_EPSILON = 1e-4  # _STD_EPSILON is added to the standard deviation of the rewards, as in TRL.
-_MAX_LOG_RATIO = 20.0  # The exponential of a larger log-ratio could overflow, and the gradient would be NaN.
+_MAX_LOG_RATIO = 20.0  # For a larger log-ratio, exp could overflow and the gradient would be NaN.
 
 
 class Switches(NamedTuple):
@@ -125,10 +125,10 @@ def advantages(rewards: jax.Array, kind: Kind = "grpo") -> jax.Array:
         dr_grpo     [[.5, -.5, -.5, .5], [0, 0, 0, 0]]
         rloo        [[.67, -.67, -.67, .67], [0, 0, 0, 0]]
 
-    The docstring of this module lists the mean and the standard deviation that each kind uses, and `policy` cites the
-    papers. Standard deviations are sample standard deviations (divisor n - 1) plus 1e-4, as in TRL. Equal rewards give
-    advantages of exactly 0. With kind=reinforce_pp, pass the rewards of all prompts of a batch in one call, because the
-    baseline is the mean over the batch.
+    The docstring of this module lists the mean and the standard deviation that each kind of loss uses, and `policy`
+    cites the papers. Standard deviations are sample standard deviations (divisor n - 1) plus 1e-4, as in TRL. Answers
+    with equal rewards have advantages of exactly 0. With kind=reinforce_pp, pass the rewards of all prompts of a batch
+    in one call, because the baseline is the mean over the batch.
 
     Raises:
         UserError: the kind is unknown, rewards is not two-dimensional, or a mean would be over a single answer.
@@ -146,7 +146,8 @@ def advantages(rewards: jax.Array, kind: Kind = "grpo") -> jax.Array:
     rewards = rewards - (rewards[:, :1] if axis else rewards[0, 0])
     centred = rewards - rewards.mean(axis, keepdims=True)
     if s.baseline == "others":
-        # The centred reward times n / (n - 1) equals the reward minus the mean of the other n - 1 rewards.
+        # For n answers, the reward minus the mean of all n rewards, times n / (n - 1), equals the reward minus the mean
+        # of the other n - 1 rewards.
         centred = centred * (n / (n - 1))
     if s.std == "none":
         return centred
@@ -164,11 +165,11 @@ def policy_terms(
     """Computes a policy-gradient loss from the log-probabilities of sampled tokens.
 
     The loss term of a token or answer is -min(r A, clip(r, 1 - clip, 1 + clip_high) A), where r is the ratio of the
-    token or answer and A is the advantage of the answer. The KL penalty adds kl r (exp(d) - d - 1) per token, with d =
-    log p_reference - log p_policy; exp(d) - d - 1 is the estimator k3 of the KL divergence from the reference model.
-    With the factor r, as in DeepSeek-V3.2 (arXiv:2512.02556) and TRL, the expected gradient of the KL penalty is the
-    gradient of KL(policy || reference). The GRPO paper has no factor r in the KL penalty, which corresponds to
-    kl_ratio=False.
+    token or answer and A is the advantage of the answer. The KL penalty adds kl r (exp(d) - d - 1) per token, with the
+    coefficient `switches.kl`, the ratio r of the token and d = log p_reference - log p_policy; exp(d) - d - 1 is the
+    estimator k3 of the KL divergence from the reference model. If the KL penalty is multiplied by the ratio, as in
+    DeepSeek-V3.2 (arXiv:2512.02556) and TRL, the expected gradient of the KL penalty is the gradient of KL(policy ||
+    reference). In the GRPO paper, the KL penalty is not multiplied by the ratio, which corresponds to kl_ratio=False.
 
     Args:
         new: log-probabilities of the targets under the policy, [B, T] float32; only this argument receives a gradient.
@@ -242,8 +243,8 @@ def policy(
     """Returns the policy-gradient loss named `kind`, for batches of type `RolloutBatch`.
 
     The docstring of `policy_terms` gives the formula of the loss, and the docstring of this module lists how the kinds
-    differ. For all kinds, the KL penalty is a term of the loss, as in GRPO. In contrast, the papers of rloo and
-    reinforce_pp subtract the KL penalty from the rewards.
+    of policy-gradient loss differ. For all kinds of policy-gradient loss, the KL penalty is a term of the loss, as in
+    GRPO, although the papers of rloo and reinforce_pp subtract the KL penalty from the rewards.
 
     The metrics of the policy-gradient loss are `Mean`s over the tokens of the answers:
 
@@ -289,7 +290,7 @@ def policy(
 def of_answers(values: jax.Array, batch: RolloutBatch) -> jax.Array:
     """Returns the per-token values [B, T] rearranged to one row per answer, [B N, A].
 
-    The values are returned unchanged if the batch has no `index`, because every row then holds one answer.
+    If `batch.index` is None, every row of the batch holds one answer, and the per-token values are returned unchanged.
     """
     if batch.index is None:
         return values

@@ -45,7 +45,8 @@ LossAndRewards = tuple[jax.Array, jax.Array]
 
 
 def dpo(x: Answers, beta: float, margin: float) -> LossAndRewards:
-    """Computes the DPO loss, -log sigmoid(r_chosen - r_rejected), with rewards r = beta log(p / p_reference).
+    """Computes the DPO loss, -log sigmoid(r_chosen - r_rejected), where r = beta log(p / p_reference) is the reward of
+    an answer with the probabilities p under the policy and p_reference under the reference model.
 
     Source: arXiv:2305.18290, eq. 7.
     """
@@ -54,9 +55,11 @@ def dpo(x: Answers, beta: float, margin: float) -> LossAndRewards:
 
 
 def ipo(x: Answers, beta: float, margin: float) -> LossAndRewards:
-    """Computes the IPO loss, (h_chosen - h_rejected - 1 / (2 beta))^2.
+    """Computes the IPO loss, (h_chosen - h_rejected - 1 / (2 beta))^2, where h is the log-ratio of an answer per
+    token.
 
-    For each answer, h is log(p / p_reference) divided by the number of tokens of the answer, as in TRL.
+    The log-ratio per token is log(p / p_reference) divided by the number of tokens of the answer, as in TRL, where p
+    and p_reference are the probabilities of the answer under the policy and the reference model.
 
     Source: arXiv:2310.12036, eq. 17.
     """
@@ -80,14 +83,14 @@ def orpo(x: Answers, beta: float, margin: float) -> LossAndRewards:
 def kto(x: Answers, beta: float, margin: float) -> LossAndRewards:
     """Computes the KTO loss of a pair: the sum of a term for the chosen answer and a term for the rejected answer.
 
-    For each answer, h is log(p / p_reference), and z is a KL reference point. The KTO term of a chosen answer is 1 -
-    sigmoid(beta (h - z)), and the KTO term of a rejected answer is 1 - sigmoid(beta (z - h)).
+    The KTO term of a chosen answer is 1 - sigmoid(beta (h - z)), and the KTO term of a rejected answer is 1 -
+    sigmoid(beta (z - h)), where h is log(p / p_reference) of the answer and z is a KL reference point.
 
     The KL reference point of the chosen answers is the mean log(p / p_reference) of the rejected answers in the batch,
-    or 0 if this mean is negative. Likewise, the KL reference point of the rejected answers is the non-negative mean
-    log(p / p_reference) of the chosen answers, as in TRL's kto_pair. The KTO loss of a pair therefore depends on the
-    other pairs in the batch. In contrast, the KTO paper estimates the KL reference point from mismatched questions and
-    answers.
+    or 0 if this mean is negative. The KL reference point of the rejected answers is the mean log(p / p_reference) of
+    the chosen answers, or 0 if this mean is negative, as in TRL's kto_pair. Through the KL reference points, the KTO
+    loss of a pair depends on the other pairs in the batch. The KTO paper estimates the KL reference point from
+    mismatched questions and answers instead of other pairs.
 
     Source: arXiv:2402.01306, eq. 8.
     """
@@ -100,9 +103,9 @@ def kto(x: Answers, beta: float, margin: float) -> LossAndRewards:
 
 
 def simpo(x: Answers, beta: float, margin: float) -> LossAndRewards:
-    """Computes the SimPO loss, -log sigmoid(r_chosen - r_rejected - margin).
+    """Computes the SimPO loss, -log sigmoid(r_chosen - r_rejected - margin), where r is the reward of an answer.
 
-    The reward r of an answer is beta times the mean log-probability of the answer's tokens.
+    The SimPO reward of an answer is beta times the mean log-probability of the answer's tokens.
 
     Source: arXiv:2405.14734, eq. 6.
     """
@@ -137,7 +140,7 @@ def answer_log_probs(
     # `mask` [B, 2 P, T] selects the tokens of each answer.
     mask = batch.segment_ids[:, None] == jnp.arange(1, n + 1)[:, None]
     counts = jnp.where(mask, batch.weights[:, None], 0.0)
-    # With the precision "highest", GPUs and TPUs do not round the operands of the product.
+    # With the precision "highest", GPUs and TPUs do not round the operands of `einsum`.
     sums = jnp.einsum("bst,bt->bs", counts, log_probs, precision="highest")
     lengths = counts.sum(-1)
     return sums.reshape(-1, n // 2, 2), lengths.reshape(-1, n // 2, 2)
@@ -149,7 +152,7 @@ def preference(
     """Returns the preference loss named `kind`, averaged over pairs, for a `gptjax.data.preferences.PairBatch`.
 
     The metric `margin` is the reward of the chosen answer minus the reward of the rejected answer. The metric
-    `accuracy` is the fraction of pairs with a margin above 0.
+    `accuracy` is the fraction of pairs in which the chosen answer has the higher reward.
     """
     beta = BETA[kind] if beta is None else beta
 

@@ -22,10 +22,12 @@ def reward_model(cfg: ModelConfig, center: float = 0.0) -> Callable[..., tuple[M
     """Returns the loss of a reward model, averaged over pairs, for a `gptjax.data.preferences.PairBatch`.
 
     The loss of a pair is -log sigmoid(r_chosen - r_rejected) + center * (r_chosen + r_rejected)^2, where r_chosen and
-    r_rejected are the rewards of both answers. The term -log sigmoid(r_chosen - r_rejected) is the negative
-    log-likelihood of the Bradley-Terry model, in nats. The Bradley-Terry term does not change if a constant is added to
-    both rewards. The term center * (r_chosen + r_rejected)^2 therefore draws the mean of both rewards to 0. The metric
-    `margin` is r_chosen - r_rejected. The metric `accuracy` is the fraction of pairs with a margin above 0.
+    r_rejected are the rewards of the chosen and the rejected answer. The term -log sigmoid(r_chosen - r_rejected) is
+    the negative log-likelihood of the Bradley-Terry model, in nats. The Bradley-Terry term of the loss does not change
+    if a constant is added to the rewards of both answers. The loss term center * (r_chosen + r_rejected)^2 draws the
+    mean reward of the two answers of a pair to 0. The metric `margin` is the reward of the chosen answer minus the
+    reward of the rejected answer. The metric `accuracy` is the fraction of pairs in which the chosen answer has the
+    higher reward.
 
     Sources: arXiv:2203.02155, eq. 1 (Bradley-Terry term); arXiv:2312.09244, as in TRL (centering term).
     """

@@ -17,14 +17,14 @@ A tap returns an activation, and a patch replaces an activation. Each activation
     blocks/*/resid         [B, T, D]     the residual stream after the block
     ln_f/out               [B, T, D]     the input of the head
 
-In the shapes above, B is the number of rows of the batch, T the number of tokens per row, D the number of channels of
-the residual stream, N the number of query heads, K the number of key heads, H the number of channels per head, F the
-number of hidden units of the feed-forward layer, and L the number of layers.
+In the shapes of activations, B is the number of rows of the batch, T the number of tokens per row, D the number of
+channels of the residual stream, N the number of query heads, K the number of key heads, H the number of channels per
+head, F the number of hidden units of the feed-forward layer, and L the number of layers.
 
 The path `blocks/*/resid` names the activations of all layers, stacked as [L, B, T, D]. The path `blocks/3/resid` names
 the activation of layer 3, [B, T, D]. A pattern of paths is a glob, in which "*" also matches "/", or several globs
 joined by "|". A glob that matches every layer (`blocks/*/attn/*`, `*/resid`) selects the stacked activations of all
-layers. Any other glob (`blocks/[0-2]/resid`) selects the activations of individual layers.
+layers. A glob that matches only some layers (`blocks/[0-2]/resid`) selects the activations of individual layers.
 
 Attention weights are selected only by a glob that ends in "weights"; the glob `blocks/*/attn/*` does not select
 attention weights. Fused attention kernels do not materialise the attention weights, so that reading the attention
@@ -140,8 +140,8 @@ def paths(patterns: Iterable[str], cfg: ModelConfig) -> tuple[str, ...]:
     for glob in (glob.strip() for pattern in patterns for glob in pattern.split("|")):
         stacked = [name for name in names(cfg) if not name.endswith(WEIGHTS) or glob.endswith("weights")]
         # To find out whether a glob selects all layers, the glob is matched against paths in which the text "any layer"
-        # replaces the index of the layer. The glob "*" matches the text "any layer", but the globs "3", "?" and "[0-2]"
-        # do not.
+        # replaces the index of the layer. Of the globs "*", "3", "?" and "[0-2]", only "*" matches the text "any
+        # layer".
         matches = [name for name in stacked if tree.matches(glob, name.replace("*", "any layer"))]
         if not matches:
             single = [name.replace("*", str(i)) for i in range(cfg.n_layer) for name in stacked if "*" in name]
@@ -161,7 +161,7 @@ def place(patches: Patches | None, cfg: ModelConfig) -> Placed:
     """Returns a dict from each path of an activation to its patches, by matching the patterns in `patches`.
 
     The function is idempotent. Patches of the same path are applied in the order in which they are given. In each
-    layer, the patches for all layers are applied before the patches for this layer alone.
+    layer, the patches for all layers are applied before the patches for the individual layer.
 
     Raises:
         UserError: a pattern matches no activation, or an array of a patch for all layers lacks the leading axis L.

@@ -10,13 +10,14 @@ from jax.typing import DTypeLike
 from gptjax.config import ModelConfig
 from gptjax.ops.device import activation_dtype
 
-_ROWS = 16  # A batch of up to _ROWS rows is written row by row in place, and a larger batch by one scatter.
+_ROWS = 16  # Up to _ROWS rows are written to the cache row by row in place, more rows by one scatter.
 
 
 class Cache(struct.PyTreeNode):
     """Holds the keys and values of all layers for decoding.
 
-    The token at position p of a row is stored in slot p. The slots of a row from `length` on are empty.
+    In each row, slot p of the cache holds the keys and values of the token at position p. In each row of the cache, the
+    slots from index `length` on are empty.
 
     Attributes:
         k, v: keys and values, [L, B, K, S, H] in float32, bfloat16 or int8, for K key heads, S slots and H channels per

@@ -1,7 +1,7 @@
 """This module defines the public functions of the model: initialisation, forward pass, decoding with a KV cache, and
 taps.
 
-Every function is a pure function of the parameters.
+Every function of this module is a pure function of the parameters.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ def init_params(key: jax.Array, cfg: ModelConfig) -> Params:
     With init=gpt2, as in Hugging Face's GPT-2, matrices are drawn from normal distributions with mean 0 and standard
     deviation 0.02 (output projections: 0.02 / sqrt(2L), token embeddings: embed_std), and biases are 0. With
     init=torch, as by default in PyTorch, embeddings are drawn from N(0, 1) and the weights of linear layers from
-    U(-1/sqrt(in), 1/sqrt(in)). With init=torch, the expected initial loss of GPT-2 with an untied head is ln V + 1/6.
+    U(-1/sqrt(in), 1/sqrt(in)). With init=torch, the expected initial loss of GPT-2 with an untied head is ln V + 1/6
+    for the vocabulary size V.
     """
     return _init(key, dataclasses.replace(cfg, unroll=False))
 
@@ -117,8 +118,8 @@ def head_factors(params: Params, hidden: jax.Array, cfg: ModelConfig) -> tuple[j
     """Returns two plain arrays, hidden' [.., D'] and kernel' [D', V], whose product is the logits of `hidden` [.., D]
     before the softcap.
 
-    D' equals D unless the head has an adapter with dropout, for which D' is larger than D. An adapter of a tied
-    embedding table has no dropout, as in PEFT.
+    The number of channels D' of hidden' equals D unless the head has an adapter with dropout, for which D' is larger
+    than D. An adapter of a tied embedding table has no dropout, as in PEFT.
     """
     if cfg.tie_embeddings:
         return hidden, dense(params["wte"]["embedding"]).T
@@ -150,7 +151,7 @@ def forward(params: Params, tokens: jax.Array, cfg: ModelConfig, **context: Any)
     `backbone`.
 
     Token ids outside the vocabulary raise an error. Under `jit`, the values of token ids are unknown, and ids outside
-    the vocabulary are clipped instead.
+    the vocabulary are clipped.
 
     Raises:
         UserError: `tokens` is not an integer array [B, T], an id is outside the vocabulary, T exceeds the number of
@@ -180,9 +181,9 @@ def tapped(
         acts["blocks/3/resid"]      [B, T, D]
 
     `gptjax.model.activations` lists the paths of activations. If an activation is both tapped and patched, the patched
-    activation is returned. The returned activations can be used as patches: `forward(params, tokens, cfg,
-    patches=acts)` gives the same logits as `tapped`. With stacked parameters, tapping an activation in one layer takes
-    as much memory as tapping the activation in all layers.
+    activation is returned. The activations `acts` that `tapped` returns can be used as patches: `forward(params,
+    tokens, cfg, patches=acts)` gives the same logits as `tapped`. With stacked parameters, tapping an activation in one
+    layer takes as much memory as tapping the activation in all layers.
 
     Raises:
         UserError: a tap or a patch matches no activation, or a patch's shape does not fit.
@@ -220,8 +221,8 @@ def extend(
             where the lengths are known).
     """
     _check(tokens, cfg, None)
-    # Outside `jit`, the lengths are known and checked. Under `jit`, tokens that do not fit into the cache overwrite the
-    # last slots.
+    # Outside `jit`, the number of tokens in each row of the KV cache is known and checked. Under `jit`, tokens that do
+    # not fit into the KV cache overwrite the last slots.
     if not any(isinstance(a, jax.core.Tracer) for a in (cache.length, lengths)) and is_local(cache.length):
         slots, context = cache.k.shape[3], cfg.context_length if cfg.position == "learned" else math.inf
         after = int((np.asarray(cache.length) + (tokens.shape[1] if lengths is None else np.asarray(lengths))).max())
@@ -367,20 +368,22 @@ def stack_layers(params: Params, cfg: ModelConfig) -> Params:
 def for_decoding(params: Params, cfg: ModelConfig) -> Params:
     """Returns the parameters in the fastest layout for decoding one token at a time.
 
-    All functions of this module accept the decoding layout, but parameters in the decoding layout must not be saved.
-    The layers are unstacked, because slicing a layer's weights out of the stacked arrays takes as long as the matrix
-    products with these weights. The weight matrices of q, k and v are concatenated into `qkv`, and the weight matrices
-    of up and gate into `up_gate`, unless the matrices differ in type. The weight matrices of unstacked layers are
-    stored transposed if their type supports this layout, so that each column is contiguous.
+    All functions of this module accept the parameters that `for_decoding` returns, but these parameters must not be
+    saved. `for_decoding` unstacks the layers, because slicing a layer's weights out of the stacked arrays takes as long
+    as the matrix products with these weights. The weight matrices of q, k and v are concatenated into `qkv`, and the
+    weight matrices of up and gate into `up_gate`, unless the matrices differ in type. The weight matrices of unstacked
+    layers are stored transposed if their type supports this layout, so that each column is contiguous.
 
-    On a CPU, the stacked layers are kept too, because prefill of a short prompt compiles faster with stacked layers.
+    On a CPU, the result of `for_decoding` contains both the unstacked and the stacked layers, because prefill of a
+    short prompt compiles faster with stacked layers.
 
-    On a GPU, the stacked layers are not kept. To free memory, delete `params` after `for_decoding` has returned. On a
-    GPU, models with more than 48 layers are not unstacked. On a GPU, matrices are cast to bfloat16 if cfg.dtype is
-    bfloat16, because matrix products cast their operands to bfloat16 anyway. On a GPU, the vocabulary axis of the head
-    is also padded to a multiple of 128.
+    On a GPU, the result of `for_decoding` does not contain the stacked layers. To free memory, delete `params` after
+    `for_decoding` has returned. On a GPU, `for_decoding` does not unstack models with more than 48 layers. On a GPU,
+    matrices are cast to bfloat16 if cfg.dtype is bfloat16, because matrix products cast their operands to bfloat16
+    anyway. On a GPU, `for_decoding` pads the vocabulary axis of the head to a multiple of 128.
 
-    The parameters are returned unchanged on a TPU, on several devices, and if the layers are already unstacked.
+    `for_decoding` returns the parameters unchanged on a TPU, on several devices, and if the layers are already
+    unstacked.
     """
     known = (leaf for leaf in jax.tree.leaves(params) if not isinstance(leaf, np.ndarray | jax.core.Tracer))
     sharded = device.mesh() is not None or any(len(leaf.devices()) > 1 for leaf in known)
@@ -399,7 +402,8 @@ def _in_low_precision(params: Params, cfg: ModelConfig) -> Params:
     """Returns the parameters with the head's vocabulary axis padded to a multiple of 128, and with matrices cast to
     bfloat16 if cfg.dtype is bfloat16.
 
-    The cast does not change the logits, because matrix multiplications cast their operands to cfg.dtype anyway.
+    The cast to bfloat16 does not change the logits, because matrix multiplications cast their operands to cfg.dtype
+    anyway.
     """
 
     def cast(path: tuple, leaf: Any) -> Any:

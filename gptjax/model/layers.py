@@ -55,8 +55,8 @@ class Residual(NamedTuple):
 def _read(module: nn.Module, name: str, init: Callable[..., jax.Array], shape: tuple[int, ...]) -> Any:
     """Returns the parameter `name` of the module, or creates a new array if the module has no such parameter.
 
-    An existing parameter may be of any type. `flax.linen.Module.param` raises an error for parameters that are not
-    arrays, such as weights with adapters and quantised matrices.
+    `flax.linen.Module.param` raises an error for existing parameters that are not arrays, such as weights with adapters
+    and quantised matrices, but `_read` returns existing parameters of any type.
     """
     if module.has_variable("params", name):
         return module.get_variable("params", name)
@@ -74,8 +74,8 @@ def uniform(bound: float) -> Callable[..., jax.Array]:
 class Linear(nn.Module):
     """Applies a linear layer, x @ kernel [in, out], with or without a bias.
 
-    With init=torch, kernel and bias are drawn from U(-1/sqrt(in), 1/sqrt(in)). Otherwise, the kernel is drawn from a
-    normal distribution with mean 0 and standard deviation `std`, and the bias is 0.
+    With init=torch, kernel and bias are drawn from U(-1/sqrt(in), 1/sqrt(in)). With any other `cfg.init`, the kernel is
+    drawn from a normal distribution with mean 0 and standard deviation `std`, and the bias is 0.
     """
 
     cfg: ModelConfig
@@ -128,8 +128,9 @@ class Attention(nn.Module):
             q, k, v = jnp.split(qkv, (sizes["q"], sizes["q"] + sizes["k"]), axis=-1)
         else:
             q, k, v = (Linear(cfg, size, cfg.qkv_bias, name=name)(x) for name, size in sizes.items())
-        # On a TPU, the barrier makes XLA round the matrix products to bfloat16 before the products are split into
-        # heads. Without the barrier, XLA splits the products in float32, which takes twice the memory.
+        # On a TPU, the optimisation barrier on q, k and v makes XLA round the matrix products to bfloat16 before the
+        # products are split into heads. Without the optimisation barrier, XLA splits q, k and v into heads in float32,
+        # which takes twice the memory.
         if device.platform() == "tpu":
             q, k, v = jax.lax.optimization_barrier((q, k, v))
         v = v.reshape(B, T, K, H)
@@ -266,8 +267,8 @@ class Block(nn.Module):
 
 
 _REMAT = {
-    # The policy selects arrays by name, because jax.checkpoint_policies.dots_saveable would save the matrix products in
-    # float32.
+    # The rematerialisation policy "dots" selects arrays by name, because jax.checkpoint_policies.dots_saveable would
+    # save the matrix products in float32.
     "dots": jax.checkpoint_policies.save_only_these_names(SAVED, PRODUCT),
     "full": jax.checkpoint_policies.nothing_saveable,
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
@@ -280,10 +281,10 @@ _REMAT = {
 class GPT(nn.Module):
     """Implements the decoder-only transformer without the head.
 
-    A call takes token ids [B, T] and returns the hidden states [B, T, D] after the final norm, the KV cache, and a dict
-    from each path in `taps` to the activation at this path. If the parameters of the blocks are stacked [L, ..], the
-    blocks run in one `nn.scan`. If each layer has a separate tree (see `gpt.unstack_layers`), the blocks run in a
-    Python loop.
+    A call of the module takes token ids [B, T] and returns the hidden states [B, T, D] after the final norm, the KV
+    cache, and a dict from each path in `taps` to the activation at this path. If the parameters of the blocks are
+    stacked [L, ..], the blocks run in one `nn.scan`. If each layer has a separate tree (see `gpt.unstack_layers`), the
+    blocks run in a Python loop.
     """
 
     cfg: ModelConfig
@@ -304,7 +305,7 @@ class GPT(nn.Module):
         B, T = tokens.shape
         branches = None
         if subtree_end is not None:
-            # `gpt.backbone` raises an error if `positions` is None or cfg.smear is set.
+            # For token trees, `gpt.backbone` raises an error if `positions` is None or cfg.smear is set.
             assert positions is not None and not cfg.smear
             branches = Branches(positions, subtree_end)
         tap = Reader(self.taps, patches)
@@ -395,8 +396,8 @@ class GPT(nn.Module):
 def _rope_table(cfg: ModelConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns the cosines and the sines of RoPE for the given positions, [.., H/2] each.
 
-    With cfg.rope_local_base, both arrays have the shape [2, .., H/2], where index 0 is for layers with full attention
-    and index 1 is for layers with sliding-window attention.
+    With cfg.rope_local_base, the cosines and the sines have the shape [2, .., H/2] each, where index 0 of the first
+    axis is for layers with full attention and index 1 is for layers with sliding-window attention.
     """
     scaled = position.rope_frequencies(
         cfg.head_dim, cfg.rope_base, cfg.rope_scaling, cfg.rope_factor, cfg.rope_slow, cfg.rope_fast,
@@ -438,8 +439,8 @@ class Embed(nn.Module):
     """Looks up embeddings: token ids or positions [..] are mapped to vectors [.., D]."""
 
     cfg: ModelConfig
-    rows: int | None = None  # If `rows` is None, the table has cfg.vocab_size rows.
-    std: float | None = None  # If `std` is None, the standard deviation is cfg.embed_std.
+    rows: int | None = None  # If `rows` is None, the embedding table has cfg.vocab_size rows.
+    std: float | None = None  # If `std` is None, the initial standard deviation is cfg.embed_std.
 
     @nn.compact
     def __call__(self, ids: jax.Array) -> jax.Array:

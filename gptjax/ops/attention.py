@@ -16,7 +16,7 @@ from gptjax.ops.dropout import off
 from gptjax.ops.position import alibi_slopes
 from gptjax.ops.precision import custom_vjp
 
-# The masked score is finite, because with -inf the softmax of a query whose keys are all masked would be NaN.
+# The score of a masked key is finite, because with -inf the softmax of a query whose keys are all masked would be NaN.
 _MASKED = -1e30
 _BLOCK = 64  # A block of at least _BLOCK queries is large enough for a separate matrix product.
 
@@ -25,12 +25,12 @@ class Branches(NamedTuple):
     """Describes token trees in the rows of a batch, whose tokens are stored in depth-first order, by two arrays [B, T]
     int32.
 
-    A query attends to the keys on the path from the root of the tree to the query's own token. The keys on the path to
-    a query with index i are the keys with an index of at most i and a `subtree_end` larger than i. The distance between
-    two tokens, which sliding windows and ALiBi use, is the difference of their `positions`.
+    In a token tree, a query attends to the keys on the path from the root to the query's own token. The keys on the
+    path from the root to a query with index i are the keys with an index of at most i and a `subtree_end` larger than
+    i. The distance between two tokens, which sliding windows and ALiBi use, is the difference of their `positions`.
     """
 
-    positions: jax.Array  # `positions` is the number of tokens before each token on the path from the root.
+    positions: jax.Array  # `positions` counts, for each token, the earlier tokens on the path from the root.
     subtree_end: jax.Array  # `subtree_end` is the index after the last token of the subtree that begins at each token.
 
 
@@ -95,7 +95,8 @@ def heads_attention(
     dropout_keys = [None] * blocks if dropout_key is None or off(dropout) else jax.random.split(dropout_key, blocks)
     q = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
     outs = []
-    # The keys after the queries of a block are skipped, so that two blocks compute only 3/4 of all scores.
+    # Each block of queries skips the keys after its last query, so that two blocks compute only 3/4 of all attention
+    # scores.
     for i in range(blocks):
         first, end = i * T // blocks, (i + 1) * T // blocks
         n_key = end if blocks > 1 else S
@@ -209,10 +210,10 @@ def _attend_forward(q, k, v, bias, keep, dropout):
 def _attend_backward(residual, g):
     """Computes the gradients of q, k and v from the saved attention weights p without transposing a [T, S] array.
 
-    The gradient of the scores is p (d_p - sum_s p d_p), where d_p is the gradient of p. The sum sum_s p d_p equals the
-    dot product of the attention output and the output's gradient g (arXiv:2205.14135, appendix B). The backward pass
-    computes sum_s p d_p directly, because the dot product would require saving the attention output for the backward
-    pass.
+    The gradient of the attention scores is p (d_p - sum_s p d_p), where d_p is the gradient of the attention weights p.
+    The sum of p d_p over the keys s equals the dot product of the attention output and the output's gradient g
+    (arXiv:2205.14135, appendix B). The backward pass computes the sum of p d_p over the keys directly, because the dot
+    product with the attention output would require saving the attention output for the backward pass.
     """
     q, k, v, keep, p, dropout = residual
     d_p = _dropped(_dot(_rows(g), _transposed(v)).reshape(p.shape), keep, dropout)

@@ -1,12 +1,12 @@
 """This module implements flash attention for NVIDIA GPUs from Ampere on, as Pallas kernels that Triton compiles.
 
 The flash-attention kernels support causal masks, document masks, sliding windows, grouped-query attention and rows of
-any length. The window size may be a tracer, so that the window size can differ between scanned layers. The
-flash-attention kernels compute the attention scores tile by tile, never store the scores in GPU memory, and skip fully
-masked tiles.
+any length. The size of the sliding window may be a tracer, so that the window size can differ between scanned layers.
+The flash-attention kernels compute the attention scores tile by tile, never store the scores in GPU memory, and skip
+fully masked tiles.
 
-Source: arXiv:2205.14135 (FlashAttention). The backward pass has two kernels, as in arXiv:2307.08691, section 3
-(FlashAttention-2).
+Source: arXiv:2205.14135 (FlashAttention). The backward pass of flash attention has two kernels, as in arXiv:2307.08691,
+section 3 (FlashAttention-2).
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from gptjax.ops.precision import default_precision
 # query NaN if a tile contains only masked keys. With a finite masked score, the softmax sums of a fully masked tile are
 # wrong, but the wrong sums are multiplied by 0 as soon as a later tile has a key that the query attends to.
 _MASKED = -1e30
-# The kernels multiply scores by log2(e), because exp(x) = exp2(x log2(e)) and exp2 is a single GPU instruction.
+# The flash-attention kernels multiply attention scores by log2(e), because exp(x) = exp2(x log2(e)) and exp2 is a
+# single GPU instruction.
 _LOG2E = math.log2(math.e)
 
 
@@ -50,8 +51,9 @@ class Tiles(NamedTuple):
 
 
 # _TILES maps each pair (number of columns of a tile, bytes per element) to tile sizes. For compute capabilities 8.0 to
-# 10.0, Triton compiles these tile sizes without spilling registers in a loop and within 99 KiB of shared memory, which
-# is the limit of the capabilities 8.6 and 8.9. The speed of the kernels with the tile sizes in _TILES was not measured.
+# 10.0, Triton compiles kernels with the tile sizes in _TILES without spilling registers in a loop and within 99 KiB of
+# shared memory, which is the limit of the capabilities 8.6 and 8.9. The speed of the kernels with the tile sizes in
+# _TILES was not measured.
 _TILES = {
     (64, 2): Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8), Tile(64, 64)),
     (128, 2): Tiles(Tile(128, 64, 8), Tile(128, 32, 8), Tile(32, 64)),
@@ -141,9 +143,10 @@ def _attention_forward(q, k, v, q_ids, k_ids, span, static):
 def _attention_backward(static, residual, d_out):
     """Computes the gradients of causal attention with respect to q, k and v.
 
-    The gradient of the scores is p (d_p - sum_s p d_p), where p are the attention weights and d_p is the gradient of p.
-    The sum sum_s p d_p equals the dot product of the attention output and the gradient of the attention output, and is
-    computed as this dot product (arXiv:2205.14135, appendix B).
+    The gradient of the attention scores is p (d_p - sum_s p d_p), where p are the attention weights and d_p is the
+    gradient of p. The sum over the keys of the attention weights times their gradients equals the dot product of the
+    attention output and the gradient of the attention output, and is computed as this dot product (arXiv:2205.14135,
+    appendix B).
     """
     q, k, v, q_ids, k_ids, span, out, lse = residual
     delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1).transpose(0, 2, 1)
@@ -224,7 +227,7 @@ class _Sizes(NamedTuple):
     def width(self) -> int:
         """Returns the number of columns of a tile: the head size H, rounded up to a power of two of at least 16.
 
-        The columns of a tile beyond the first H columns hold zeros.
+        For the head size H, the columns of a tile beyond the first H columns hold zeros.
         """
         return max(16, pl.next_power_of_2(self.H))
 
@@ -301,15 +304,16 @@ def _ranges(
 ) -> jax.Array:  # fmt: skip
     """Returns, for each of n tiles of queries, the range of key tiles that the queries attend to, [1 or B, n, 4] int32.
 
-    A range consists of four indices of key tiles, `begin <= whole <= rest <= end`. Key tiles before `begin` and from
-    `end` on are fully masked, and the kernels skip fully masked tiles. Key tiles `whole` to `rest - 1` contain no
-    masked keys, and the kernels do not apply the mask to these tiles. The kernels apply the mask to the key tiles
-    `begin` to `whole - 1` and `rest` to `end - 1`. With `loop_over="queries"`, `_ranges` returns the range of query
-    tiles for each tile of keys.
+    A range of key tiles consists of four indices of key tiles, `begin <= whole <= rest <= end`. Key tiles before the
+    index `begin` and from the index `end` on are fully masked, and the flash-attention kernels skip fully masked tiles.
+    Key tiles `whole` to `rest - 1` contain no masked keys, and the flash-attention kernels do not apply the attention
+    mask to these tiles. The flash-attention kernels apply the attention mask to the key tiles `begin` to `whole - 1`
+    and `rest` to `end - 1`. With `loop_over="queries"`, `_ranges` returns the range of query tiles for each tile of
+    keys.
 
     To find fully masked tiles, `_ranges` compares only the smallest and the largest document id of each tile. If
-    document ids increase along a row, as in packed rows, the ranges are exact. If document ids do not increase along a
-    row, the ranges may be longer than necessary, but the attention output is still correct.
+    document ids increase along a row, as in packed rows, the ranges of tiles are exact. If document ids do not increase
+    along a row, the ranges of tiles may be longer than necessary, but the attention output is still correct.
     """
     q_first, k_first = (jnp.arange(0, n, step) for n, step in ((sizes.T, tile.queries), (sizes.S, tile.keys)))
     q_last = span[0] + jnp.minimum(q_first + tile.queries, sizes.T) - 1
@@ -400,8 +404,8 @@ def _d_q_kernel(ranges, span, q_ids, k_ids, q, k, v, d_out, lse, delta, d_q, *, 
 def _d_kv_kernel(ranges, span, q_ids, k_ids, q, k, v, d_out, lse, delta, d_k, d_v, *, sizes, tile, static):
     """Computes the gradients of k and v for one tile of keys.
 
-    The kernel computes the scores in the layout [keys, queries], so that no matrix product needs the transpose of the
-    result of another matrix product.
+    The kernel for the gradients of k and v computes the attention scores in the layout [keys, queries], so that no
+    matrix product needs the transpose of the result of another matrix product.
     """
     keys = pl.program_id(0) * tile.keys + jnp.arange(tile.keys)
     mask, in_keys = _Mask(span, static.windowed), _inside(keys, sizes.S)

@@ -19,7 +19,8 @@ from jax.sharding import PartitionSpec as P
 from gptjax.ops.device import CONTEXT, ROWS, TENSOR, by_device, capability, fit, mesh, platform
 from gptjax.ops.precision import splash_keeps_it
 
-# `jax.ad_checkpoint.checkpoint_name` gives the name SAVED to the arrays that the kernels save for the backward pass.
+# `jax.ad_checkpoint.checkpoint_name` gives the name SAVED to the arrays that the fused attention kernels save for the
+# backward pass.
 SAVED = "attention"
 # AMPERE, HOPPER and BLACKWELL are the compute capabilities of NVIDIA GPU generations.
 AMPERE, HOPPER, BLACKWELL = 8.0, 9.0, 10.0
@@ -39,8 +40,9 @@ def kernel_for(
         GPU, Ampere on  flash   yes        yes            16- and 32-bit  up to 256                yes
         older GPU       None
 
-    On GPUs, the head size must be a multiple of 8. On TPUs, the number of tokens per device must be a multiple of 128.
-    If `kernel_for` returns None, attention is computed with plain XLA operations.
+    On GPUs, fused kernels require a head size that is a multiple of 8. On TPUs, splash attention requires that the
+    number of tokens of a row on each device is a multiple of 128. If `kernel_for` returns None, attention is computed
+    with plain XLA operations.
     """
     static = isinstance(window, int)
     if platform() == "tpu":
@@ -82,7 +84,7 @@ def cudnn_version() -> int:
     try:
         from jax._src.lib import cuda_versions
 
-        # Without a CUDA plugin, `cuda_versions` is None.
+        # Without a CUDA plugin for JAX, `cuda_versions` is None.
         return cuda_versions.cudnn_get_version() if cuda_versions else 0
     except (ImportError, AttributeError, RuntimeError):
         return 0
@@ -143,8 +145,8 @@ def splash(
 def _splash_kernel(T: int, n_heads: int, q_shards: int, window: int, interpret: bool) -> Any:
     """Returns the splash-attention kernel for the `n_heads` heads of one device and the T queries of all devices.
 
-    The splash-attention kernel contains arrays that describe the attention mask of all T queries. The caller shards the
-    mask arrays over the devices in the same way as the queries.
+    The splash-attention kernel contains arrays that describe the attention mask of all T queries. The caller of
+    `_splash_kernel` shards the arrays that describe the attention mask over the devices in the same way as the queries.
     """
     from jax.experimental.pallas.ops.tpu import splash_attention as pallas
 
@@ -164,7 +166,7 @@ def _splash(q, k, v, q_ids, k_ids, offset, kernel):
     """Computes attention on one device with the splash-attention kernel.
 
     The argument `kernel` is the shard of the splash-attention kernel for this device. The arrays in `kernel` describe
-    the mask of the queries on this device, so that the argument `offset` is not needed.
+    the attention mask of the queries on this device, so that `_splash` does not need the argument `offset`.
     """
     from jax.experimental.pallas.ops.tpu import splash_attention as pallas
 
@@ -243,8 +245,9 @@ def _by_device(
 ) -> jax.Array:
     """Runs `attend(q, k, v, q_ids, k_ids, offset, extra)` on each device for the rows, heads and queries of the device.
 
-    Under context parallelism, each device all-gathers the keys and values. The backward pass all-gathers the keys and
-    values again, because saving the gathered arrays would take up the memory that sharding the tokens saves.
+    Under context parallelism, each device all-gathers the keys and values. Under context parallelism, the backward pass
+    of attention all-gathers the keys and values again, because saving the gathered keys and values would take up the
+    memory that sharding the tokens saves.
 
     Args:
         heads_at: axis of the heads in k and v, 1 or 2. The tokens are along axis 3 - heads_at.

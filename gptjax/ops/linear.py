@@ -25,7 +25,7 @@ def matmul(w: Any, x: jax.Array, dtype: str = "float32") -> jax.Array:
     than a plain array (an adapter, a quantised matrix) registers an implementation, so that layers need not know the
     type of weight.
     """
-    rows = x.reshape(-1, x.shape[-1])  # The CPU backend of XLA is faster with matrices than with [B, T, ..] arrays.
+    rows = x.reshape(-1, x.shape[-1])  # The CPU backend of XLA multiplies matrices faster than [B, T, ..] arrays.
     y = rows @ w.astype(x.dtype) if dtype == "float32" else _low_product(rows, w).astype(x.dtype)
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
@@ -50,7 +50,8 @@ def matmul_transposed(w: Any, x: jax.Array, dtype: str = "float32") -> jax.Array
 @singledispatch
 def take(w: Any, ids: jax.Array) -> jax.Array:
     """Returns the rows [.., D] of the embedding table w [V, D] at the ids [..], with out-of-range ids clipped."""
-    # The columns of w are not sharded, because with sharded columns XLA would all-gather and reshard the result.
+    # The columns of the embedding table w are not sharded, because with sharded columns XLA would all-gather and
+    # reshard the embeddings.
     return jnp.take(constrain(w, TENSOR, None), ids, axis=0, mode="clip")
 
 
@@ -64,7 +65,8 @@ def dense(w: Any) -> jax.Array:
 def factors(w: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns two plain arrays, x' [.., in'] and w' [in', out], whose product x' @ w' equals matmul(w, x).
 
-    The loss calls `factors` to compute the product of the hidden states and the LM head in chunks.
+    `gpt.head_factors` calls `factors`, so that the losses can compute the product of the hidden states and the LM head
+    in chunks.
     """
     return x, dense(w)
 
@@ -136,9 +138,9 @@ class Gathered:
     """Holds a sharded weight [in, out] that is cast to the dtype of the matrix product and all-gathered before the
     product (FSDP).
 
-    By default, XLA multiplies by each shard of the weight as the shard arrives from another chip, and reads and writes
-    the float32 sums [B T, out] once per shard. The memory traffic of the float32 sums limits the speed of GPT-2 1558M
-    on eight chips.
+    By default, XLA multiplies by each shard of a sharded weight as the shard arrives from another chip, and reads and
+    writes the float32 sums [B T, out] of the matrix product once per shard. The memory traffic of reading and writing
+    the float32 sums once per shard limits the speed of GPT-2 1558M on eight chips.
 
     Attributes:
         axes: the mesh axes that shard `w` during the product.
@@ -175,18 +177,19 @@ def _matmul_bfloat16(x: jax.Array, w: jax.Array, axes: ProductAxes = None) -> ja
     """Returns the matrix product x @ w with bfloat16 operands, float32 accumulation and float32 master weights
     (arXiv:1710.03740).
 
-    In the custom backward pass, the matrix products for the gradients of x and w have bfloat16 operands too. Without
-    the custom backward pass, autodiff would multiply by the float32 cotangent.
+    In the custom backward pass of `_matmul_bfloat16`, the matrix products for the gradients of x and w have bfloat16
+    operands, as in the forward pass. Without the custom backward pass, autodiff would multiply by the float32
+    cotangent.
     """
     return _forward(x, w, axes)[0]
 
 
 def _forward(x, w, axes):
     low, low_w = x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)
-    # For the backward pass, w is saved in the original dtype. If the bfloat16 copy of w were saved, the copies of all
-    # scanned layers, all-gathered under FSDP, would stay in memory until the backward pass. On a CPU, the bfloat16 copy
-    # of w is saved, because the CPU backend of XLA would otherwise merge the transpose of a tied head with the product
-    # for the gradient of x, and cannot compute the merged product.
+    # For the backward pass, the weight w is saved in the original dtype. If the bfloat16 copy of the weight w were
+    # saved, the copies of all scanned layers, all-gathered under FSDP, would stay in memory until the backward pass. On
+    # a CPU, the bfloat16 copy of the weight w is saved, because without this copy the CPU backend of XLA would merge
+    # the transpose of a tied head with the product for the gradient of x, and cannot compute the merged product.
     saved_w = low_w if platform() == "cpu" else w
     dims = (((x.ndim - 1,), (0,)), ((), ()))
     y = jax.lax.dot_general(low, _with_axes(low_w, axes), dims, preferred_element_type=jnp.float32)
@@ -199,8 +202,8 @@ def _backward(axes, residual, g):
     dx = jax.lax.dot_general(g, low, (((g.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
     dw = _with_axes(weight_gradient(x, g).astype(like_w.dtype), axes)
     if platform() == "cpu":
-        # The barrier prevents XLA from merging the transpose of a tied head's gradient with the matrix product, because
-        # the CPU backend of XLA cannot compute the merged product.
+        # The optimisation barrier prevents XLA from merging the transpose of a tied head's gradient with the matrix
+        # product, because the CPU backend of XLA cannot compute the merged product.
         dw = jax.lax.optimization_barrier(dw)
     return dx.astype(like_x.dtype), dw
 
@@ -212,8 +215,9 @@ def weight_gradient(x: jax.Array, g: jax.Array) -> jax.Array:
     """Returns the gradient [in, out] float32 of a weight: x^T g, summed over the leading axes of x [.., in] and g [..,
     out].
 
-    On a CPU, the rows of x and g are split into chunks, and the products are summed over the chunks and over the rows
-    of a chunk, because XLA computes a sum of bfloat16 products over two axes about twice as fast as over one axis.
+    On a CPU, the rows of the input x and of the output gradient g are split into chunks, and the products are summed
+    over the chunks and over the rows of a chunk, because XLA computes a sum of bfloat16 products over two axes about
+    twice as fast as over one axis.
     """
     x, g = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
     rows = x.shape[0]

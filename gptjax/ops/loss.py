@@ -18,15 +18,16 @@ from gptjax.ops.linear import aligned_columns, matmul, weight_gradient
 from gptjax.ops.precision import custom_vjp
 from gptjax.types import Mean
 
-# _CHUNK_BYTES is the size of the float32 logits of a chunk of tokens. On GPUs with much memory, chunks are larger.
+# _CHUNK_BYTES is the size of the float32 logits of a chunk of tokens. On GPUs with much memory, a chunk of tokens has
+# more than _CHUNK_BYTES of logits.
 _CHUNK_BYTES = 256 * 2**20
 # _GPU_CHUNK_BYTES is the upper limit of the size of a chunk's logits, reached if JAX can use 32 GiB or more of a GPU.
 # With chunks of 1 GiB of logits, the training step of GPT-2 124M, compiled for an H100, needs 7.6 GiB of memory and has
 # 64.8 GB of memory traffic. With chunks of 2 GiB of logits, the training step would need 8.7 GiB of memory and have
 # nearly the same memory traffic, 63.9 GB (tests/bench/gpu_program.py).
 _GPU_CHUNK_BYTES = 2**30
-# _NO_TOKEN is the logit of a padding column. _NO_TOKEN is finite, because the gradient of the softcap squares the
-# logits.
+# _NO_TOKEN is the logit of a column that pads the LM head. _NO_TOKEN is finite, because the gradient of the softcap
+# squares the logits.
 _NO_TOKEN = -1e15
 
 
@@ -72,9 +73,9 @@ def linear_cross_entropy(
 ) -> Mean:
     """Computes `cross_entropy(softcap(hidden @ head, cap), targets, weights)` in chunks of tokens.
 
-    Only the logits of one chunk are in memory at a time. When JAX differentiates `linear_cross_entropy`, the forward
-    pass also computes the gradients of `hidden` and `head` chunk by chunk, so that the backward pass does not recompute
-    logits.
+    Only the logits of one chunk of tokens are in memory at a time. When JAX differentiates `linear_cross_entropy`, the
+    forward pass also computes the gradients of `hidden` and `head` chunk by chunk, so that the backward pass does not
+    recompute logits.
 
     Args:
         hidden: hidden states [.., D].
@@ -111,9 +112,10 @@ def _token_spec(targets: jax.Array) -> P | None:
     The LM head is replicated, and each device splits the device's tokens into chunks. With a replicated LM head, the
     gradient of the LM head is summed over devices once, instead of once per chunk.
 
-    B is sharded over the mesh axes `data` and `fsdp`, and T over `context` and `tensor`. If two mesh axes together do
-    not shard B or T evenly, only the first of the two mesh axes shards B or T. The result is None if there is no mesh,
-    if the targets are not two-dimensional, or if the first mesh axis alone does not shard B or T evenly.
+    The rows B of the tokens [B, T] are sharded over the mesh axes `data` and `fsdp`, and the columns T over `context`
+    and `tensor`. If two mesh axes together do not shard B or T evenly, only the first of the two mesh axes shards B or
+    T. `_token_spec` returns None if there is no mesh, if the targets are not two-dimensional, or if the first mesh axis
+    alone does not shard B or T evenly.
     """
     current_mesh = mesh()
     if current_mesh is None or targets.ndim != 2:
@@ -135,9 +137,9 @@ def linear_log_probs(
     """Returns the log-probability log softmax(softcap(hidden @ head) / temperature)[target] of each token, [..]
     float32.
 
-    `linear_log_probs` is for losses that are not a sum over tokens, such as DPO. The tokens are processed in chunks,
-    and the backward pass recomputes the logits of each chunk. The docstring of `linear_cross_entropy` describes the
-    arguments and the errors.
+    `linear_log_probs` is for losses that are not a sum over tokens, such as DPO. `linear_log_probs` processes the
+    tokens in chunks, and the backward pass recomputes the logits of each chunk. The docstring of `linear_cross_entropy`
+    describes the arguments and the errors.
     """
     return _per_token(_log_probs, hidden, head, targets, cap, dtype, chunk, temperature)
 
@@ -210,7 +212,8 @@ def map_logits(
 ) -> Any:
     """Returns fn(*logits, *arrays) for all tokens, computed in chunks of M tokens.
 
-    Only the logits of one chunk are in memory at a time. The backward pass recomputes the logits of each chunk.
+    Only the logits of one chunk of tokens are in memory at a time. The backward pass recomputes the logits of each
+    chunk.
 
     Args:
         fn: function of the logits of each head, [M, V] float32, and of the chunk's slice of each array, [M, ..]. `fn`
@@ -253,7 +256,7 @@ def _in_chunks(arrays: tuple[jax.Array, ...], head: jax.Array, chunk: int | None
     n = arrays[0].shape[0]
     chunk = min(n, chunk or max(128, _chunk_bytes() // (4 * head.shape[1])))
     n_chunks = -(-n // chunk)
-    chunk = -(-n // n_chunks)  # All chunks have the same size, with as little padding as possible.
+    chunk = -(-n // n_chunks)  # All chunks of tokens have the same size, with as little padding as possible.
     pad = n_chunks * chunk - n
     if pad:
         arrays = tuple(jnp.pad(x, ((0, pad),) + ((0, 0),) * (x.ndim - 1)) for x in arrays)
@@ -263,8 +266,8 @@ def _in_chunks(arrays: tuple[jax.Array, ...], head: jax.Array, chunk: int | None
 def _chunk_bytes() -> int:
     """Returns the size limit of a chunk's logits in bytes.
 
-    The size limit is 256 MiB, or on a GPU 1/32 of the memory that JAX may use, clipped to the range from 256 MiB to 1
-    GiB.
+    The size limit of a chunk's logits is 256 MiB, or on a GPU 1/32 of the memory that JAX may use, clipped to the range
+    from 256 MiB to 1 GiB.
     """
     stats = jax.local_devices()[0].memory_stats() if platform() == "gpu" else None
     return min(_GPU_CHUNK_BYTES, max(_CHUNK_BYTES, (stats or {}).get("bytes_limit", 0) // 32))
@@ -302,7 +305,8 @@ def _chunk_logits(h, head, cap, dtype, targets, weights, n):
 
 
 def _row_major(a):
-    """Returns `a` behind a barrier that prevents XLA from merging the transpose of a tied head with a matrix product.
+    """Returns `a` behind an optimisation barrier, which prevents XLA from merging the transpose of a tied head with a
+    matrix product.
 
     The CPU backend of XLA cannot compute a matrix product in bfloat16 that is merged with a transpose.
     """

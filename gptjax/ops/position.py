@@ -54,9 +54,9 @@ def rope_frequencies(
 def llama3_ramp(frequency: Array, slow: float, fast: float, original_context: int) -> Array:
     """Returns the weight `keep`, from 0 to 1, of each unscaled frequency in the RoPE scaling of Llama 3.
 
-    The scaled frequency is keep * frequency + (1 - keep) * frequency / factor. The weight `keep` has the dtype of
-    `frequency`. The code that reads and writes GGUF files passes `frequency` as a float64 numpy array, because the
-    factors in GGUF files were computed in float64.
+    In the RoPE scaling of Llama 3, the scaled frequency is keep * frequency + (1 - keep) * frequency / factor. The
+    weight `keep` has the dtype of `frequency`. The code that reads and writes GGUF files passes `frequency` as a
+    float64 numpy array, because the factors in GGUF files were computed in float64.
     """
     rotations, xp = original_context * frequency / (2 * math.pi), jnp if isinstance(frequency, jax.Array) else np
     return xp.clip((rotations - slow) / (fast - slow), 0, 1)
@@ -83,7 +83,8 @@ def segment_positions(segment_ids: jax.Array) -> jax.Array:
 def rope(x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Applies rotary position embeddings: rotates the vector of each token in x [B, T, N, H] by the token's position.
 
-    Channel i is rotated together with channel i + H/2, as in the Llama implementation of transformers.
+    For the head size H, channel i is rotated together with channel i + H/2, as in the Llama implementation of
+    transformers.
 
     The argument `table` is the result of `rope_table(positions, rope_frequencies(H))` for positions [B, T] or [T].
     Source: arXiv:2104.09864, eq. 34.
@@ -110,7 +111,8 @@ def previous(x: jax.Array, first: jax.Array | None = None, segment_ids: jax.Arra
     or zeros.
 
     With `cfg.smear`, the model multiplies the shifted embeddings by a learned weight per channel, and adds the products
-    to the embeddings. In modded-nanogpt, a gate computed from the token's embedding replaces the learned weight.
+    to the embeddings. In modded-nanogpt, the previous token's embedding is multiplied by a gate computed from the
+    token's embedding instead of a learned weight per channel.
 
     Args:
         first: vector of the token before the first token of each row, [B, D], or None for zeros.

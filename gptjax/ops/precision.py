@@ -6,9 +6,10 @@
     highest            float32                          six bfloat16 passes        float32
 
 Functions such as `forward` set the precision with the context manager `jax.default_matmul_precision`. The precision
-applies to the matrix products that are traced inside the context, and to the matrix products that autodiff derives from
-these matrix products. The backward function of a `jax.custom_vjp` is traced later, outside the context. The class
-`custom_vjp` in this module restores the precision for the backward function.
+applies to the matrix products that are traced inside the context manager, and to the matrix products that autodiff
+derives from these matrix products. JAX may trace the backward function of a `jax.custom_vjp` after the program has left
+the context manager `jax.default_matmul_precision`. The class `custom_vjp` in this module restores the matmul precision
+for the backward function.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from gptjax.config import ModelConfig
 def default_precision() -> str | None:
     """Returns the current value of `jax.default_matmul_precision`.
 
-    The type checker does not find this config option, because jax defines the option on import.
+    The type checker does not find the option `jax.config.jax_default_matmul_precision`, because jax defines the option
+    on import.
     """
     return jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
 
@@ -37,7 +39,7 @@ def matmul_precision(cfg: ModelConfig) -> Iterator[None]:
     """Context manager that sets the precision of matrix products to `cfg.precision`, unless `cfg.precision` is
     "default".
 
-    For models with dtype=bfloat16, the context manager has no effect: every device multiplies bfloat16 operands exactly
+    For models with dtype=bfloat16, `matmul_precision` has no effect: every device multiplies bfloat16 operands exactly
     and accumulates in float32, so that a higher precision would cost time without changing the result.
     """
     if cfg.precision == "default" or cfg.dtype != "float32":
@@ -62,7 +64,8 @@ def with_matmul_precision(fn: Callable) -> Callable:
 def exact(fn: Callable) -> Callable:
     """Decorator that computes the matrix products in `fn` in full float32 precision on every device.
 
-    The decorator is for functions whose results are stored as weights, such as a function that merges an adapter.
+    The decorator `exact` is for functions whose results are stored as weights, such as a function that merges an
+    adapter.
     """
 
     @functools.wraps(fn)
@@ -77,7 +80,7 @@ def splash_keeps_it() -> bool:
     """Returns True if the current matmul precision is the default precision, which splash attention requires.
 
     At precisions other than the default, Mosaic cannot compile splash attention for bfloat16 arrays. For float32
-    arrays, the backward pass of splash attention would ignore the precision.
+    arrays, the backward pass of splash attention would ignore the matmul precision.
     """
     return default_precision() in (None, "default")
 
@@ -86,7 +89,7 @@ class custom_vjp:
     """A variant of `jax.custom_vjp` that traces the forward and backward functions at the matmul precision of the call.
 
     `jax.custom_vjp` traces the forward and backward functions only when JAX differentiates, which may happen after the
-    program has left the context that sets the precision.
+    program has left the context manager that sets the matmul precision.
     """
 
     def __init__(self, fn: Callable, nondiff_argnums: tuple[int, ...] = ()):

@@ -9,11 +9,12 @@
 
 Every array in a quantised leaf has the same axes as the unquantised matrix, [.., in, out]. In an array with one value
 per block of weights, the size of an axis is divided by the block size, for example [.., in / 64, out] for blocks of 64
-rows. Because the axes are the same, `nn.scan`, `vmap` and shardings of `in` or `out` work on a quantised leaf as on the
-unquantised matrix.
+rows. Because the arrays of a quantised leaf have the axes of the unquantised matrix, `nn.scan`, `vmap` and shardings of
+the axis `in` or `out` work on the quantised leaf as on the unquantised matrix.
 
 Quantised weights are frozen: in the matrix product of activations x and a quantised matrix, only x receives a gradient.
-The backward pass dequantises the matrix again, so that the forward pass does not save the float values of the matrix.
+The backward pass of a matrix product dequantises the quantised matrix again, so that the forward pass does not save the
+float values of the matrix.
 """
 
 from __future__ import annotations
@@ -72,7 +73,8 @@ class NF4:
     """Holds a matrix quantised to NF4, in which 64 consecutive weights of a column form a block.
 
     The absmax of a block is the largest magnitude of the weights in the block. A dequantised weight is a level of
-    `LEVELS` times the absmax of the weight's block. The absmaxes are quantised too (double quantisation).
+    `LEVELS` times the absmax of the weight's block. In addition to the weights, the absmaxes of the blocks are
+    quantised (double quantisation).
 
     Attributes:
         codes: indices into `LEVELS`, two per byte, [.., in/2, out] uint8. The low four bits hold the codes of the first
@@ -83,13 +85,14 @@ class NF4:
         offset: mean of all absmaxes of the matrix, [.., 1, 1] float32. If matrices were concatenated along `out`, the
             shape is [.., 1, out], with the mean of the original matrix for each column.
 
-    Blocks of weights run along the axis `in` and groups of absmaxes along the axis `out`, so that both axes can be
-    sharded. In QLoRA, the blocks run along the flattened matrix instead. If 64 does not divide `in`, the block size is
-    the largest even divisor of `in` below 64. If 256 does not divide `out`, the group size is the largest divisor of
-    `out` below 256. The block size and the group size are not stored, but computed from the shapes of the arrays.
+    In an `NF4` matrix, blocks of weights run along the axis `in` and groups of absmaxes along the axis `out`, so that
+    both axes can be sharded. In QLoRA, the blocks of weights run along the flattened matrix instead of an axis. If 64
+    does not divide `in`, the number of weights in a block is the largest even divisor of `in` below 64. If 256 does not
+    divide `out`, the number of absmaxes in a group is the largest divisor of `out` below 256. The size of a block of
+    weights and the size of a group of absmaxes are not stored, but computed from the shapes of the arrays.
 
-    Source: QLoRA, arXiv:2305.14314. In contrast to QLoRA, the absmaxes are quantised to int8 instead of FP8, because
-    int8 is more exact for normally distributed weights.
+    Source: QLoRA, arXiv:2305.14314. In contrast to QLoRA, the absmaxes (largest magnitudes of blocks) are quantised to
+    int8 instead of FP8, because int8 is more exact for normally distributed weights.
     """
 
     codes: jax.Array
@@ -184,8 +187,8 @@ def _(leaf: NF4, *others: Any) -> Any:
     if any(not isinstance(other, NF4) or other.absmax.shape[-2] != leaf.absmax.shape[-2] for other in others):
         return None
     groups = [x.absmax.shape[-1] // x.scale.shape[-1] for x in leaves]
-    # In the concatenated NF4 matrix, every group has `group` absmaxes. A larger group is split into groups of this
-    # size, and each of the smaller groups gets a copy of the larger group's scale.
+    # In the concatenated NF4 matrix, every group has `group` absmaxes. A group of more than `group` absmaxes is split
+    # into groups of `group` absmaxes, each with a copy of the larger group's scale.
     group = math.gcd(*groups)
     return NF4(
         codes=jnp.concatenate([x.codes for x in leaves], -1),
@@ -226,7 +229,7 @@ def _(leaf: NF4) -> Any:
 
 @dense.register
 def _(leaf: NF4Columns) -> jax.Array:
-    codes = jnp.stack([leaf.codes & 15, leaf.codes >> 4], 2)  # `codes` now has the shape [out, in/64, 2, 32].
+    codes = jnp.stack([leaf.codes & 15, leaf.codes >> 4], 2)  # The stacked `codes` have the shape [out, in/64, 2, 32].
     return (_level(codes) * leaf.absmax[..., None, None]).reshape(len(leaf.codes), -1).T
 
 
@@ -236,8 +239,8 @@ def _(leaf: NF4Columns, x: jax.Array, dtype: str = "float32") -> jax.Array:
     if x.size != x.shape[-1]:
         return matmul(dense(leaf).astype(x.dtype), x, dtype)
     low, high = jnp.moveaxis(x.astype(jnp.float32).reshape(leaf.absmax.shape[1], 2, -1), 1, 0)
-    # The codes are decoded by a gather here, because XLA would compute the selects of `_level` in a separate GPU
-    # kernel.
+    # For a single row of x, the NF4 codes are decoded by a gather, because XLA would compute the selects of `_level` in
+    # a separate GPU kernel.
     levels = jnp.array(LEVELS)
     low_levels, high_levels = (levels.at[i].get(mode="promise_in_bounds") for i in (leaf.codes & 15, leaf.codes >> 4))
     y = low_levels * low + high_levels * high
@@ -266,7 +269,8 @@ _GRADIENT_PRODUCT = {matmul: matmul_transposed, matmul_transposed: matmul}
 @partial(custom_vjp, nondiff_argnums=(0, 3))
 def _frozen(product, leaf, x, dtype):
     """Returns product(leaf, x), where `product` is `matmul` or `matmul_transposed`, differentiable in x only."""
-    # Without the barrier, XLA might dequantise all layers before a decoding loop, and hold the float weights in memory.
+    # Without the optimisation barrier, XLA might dequantise all layers before a decoding loop, and hold the float
+    # weights in memory.
     leaf, _ = jax.lax.optimization_barrier((leaf, x))
     if isinstance(leaf, NF4):
         return product(dense(leaf).astype(x.dtype), x, dtype)
@@ -290,12 +294,12 @@ _frozen.defvjp(_forward, _backward)
 def _integers(product: Callable[..., jax.Array], values: jax.Array, x: jax.Array, dtype: str) -> jax.Array:
     """Computes the matrix product of x and an int8 matrix without applying the quantisation scales.
 
-    The int8 matrix is cast to the dtype of x. The cast from int8 is exact even for bfloat16.
+    The int8 matrix is cast to the dtype of x. A cast from int8 is exact even if x is bfloat16.
     """
     values = values.astype(x.dtype)
     if x.size == x.shape[-1] and platform() in ("cpu", "gpu"):
-        # The product with one row of x is written as a sum, which XLA computes directly from the integers. For a matrix
-        # product, XLA might first convert the whole matrix to floats in memory.
+        # The product of an int8 matrix and one row of x is written as a sum, which XLA computes directly from the
+        # integers. For a matrix product, XLA might first convert the whole int8 matrix to floats in memory.
         values, row = values.astype(jnp.float32), x.reshape(-1).astype(jnp.float32)
         y = (values * row[:, None]).sum(0) if product is matmul else (values * row).sum(1)
         return y.astype(x.dtype).reshape(*x.shape[:-1], -1)

@@ -1,8 +1,8 @@
 """This package implements data, tensor and context parallelism and FSDP on a device mesh.
 
-Sharding rules over parameter paths determine how arrays are sharded. The model, the losses and the training step are
-the same functions with and without a mesh, because functions such as `gptjax.ops.device.constrain` return their
-argument unchanged if there is no mesh.
+Sharding rules map patterns of parameter paths to the mesh axes that shard each array. The model, the losses and the
+training step are the same functions with and without a mesh, because functions such as `gptjax.ops.device.constrain`
+return their argument unchanged if there is no mesh.
 """
 
 from gptjax.parallel.mesh import make_mesh

@@ -28,9 +28,9 @@ from gptjax.errors import UserError
 from gptjax.ops.device import ROWS
 from gptjax.parallel.meeting import meet
 
-# RESTART is the exit code (EX_TEMPFAIL) of a process if another process is lost. To resume the run, restart all
-# processes. BAD_INPUT is the exit code for invalid input, and BUG the exit code for a bug, as in `gptjax.__main__`.
-# Settings that begin with a prefix in PER_PROCESS may differ between the processes of a run.
+# RESTART is the exit code (EX_TEMPFAIL) of a process if another process is lost. To resume the run after the loss of a
+# process, restart all processes. BAD_INPUT is the exit code for invalid input, and BUG the exit code for a bug, as in
+# `gptjax.__main__`. Settings that begin with a prefix in PER_PROCESS may differ between the processes of a run.
 RESTART = 75
 BAD_INPUT, BUG = 2, 1
 PER_PROCESS = ("distributed.", "data.cache_dir")
@@ -75,16 +75,17 @@ def start(cfg: DistributedConfig) -> None:
 def _end_when_jax_aborts(failed: str) -> None:
     """Installs a SIGABRT handler that ends this process with an exit code and a message when JAX aborts.
 
-    The exit code is BAD_INPUT if JAX cannot connect the processes, and RESTART if a connected process is lost. JAX
-    aborts a process that cannot reach the other processes, or that receives no heartbeats from another process. The
-    SIGABRT handler prints a message after the stack trace that JAX prints. The handler must be a C function, because
-    Python signal handlers run in the main thread, for which abort() does not wait. JAX's callback for lost processes
-    cannot replace the handler, because calling this callback fails with std::bad_cast (jaxlib 0.10.2).
+    The exit code after a SIGABRT is BAD_INPUT if JAX cannot connect the processes, and RESTART if a connected process
+    is lost. JAX aborts a process that cannot reach the other processes, or that receives no heartbeats from another
+    process. The SIGABRT handler prints a message after the stack trace that JAX prints. The SIGABRT handler must be a C
+    function, because Python signal handlers run in the main thread, for which abort() does not wait. JAX's callback for
+    lost processes cannot replace the SIGABRT handler, because calling this callback fails with std::bad_cast (jaxlib
+    0.10.2).
 
     Once the processes are connected, a SIGABRT in a Python thread indicates a bug instead of a lost process. After a
-    SIGABRT in a Python thread, the handler restores the default signal action, which ends the process. With jaxlib 0.7,
-    the exit code after the loss of another process is 1 instead of RESTART, because jaxlib 0.7 calls _exit(1) instead
-    of abort().
+    SIGABRT in a Python thread, the SIGABRT handler restores the default signal action, which ends the process. With
+    jaxlib 0.7, the exit code after the loss of another process is 1 instead of RESTART, because jaxlib 0.7 calls
+    _exit(1) instead of abort().
     """
     global _handler
     if os.name == "nt":
@@ -98,7 +99,7 @@ def _end_when_jax_aborts(failed: str) -> None:
         if not jax.distributed.is_initialized() and threading.get_ident() == main:
             os.write(2, f"{failed}\n".encode())
             os._exit(BAD_INPUT)
-        # The current thread was not started by Python.
+        # A thread that Python did not start has a `_DummyThread` object.
         if isinstance(threading.current_thread(), threading._DummyThread):
             os.write(
                 2, f"another process is gone, or was silent for distributed.heartbeat_s\n{HOW_TO_RESTART}\n".encode()
@@ -202,8 +203,8 @@ def on_host(tree: Any) -> Any:
     """Returns the pytree with every array that is spread over several processes gathered into a numpy array in each
     process.
 
-    PRNG keys, and leaves that are not spread over several processes, are returned unchanged. All processes must call
-    this function.
+    PRNG keys, and leaves that are not spread over several processes, are returned unchanged. All processes of the run
+    must call `on_host`.
     """
     if jax.process_count() == 1:
         return tree
@@ -239,10 +240,10 @@ def peers(say: Callable[[str], None]) -> Iterator[None]:
     """Context manager that ends this process with exit code RESTART if a collective operation fails because another
     process is lost.
 
-    An `Agreed` error, which all processes raise, is raised again. After any other exception, the process exits
-    immediately, because a normal exit would wait for the other processes. The exit code is BAD_INPUT for a UserError
-    and BUG for exceptions that do not indicate a lost process. If the run has a single process, every exception is
-    raised again.
+    `peers` raises an `Agreed` error again, because every process of the run raises an `Agreed` error at the same point.
+    After any exception but `Agreed`, the process exits immediately, because a normal exit would wait for the other
+    processes. The exit code of the process is BAD_INPUT for a UserError and BUG for exceptions that do not indicate a
+    lost process. In a run with a single process, `peers` raises every exception again.
     """
     try:
         yield

@@ -1,10 +1,11 @@
 """This module checks that all processes of a run have started before the processes call `jax.distributed.initialize`.
 
-The module checks the processes, because `jax.distributed.initialize` aborts a process if another process is missing.
+Each process first waits for the other processes, because `jax.distributed.initialize` aborts a process if another
+process is missing.
 
 Process 0 listens at the address of the coordinator, and the other processes connect to this address. When all processes
-are connected, process 0 frees the address for JAX. Each process sends one line of JSON (left), and process 0 answers
-with one line of JSON (right):
+are connected to process 0, process 0 frees the address of the coordinator for JAX. Each process sends one line of JSON
+(left), and process 0 answers with one line of JSON (right):
 
     {"process_id": 1, "num_processes": 2}      {"problem": ""}
 """
@@ -65,7 +66,7 @@ def _admit(line: socket.socket, num_processes: int, connected: dict[int, socket.
     or ""."""
     message = _read(line)
     peer = message.get("process_id")
-    if type(peer) is not int:  # The sender of the message is not a process of this run.
+    if type(peer) is not int:  # A message without a process_id is not from a process of this run.
         line.close()
         return ""
     problem = ""

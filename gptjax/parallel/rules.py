@@ -35,9 +35,9 @@ RULES: tuple[tuple[str, tuple], ...] = (
     ("ln_f/* | smear", ()),
 )
 # MATRIX_AXES describes the sharding of the arrays in an adapter or in a quantised matrix by the name of the array. Each
-# value of MATRIX_AXES has one entry for each of the last two axes of the array. An entry of MATRIX_AXES is 0 if the
-# axis is sharded like the `in` axis of the matrix [in, out], and 1 if the axis is sharded like the `out` axis. An entry
-# of MATRIX_AXES is None if the axis is not sharded, such as the rank axis of a LoRA factor.
+# value of MATRIX_AXES has one entry for each of the last two axes of the array with the given name. An entry of
+# MATRIX_AXES is 0 if the axis is sharded like the `in` axis of the matrix [in, out], and 1 if the axis is sharded like
+# the `out` axis. An entry of MATRIX_AXES is None if the axis is not sharded, such as the rank axis of a LoRA factor.
 MATRIX_AXES = {"a": (0, None), "b": (None, 1), "d": (None, 1), "m": (None, 1)}
 MATRIX_AXES |= dict.fromkeys(("values", "codes", "absmax", "scale", "offset"), (0, 1))
 
@@ -51,7 +51,7 @@ def spec_of(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
         UserError: no rule covers the path.
     """
     keys = path.split("/")
-    # The loop looks for a rule for the path and for every suffix of the path, from "opt_state/0/mu/.." to "kernel".
+    # A sharding rule may match the whole path or any suffix of the path, from "opt_state/0/mu/.." to "kernel".
     for start in range(len(keys)):
         if (spec := _rule("/".join(keys[start:]))) is not None:
             return fit((None,) * (len(shape) - len(spec)) + spec, shape, mesh) if len(shape) >= len(spec) else P()

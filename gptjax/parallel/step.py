@@ -55,7 +55,7 @@ def abstract_on(fn: Callable, mesh: Mesh | None, *args: Any, offload: bool = Fal
 def init_on(fn: Callable, mesh: Mesh | None, *args: Any, donate: tuple[int, ...] = (), offload: bool = False) -> Any:
     """Returns `fn(*args)`, with every array sharded as `abstract_on` describes.
 
-    Each array is created with the final sharding, so that no device ever holds a sharded array in full.
+    `init_on` creates each array with the final sharding, so that no device ever holds a sharded array in full.
     """
     out_shardings = None
     if mesh is not None:
@@ -71,7 +71,7 @@ def jit_on(fn: Callable, mesh: Mesh | None) -> Callable:
 def jit_step(step: Callable, mesh: Mesh | None, state: Any) -> Callable:
     """Returns the compiled training step `step`, a function (state, batch) -> (state, metrics).
 
-    The input state is donated, and the returned state has the sharding of the input state.
+    The compiled step donates the input train state, and returns a train state with the sharding of the input state.
     """
     if mesh is None:
         return jax.jit(step, donate_argnums=0)
@@ -145,10 +145,11 @@ def pmap_step(step: Callable, devices: Sequence[jax.Device] | None = None) -> Ca
     """Returns a compiled data-parallel `step` with the interface of `jax.pmap`, for batches with a leading axis of
     devices.
 
-    The returned function takes the state and a batch. For B rows and n devices, the leaves of the batch have the shape
-    [n, B / n, ..]. The returned function returns the (state, metrics) that `step` returns for all B rows on one device.
-    The state is replicated, not stacked over devices as with `jax.pmap`. `pmap_step` is for notebooks that were written
-    for `jax.pmap`; for new code, `jit_step` with a mesh supports every kind of parallelism.
+    The function that `pmap_step` returns takes the train state and a batch. For B rows and n devices, the leaves of the
+    batch have the shape [n, B / n, ..]. The function that `pmap_step` returns gives the same (state, metrics) as `step`
+    for all B rows on one device. The train state is replicated, not stacked over devices as with `jax.pmap`.
+    `pmap_step` is for notebooks that were written for `jax.pmap`; for new code, `jit_step` with a mesh supports every
+    kind of parallelism.
     """
     from gptjax.parallel.mesh import mesh_of
 

@@ -34,10 +34,11 @@ def seconds(cfg: Config, on: Slice, shape: Shape, n_params: int) -> float:
 
     The estimated step time is the sum of the times of computation, HBM traffic and communication, without overlap.
 
-    HBM traffic is estimated from the number of times that the program reads or writes each array. Each activation of a
-    layer is read or written about 12 times, as counted in compiled programs. In each micro-batch, weights and gradients
-    cause 14 bytes of HBM traffic per parameter: 6 bytes for reading the bfloat16 weights three times, and 8 bytes for
-    the float32 gradients. In each step, the optimizer causes 32 bytes of HBM traffic per parameter.
+    HBM traffic is estimated from the number of times that the program of the training step reads or writes each array.
+    Each activation of a layer is read or written about 12 times per training step, as counted in compiled programs. In
+    each micro-batch, weights and gradients cause 14 bytes of HBM traffic per parameter: 6 bytes for reading the
+    bfloat16 weights three times, and 8 bytes for the float32 gradients. In each step, the optimizer causes 32 bytes of
+    HBM traffic per parameter.
 
     The communication time is estimated from the bytes that a chip sends along each mesh axis. Along the mesh axis fsdp,
     each micro-batch all-gathers the bfloat16 weights for the forward pass, the backward pass and rematerialisation, and

@@ -27,9 +27,10 @@ def fitted(cfg: Config) -> Config:
     """Returns the config with the largest train.batch_size that is estimated to fit in the memory of the local devices.
 
     The batch size is train.accumulation x data x fsdp x n, where n is the number of rows per device and micro-batch.
-    The number n is a power of two, and n is larger than 1 only if a step with this batch size has at most 524,288
-    tokens. If memory limits n to fewer than 8 rows, model.remat is set to dots, or to full if dots does not save enough
-    memory. If the vocabulary size of the tokenizer is not known yet, the vocabulary size of GPT-2 is assumed.
+    The number of rows per device and micro-batch is a power of two, and is larger than 1 only if a training step of
+    this batch size has at most 524,288 tokens. If fewer than 8 rows per device and micro-batch fit in memory,
+    model.remat is set to dots, or to full if dots does not save enough memory. If the vocabulary size of the tokenizer
+    is not known yet, the vocabulary size of GPT-2 is assumed.
 
     Raises:
         UserError: a single row does not fit in memory, or the run has several processes, which must all use the same

@@ -40,7 +40,7 @@ class Instruction:
     results: tuple[Array, ...]
     op: str
     operands: tuple[str, ...]
-    rest: str  # `rest` is the text of the attributes, and the value of a constant or the index of a parameter.
+    rest: str  # `rest` holds the attributes as text, and the value of a constant or index of a parameter.
     root: bool
 
     def called(self, attribute: str) -> list[str]:
@@ -103,7 +103,7 @@ def work(text: str) -> Work:
 def parse(text: str) -> dict[str, Computation]:
     """Returns the computations in an HLO text by name.
 
-    The entry computation is also stored under the name "ENTRY".
+    The entry computation is stored under two names, its own name and "ENTRY".
     """
     computations: dict[str, Computation] = {}
     computation: Computation = {}
@@ -152,7 +152,8 @@ def executed(
 ) -> Iterator[tuple[str, Instruction, float]]:
     """Yields (computation name, instruction, number of executions) for every instruction that the program executes.
 
-    The traversal starts with the computation `comp_name`. All branches of an HLO conditional count as executed.
+    `executed` starts with the instructions of the computation `comp_name`. All branches of an HLO conditional count as
+    executed.
     """
     for instruction in computations[comp_name].values():
         yield comp_name, instruction, times
@@ -172,8 +173,9 @@ def executed(
 def trip_count(loop: Instruction, computations: dict[str, Computation]) -> int:
     """Returns the number of iterations of a loop in an HLO program.
 
-    The number of iterations is read from the annotation known_trip_count of XLA. Without this annotation, the number of
-    iterations is the constant with which the loop condition compares the loop counter, because the counter starts at 0.
+    The number of iterations of a loop is read from the annotation known_trip_count of XLA. In a loop without the
+    annotation known_trip_count, the number of iterations is the constant with which the loop condition compares the
+    loop counter, because the counter starts at 0.
     """
     if (known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.rest)) is not None:
         return int(known[1])
@@ -199,7 +201,8 @@ def _overlapped(instruction: Instruction, comp_name: str) -> tuple[str, str, tup
 
     In TPU programs, an asynchronous collective appears several times with the same channel id: in the fusion that
     starts the collective, in each fusion that runs while the collective is in progress, and in the fusion that ends the
-    collective. All appearances of a collective have the same key, so that `work` counts the collective once.
+    collective. All appearances of an asynchronous collective have the same key, so that `work` counts the collective
+    once.
     """
     channel = re.search(r"channel_id=(\d+)", instruction.rest)
     if channel is None or not ("fused_computation" in comp_name or "collective_fusion" in comp_name):
@@ -211,7 +214,7 @@ def _sent(instruction: Instruction, kind: str, computation: Computation, n_devic
     """Returns the bytes that one device sends in a collective, and the size in bytes of the collective's largest
     result.
 
-    The number of sent bytes assumes ring algorithms.
+    The number of bytes that a device sends is computed under the assumption that collectives use ring algorithms.
     """
     n = _group_size(instruction.rest, n_devices)
     operand_bytes = sum(array.size_bytes for name in instruction.operands for array in computation[name].results[:1])
@@ -254,8 +257,8 @@ def _convolution_flops(rest: str, left: tuple[int, ...], right: tuple[int, ...],
     """Returns the FLOPs of a convolution, which is the form of every matrix multiplication in TPU programs.
 
     Window positions of the convolution that fall on padding or on the gaps of a dilation are not counted, because
-    multiplications at these positions have a factor of zero. In a batched matrix multiplication, whose window slides
-    along the batch axis, most window positions multiply by zero.
+    multiplications at these positions have a factor of zero. If the convolution is a batched matrix multiplication, the
+    window slides along the batch axis, and most window positions multiply by zero.
     """
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", rest)
     if labels is None:
@@ -292,8 +295,8 @@ def _is_kernel(call: Instruction) -> bool:
 def _traffic(instruction: Instruction, computation: Computation, computations: dict[str, Computation]) -> float:
     """Returns the number of bytes that an instruction reads from HBM and writes to HBM.
 
-    Each operand and each result of the instruction is counted once. If an operand is sliced, only the bytes of the
-    slice are counted.
+    The bytes of each operand and each result of the HLO instruction are counted once. If the HLO instruction slices an
+    operand, only the bytes of the slice are counted.
     """
     op = instruction.op
     if op in _NO_WORK or op.endswith("-done") or (op == "custom-call" and not _is_kernel(instruction)):
@@ -318,8 +321,9 @@ def _traffic(instruction: Instruction, computation: Computation, computations: d
 def _read_bytes(inner: Computation, n: int, computations: dict[str, Computation]) -> list[float]:
     """Returns the number of bytes that a fused computation reads from each of its `n` parameters.
 
-    The number of bytes is infinity for a parameter that is read completely. For a parameter that is only sliced, only
-    the bytes of the slices are counted. For a parameter that is only updated in place, no bytes are counted.
+    For a parameter that the fused computation reads completely, the number of bytes is infinity. For a parameter that
+    the fused computation only slices, only the bytes of the slices are counted. For a parameter that the fused
+    computation only updates in place, no bytes are counted.
     """
     users: dict[str, list[Instruction]] = {}
     for instruction in inner.values():

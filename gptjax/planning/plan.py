@@ -24,7 +24,7 @@ from gptjax.tasks import trainable
 from gptjax.training.flops import flops_per_token
 from gptjax.training.memory import GIB, chip_bytes
 
-_MARGIN = 0.92  # A candidate is compiled only if the estimated memory is below the fraction _MARGIN of the chip's HBM.
+_MARGIN = 0.92  # `search` compiles a candidate only if its estimated memory is below _MARGIN times the chip's HBM.
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def plan(
     """Compiles a training or decode step ahead of time for a TPU slice, and returns the step's memory, FLOPs, traffic
     and time.
 
-    The compiler is libtpu, which also works on a machine without a TPU.
+    The compiler of `plan` is libtpu, which works on machines with and without a TPU.
 
     Args:
         on: TPU slice: a name such as v5e-8, or a topology such as v5p:4x4x8.
@@ -203,7 +203,7 @@ def _flops_per_token(cfg: Config, T: int, decode: bool) -> float:
 
     Training takes 6 FLOPs per token for each weight in a matrix multiplication (4 if the weight is frozen), plus 12 L D
     T FLOPs for attention (L layers, D attention channels, T tokens per row). Decoding takes a third of the training
-    FLOPs, because decoding has no backward pass.
+    FLOPs per token, because decoding has no backward pass.
     """
     shapes = abstract_params(cfg.model)
     if decode:
@@ -215,10 +215,10 @@ def _flops_per_token(cfg: Config, T: int, decode: bool) -> float:
     return flops_per_token(cfg.model, shapes, width=T, frozen=frozen)
 
 
-# _PRODUCTS holds the number of matrix multiplications per tile in each splash-attention kernel. The forward kernel
-# (fwd) computes the scores and the weighted values. Both backward kernels (dq and dkv) compute the scores and the
-# gradient of the attention weights. In addition, the backward kernel dq computes the gradient of q, and the backward
-# kernel dkv computes the gradients of k and v.
+# _PRODUCTS holds the number of matrix multiplications per tile in each splash-attention kernel. The forward kernel of
+# splash attention (fwd) computes the attention scores and the weighted values. The two backward kernels of splash
+# attention (dq and dkv) compute the attention scores and the gradient of the attention weights. The backward kernel dq
+# computes the gradient of q, and the backward kernel dkv computes the gradients of k and v.
 _PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
 
 
@@ -227,7 +227,8 @@ def kernel_flops(
 ) -> float:
     """Returns the FLOPs of the splash-attention kernels on one chip.
 
-    A partly masked tile of the attention scores is counted in full, because the kernels skip only fully masked tiles.
+    A partly masked tile of the attention scores is counted in full, because the splash-attention kernels skip only
+    fully masked tiles.
 
     Under context parallelism, the result is the FLOPs of the chip with the last tokens, which attend to the most keys.
     """
@@ -248,9 +249,9 @@ def kernel_flops(
 def advice(cfg: Config, on: Slice, shape: tuple[int, int, int, int], n_params: int, result: Plan) -> tuple[str, ...]:
     """Returns config changes, each of which is estimated to make the step fit in memory without any other change.
 
-    The function `chip_bytes` estimates the memory of the step with a changed config. Each memory estimate is multiplied
-    by a correction factor: the memory that the compiler reported for the unchanged step in `result`, divided by the
-    estimate for the unchanged step.
+    The function `chip_bytes` estimates the memory of the step with a changed config. Each estimate of the step's memory
+    is multiplied by a correction factor: the memory that the compiler reported for the unchanged step in `result`,
+    divided by the estimate for the unchanged step.
     """
     width = program.width(cfg)
     ratio = result.needed_bytes / chip_bytes(cfg, n_params, width, shape)
@@ -279,8 +280,8 @@ def advice(cfg: Config, on: Slice, shape: tuple[int, int, int, int], n_params: i
         if ratio * chip_bytes(variant, n_params, width, mesh_shape) < result.hbm_bytes
         and (text.split("=")[0] != "model.remat" or variant.model.remat != cfg.model.remat)
     ]
-    # `smallest` maps each setting to the first change of this setting in `useful`, which is the smallest change that
-    # makes the step fit.
+    # `smallest` maps each setting to the first change of this setting in `useful`, which is the smallest change of the
+    # setting that makes the step fit in memory.
     smallest = dict(reversed(useful))
     return tuple(smallest[kind] for kind in dict.fromkeys(kind for kind, _ in useful)) or (
         f"no single change is enough: use a larger slice than {on.name}, or --search for a combination",
@@ -336,8 +337,8 @@ def search(
         if len(plans) >= best or (plans and time.monotonic() - started + 2 * last > seconds):
             break
         if scale * c.memory_bytes > hbm_bytes:
-            # The search skips this candidate, because an earlier candidate needed `scale` times the estimated memory,
-            # and with the same correction factor this candidate would not fit in the memory of the chip.
+            # The search skips candidate c, because an earlier candidate needed `scale` times the estimated memory, and
+            # with the same correction factor candidate c would not fit in the memory of the chip.
             continue
         built = program.train_program(c.cfg, mesh_of(c.shape, devices))
         result = weigh(c.cfg, tpu, c.shape, built, rows=cfg.train.batch_size)

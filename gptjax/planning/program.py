@@ -39,7 +39,7 @@ class Program(NamedTuple):
     compiled: jax.stages.Compiled | None  # `compiled` is None if the step does not fit in memory.
     needed_bytes: int  # `needed_bytes` is the peak HBM per chip in bytes.
     usable_bytes: int  # `usable_bytes` is the HBM per chip in bytes that the compiler can use, or 0 if unknown.
-    seconds: float  # `seconds` is the time to trace and compile the step.
+    seconds: float  # `seconds` is the time to trace and compile the step, in seconds.
     host_bytes: int = 0  # `host_bytes` is the host memory in bytes that the step uses per chip.
 
 
@@ -167,8 +167,8 @@ def _compiled(lowered: jax.stages.Lowered, argument_bytes: dict[str, int], start
 def peak_bytes(memory: Any) -> int:
     """Returns the peak HBM of a compiled program in bytes, including the code of the program.
 
-    Older versions of jax do not report the peak memory. With older versions of jax, the result is the sum of all
-    allocations, which is an upper bound.
+    Older versions of jax do not report the peak memory. With versions of jax that do not report the peak memory, the
+    result is the sum of all allocations, which is an upper bound.
 
     The host memory that optim.offload uses is subtracted, because the peak that the compiler reports includes host
     memory.
